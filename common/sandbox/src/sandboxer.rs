@@ -1,0 +1,133 @@
+//! The border between the Controller and a kind of sandbox.
+//!
+//! The Controller (this crate) owns the protocol: ids, states, the durable store, waits,
+//! deadlines, roll-back, recovery. A [`Sandboxer`] makes and removes one kind of sandbox. For one
+//! sandbox the Controller calls one method at a time (its actor); for different sandboxes calls
+//! run side by side. [`Sandboxer::info`], [`Sandboxer::metrics`] and [`Sandboxer::platform`] only
+//! read and may come at any moment.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use kuasar_protos::cri::PodSandboxConfig;
+
+use crate::error::Result;
+
+/// What a sandbox was created with; never changes afterwards, except by Update.
+#[derive(Debug, Clone)]
+pub struct SandboxSpec {
+    /// Sandbox id, checked.
+    pub id: String,
+    /// The pod as CRI describes it; the default value when the engine gave none.
+    pub config: PodSandboxConfig,
+    /// Network namespace path; empty for host network.
+    pub netns_path: String,
+    /// `runtime_type` of the runtime handler, empty when the engine does not say.
+    pub runtime: String,
+    /// Labels of the sandbox.
+    pub labels: BTreeMap<String, String>,
+    /// Extensions of the sandbox by key: type URL and value.
+    pub extensions: BTreeMap<String, (String, Vec<u8>)>,
+    /// containerd's namespace (`k8s.io`); empty when the engine does not say (iSulad).
+    pub namespace: String,
+}
+
+/// What the sandboxer's methods get to work with.
+#[derive(Clone)]
+pub struct SandboxContext {
+    /// The sandbox.
+    pub spec: Arc<SandboxSpec>,
+    /// Private state directory (0700) of this sandbox; removed by the Controller after
+    /// [`Sandboxer::remove`].
+    pub dir: PathBuf,
+    /// The sandboxer's own durable state as it last saved it (JSON), `Null` at first.
+    pub state: serde_json::Value,
+    /// When the caller stops waiting, if it said so.
+    pub deadline: Option<tokio::time::Instant>,
+    /// Saves state and reports the sandbox's end.
+    pub handle: crate::SandboxHandle,
+}
+
+/// A running sandbox, as Start answers it.
+#[derive(Debug, Clone, Default)]
+pub struct Started {
+    /// Pid that stands for the sandbox; 0 where there is no process.
+    pub pid: u32,
+    /// Labels such as `selinux_label`.
+    pub labels: BTreeMap<String, String>,
+    /// Endpoint override, for example `ttrpc+vsock://3:1024`; `None` is the pod socket.
+    pub address: Option<String>,
+    /// OCI spec of the sandbox as JSON, for NRI in containerd 2.3 and later.
+    pub spec: Option<Vec<u8>>,
+}
+
+/// How a sandbox ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SandboxExit {
+    /// Exit status; 0 after an ordered stop, 137 after a kill, 255 when not known.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// What became of a sandbox while the daemon was away.
+pub enum Recovered {
+    /// It runs; its tasks have been taken up again.
+    Running(Started),
+    /// It has ended.
+    Stopped(SandboxExit),
+}
+
+/// The ttrpc services of one pod's socket (Task v2 and v3, Streaming, runtime Sandbox).
+pub type PodServices = std::collections::HashMap<String, ttrpc::r#async::Service>;
+
+/// Makes and removes one kind of sandbox. See the module text for who calls what when.
+#[async_trait]
+pub trait Sandboxer: Send + Sync + 'static {
+    /// Checks the request and makes what must exist before Start. On error nothing is left.
+    async fn create(&self, ctx: &SandboxContext) -> Result<()>;
+
+    /// Starts the sandbox. On error nothing is left but what [`Sandboxer::remove`] removes.
+    async fn start(&self, ctx: &SandboxContext) -> Result<Started>;
+
+    /// The services of the pod's socket. Called after a successful Start and after recovery.
+    async fn services(&self, ctx: &SandboxContext) -> Result<PodServices>;
+
+    /// Ends every process of the sandbox and takes it off the network namespace. Idempotent;
+    /// when it returns the engine tears the network down.
+    async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()>;
+
+    /// Removes every trace. Called without a prior stop, too, and after a failed create or
+    /// start. Idempotent.
+    async fn remove(&self, ctx: &SandboxContext) -> Result<()>;
+
+    /// Takes up a recorded sandbox after a restart of the daemon.
+    async fn recover(&self, ctx: &SandboxContext) -> Result<Recovered>;
+
+    /// Removes what belongs to no recorded sandbox (a daemon that died between two steps).
+    /// Called once, after recovery, with the ids that exist.
+    async fn remove_orphans(&self, known: &[String]) -> Result<()>;
+
+    /// Additional entries for Status' `info` (verbose); values are JSON texts.
+    async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>>;
+
+    /// cgroup metrics of the sandbox: type URL and value.
+    async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)>;
+
+    /// Applies changed extensions (`fields` as the engine sent them). `ctx.spec` is new already.
+    async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()>;
+
+    /// Platform as Go names it: operating system and architecture.
+    fn platform(&self) -> (String, String) {
+        let arch = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            "riscv64" => "riscv64",
+            other => other,
+        };
+        ("linux".into(), arch.into())
+    }
+}

@@ -1,0 +1,202 @@
+//! The border between the Task API and whatever runs containers underneath.
+//!
+//! The Task server (this crate) owns everything the protocol demands: the process table, states,
+//! waits, stdio, events, the journal. A [`Runtime`] only makes processes and touches them: an OCI
+//! engine on the host, a wasm engine, or a forwarder into a guest. It keeps no table of its own
+//! and may be called for different containers at the same time; for one container the server
+//! calls one method at a time, except [`Runtime::kill`], [`Runtime::pids`] and
+//! [`Runtime::stats`], which may come at any moment.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+/// A filesystem mount as containerd hands it over (`containerd.types.Mount`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Filesystem type (`overlay`, `bind`, `ext4`, `erofs`, …).
+    pub kind: String,
+    /// Device, directory or other source.
+    pub source: String,
+    /// Target below the rootfs; empty for the rootfs itself.
+    pub target: String,
+    /// Options in `mount(8)`'s spelling.
+    pub options: Vec<String>,
+}
+
+/// What [`Runtime::create`] is asked to make.
+#[derive(Debug, Clone)]
+pub struct CreateContainer {
+    /// Container id, checked.
+    pub id: String,
+    /// containerd's bundle directory; it holds `config.json` and an empty `rootfs/`.
+    pub bundle: PathBuf,
+    /// What to mount on `rootfs/`, in order; empty when the spec's root is ready.
+    pub rootfs: Vec<Mount>,
+    /// Whether the process gets a terminal.
+    pub terminal: bool,
+    /// Checkpoint directory to restore from, if any. Untrusted input.
+    pub checkpoint: Option<PathBuf>,
+    /// Type and value of the request's `options`, unread.
+    pub options: Option<(String, Vec<u8>)>,
+}
+
+/// The standard streams of a new process.
+///
+/// Descriptors are given to the process as they are: for FIFO stdio they are the engine's FIFOs
+/// themselves, so that nothing is copied and nothing can be lost. `None` means `/dev/null`.
+#[derive(Debug)]
+pub enum ProcessIo {
+    /// No terminal: up to three descriptors.
+    Streams {
+        /// Standard input.
+        stdin: Option<OwnedFd>,
+        /// Standard output.
+        stdout: Option<OwnedFd>,
+        /// Standard error.
+        stderr: Option<OwnedFd>,
+    },
+    /// A terminal: the runtime makes the pty in the container and answers its master in
+    /// [`Spawned::terminal`].
+    Terminal {
+        /// Initial size in columns and rows, when a resize came before start.
+        size: Option<(u16, u16)>,
+    },
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit code, or 128 + signal number. 255 when it is not known.
+    pub status: u32,
+    /// When it was reaped.
+    pub at: SystemTime,
+}
+
+/// A process that the runtime has made.
+pub struct Spawned {
+    /// Its pid in the pid namespace of the Task server; never 0.
+    pub pid: u32,
+    /// Opaque handle by which the runtime finds the process's exit again after a restart
+    /// (journalled with the process and given back in [`ProcessRef::handle`]).
+    pub handle: u64,
+    /// Pty master, for [`ProcessIo::Terminal`].
+    pub terminal: Option<OwnedFd>,
+    /// Resolves once, when the process has ended.
+    pub exit: BoxFuture<'static, Exit>,
+}
+
+/// Names a process of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRef {
+    /// Container id.
+    pub container: String,
+    /// Exec id; empty for the container's init process.
+    pub exec: String,
+    /// Pid as answered in [`Spawned::pid`].
+    pub pid: u32,
+    /// Handle as answered in [`Spawned::handle`].
+    pub handle: u64,
+}
+
+/// Which cgroup metrics a caller understands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StatsFlavor {
+    /// Whatever the host has (containerd understands both).
+    Native,
+    /// cgroup v1 messages with all parts present (iSulad).
+    V1,
+}
+
+/// A typed, opaque message: `type_url` and value of a protobuf `Any`.
+pub type AnyMessage = (String, Vec<u8>);
+
+/// Makes and touches containers. See the module text for who may call what when.
+///
+/// Errors: every method answers [`crate::error::Error`] with the variant that maps to the right
+/// gRPC code; a failed [`Runtime::create`] or [`Runtime::exec`] has cleaned up after itself.
+#[async_trait]
+pub trait Runtime: Send + Sync + 'static {
+    /// Prepares the rootfs and creates the container, its init process waiting for
+    /// [`Runtime::start`].
+    async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned>;
+
+    /// Lets the init process run.
+    async fn start(&self, container: &str, pid: u32) -> Result<()>;
+
+    /// Runs a further process in a running container. `spec` is the OCI `process` object (JSON).
+    async fn exec(&self, container: &str, exec: &str, spec: &[u8], io: ProcessIo)
+    -> Result<Spawned>;
+
+    /// Sends a signal; with `all`, to every process of the container. Signal 0 probes.
+    async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()>;
+
+    /// Removes what [`Runtime::create`] made: engine state, cgroup, mounts. Idempotent.
+    async fn delete(&self, container: &str, bundle: &std::path::Path) -> Result<()>;
+
+    /// The host pids of the container's processes.
+    async fn pids(&self, container: &str) -> Result<Vec<u32>>;
+
+    /// Freezes all processes.
+    async fn pause(&self, container: &str) -> Result<()>;
+
+    /// Thaws all processes.
+    async fn resume(&self, container: &str) -> Result<()>;
+
+    /// Writes a checkpoint below `path`.
+    async fn checkpoint(&self, container: &str, path: &std::path::Path, options: Option<AnyMessage>)
+    -> Result<()>;
+
+    /// Applies OCI `LinuxResources` (JSON) to the running container.
+    async fn update(&self, container: &str, resources: &[u8]) -> Result<()>;
+
+    /// cgroup metrics as an `Any` whose type URL is exactly `io.containerd.cgroups.v1.Metrics` or
+    /// `io.containerd.cgroups.v2.Metrics`. Must also answer between exit and delete.
+    async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage>;
+
+    /// Resolves each time the container has had an out-of-memory kill; `None` where the runtime
+    /// cannot tell. Called once after create and once after recovery.
+    async fn oom_events(&self, container: &str) -> Option<tokio::sync::mpsc::Receiver<()>>;
+
+    /// After a restart of the server: takes up a journalled process again. `None` when nobody
+    /// knows how the process ended and it is not alive (it counts as exited with 255).
+    async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>>;
+
+    /// The exit of this process is in the journal now; the runtime may forget it.
+    async fn exit_recorded(&self, process: &ProcessRef);
+}
+
+/// Keeps descriptors while the server is away (sandbox-parent's third duty). Names are unique per
+/// container and stream, for example `io/<container>/<exec>/stdout`.
+#[async_trait]
+pub trait Keeper: Send + Sync + 'static {
+    /// Keeps a duplicate of `fd` under `name`, replacing an older one.
+    async fn keep(&self, name: &str, fd: std::os::fd::BorrowedFd<'_>) -> Result<()>;
+    /// A duplicate of the descriptor kept under `name`.
+    async fn fetch(&self, name: &str) -> Result<Option<OwnedFd>>;
+    /// Forgets every name that starts with `prefix`.
+    async fn forget(&self, prefix: &str) -> Result<()>;
+}
+
+/// A [`Keeper`] that keeps nothing: for a guest, where the server is PID 1 and never restarts.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct NoKeeper;
+
+#[async_trait]
+impl Keeper for NoKeeper {
+    async fn keep(&self, _name: &str, _fd: std::os::fd::BorrowedFd<'_>) -> Result<()> {
+        Ok(())
+    }
+    async fn fetch(&self, _name: &str) -> Result<Option<OwnedFd>> {
+        Ok(None)
+    }
+    async fn forget(&self, _prefix: &str) -> Result<()> {
+        Ok(())
+    }
+}

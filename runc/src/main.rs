@@ -1,0 +1,2 @@
+//! runc-sandboxer
+fn main() {}

@@ -1,0 +1,2 @@
+//! containerd-shim-kuasar
+fn main() {}
