@@ -247,7 +247,7 @@ impl Parent {
     async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
         let wrap = |source| ParentError::Start { what: "use the control socket".into(), source };
         let mut inner = Inner {
-            socket: AsyncFd::register(socket).map_err(wrap)?,
+            socket: AsyncFd::register(socket).map_err(|e| wrap(e.into()))?,
             shared: Mutex::default(),
             next: AtomicU32::new(1),
             slots: Semaphore::new(64),
