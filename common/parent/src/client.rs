@@ -246,8 +246,10 @@ impl Parent {
 
     async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
         let wrap = |source| ParentError::Start { what: "use the control socket".into(), source };
+        // SAFETY: an OwnedFd always answers the same descriptor and closes it only when dropped.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| wrap(e.into()))?;
         let mut inner = Inner {
-            socket: AsyncFd::register(socket).map_err(|e| wrap(e.into()))?,
+            socket,
             shared: Mutex::default(),
             next: AtomicU32::new(1),
             slots: Semaphore::new(64),
