@@ -1,0 +1,456 @@
+//! `oci exec`: a further process in a running container.
+//!
+//! Not libcontainer's: its version 0.7 leaves out the container's seccomp section and the SELinux
+//! label when a process joins. The order below is runc's, and each step has its place:
+//!
+//! 1. Outside: everything that belongs to the host is opened (log, pid file, console socket,
+//!    `/proc`), because paths mean something else once the mount namespace is joined. Limits, OOM
+//!    score and cgroup are set while we still may.
+//! 2. All namespaces that differ from ours are joined at once through a pidfd of the container's
+//!    init: no path of the container is followed. We are not dumpable, so nobody in there can
+//!    trace us or look at our descriptors.
+//! 3. A sibling is forked (a pid namespace takes only children). It makes its session and
+//!    terminal, goes to its directory, loads seccomp (before capabilities are dropped, unless
+//!    `noNewPrivileges` lets it wait until the end), takes on its user and its five capability
+//!    sets, closes everything, and becomes the payload.
+//! 4. We wait on a close-on-exec pipe: end of file is success, text is the reason of failure.
+//!    Only then is the pid file written.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use libcontainer::oci_spec::runtime::{
+    Capabilities, LinuxCapabilities, LinuxSeccomp, PosixRlimitType, Process,
+};
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sched::CloneFlags;
+use nix::unistd::{Gid, Uid};
+use serde::Deserialize;
+
+use super::args::{Args, Exec};
+use super::{Error, Result, console, payload};
+
+/// The parts of the container's spec that an exec needs.
+#[derive(Deserialize, Default)]
+struct Container {
+    #[serde(default)]
+    linux: Linux,
+}
+
+#[derive(Deserialize, Default)]
+struct Linux {
+    seccomp: Option<LinuxSeccomp>,
+}
+
+/// The parts of libcontainer's state file that an exec needs.
+#[derive(Deserialize)]
+struct State {
+    pid: Option<i32>,
+    bundle: PathBuf,
+}
+
+/// Everything the child needs, made before the namespaces are joined.
+struct Plan {
+    process: Process,
+    seccomp: Option<LinuxSeccomp>,
+    console: Option<UnixStream>,
+    /// The host's procfs.
+    proc: OwnedFd,
+}
+
+/// Runs the process.
+pub fn run(args: &Args, exec: &Exec) -> Result<()> {
+    let state: State = read(&args.root.join(&args.id).join("state.json"))?;
+    let container: Container = read(&state.bundle.join("config.json"))?;
+    let process: Process = read(&exec.process)?;
+    let pid = state
+        .pid
+        .filter(|pid| *pid > 0)
+        .ok_or_else(|| Error::Other(format!("container {} has no process", args.id)))?;
+    let pidfd = pidfd_open(pid)
+        .map_err(|_| Error::Other(format!("container {} is not running", args.id)))?;
+    let mut pid_file = match &exec.pid_file {
+        Some(path) => Some(
+            std::fs::File::create(path)
+                .map_err(|error| Error::io(path.display(), error))?,
+        ),
+        None => None,
+    };
+    let console = match (&exec.console_socket, process.terminal()) {
+        (Some(path), Some(true)) => {
+            Some(UnixStream::connect(path).map_err(|error| Error::io(path.display(), error))?)
+        }
+        (None, Some(true)) => {
+            return Err(Error::Usage("a terminal needs --console-socket".into()));
+        }
+        _ => None,
+    };
+    let proc = std::fs::File::open("/proc").map_err(|error| Error::io("/proc", error))?.into();
+    let namespaces = namespaces(pid)?;
+    // SAFETY: plain system call. Before anything of the container may see this process.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        return Err(Error::os("PR_SET_DUMPABLE"));
+    }
+    limits(&process)?;
+    join_cgroup(pid, &args.id)?;
+    if console.is_none() {
+        console::own_streams(host_uid(pid, process.user().uid()));
+    }
+    // SAFETY: plain system call; the pidfd lives.
+    if unsafe { libc::setns(pidfd.as_raw_fd(), namespaces.bits()) } != 0 {
+        return Err(Error::os("cannot join the container's namespaces"));
+    }
+    let (mut read_end, write_end) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
+    let plan = Plan { process, seccomp: container.linux.seccomp, console, proc };
+    let child = fork_sibling()?;
+    if child == 0 {
+        drop(read_end);
+        let mut write_end = write_end;
+        let reason = become_process(&plan, namespaces);
+        // Either exec has closed this end, or the reader gets the reason.
+        let _ = write_end.write_all(reason.as_bytes());
+        // SAFETY: ends this process without running anything of the parent's.
+        unsafe { libc::_exit(255) };
+    }
+    drop(write_end);
+    let mut reason = String::new();
+    read_end.read_to_string(&mut reason).map_err(|error| Error::io("exec", error))?;
+    if !reason.is_empty() {
+        return Err(Error::Process(reason));
+    }
+    if let Some(file) = &mut pid_file {
+        write!(file, "{child}").map_err(|error| Error::io("pid file", error))?;
+    }
+    Ok(())
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read(path).map_err(|error| Error::io(path.display(), error))?;
+    serde_json::from_slice(&text).map_err(|error| Error::io(path.display(), error))
+}
+
+fn pidfd_open(pid: i32) -> std::io::Result<OwnedFd> {
+    // SAFETY: plain system call; the result is ours when it is not negative.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor; descriptors fit an int.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// The namespaces of the container that are not ours already: joining one's own user namespace
+/// is an error, the others would be work for nothing.
+fn namespaces(pid: i32) -> Result<CloneFlags> {
+    const TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+    let mut flags = CloneFlags::empty();
+    for (name, flag) in [
+        ("user", CloneFlags::CLONE_NEWUSER),
+        ("mnt", CloneFlags::CLONE_NEWNS),
+        ("pid", CloneFlags::CLONE_NEWPID),
+        ("net", CloneFlags::CLONE_NEWNET),
+        ("ipc", CloneFlags::CLONE_NEWIPC),
+        ("uts", CloneFlags::CLONE_NEWUTS),
+        ("cgroup", CloneFlags::CLONE_NEWCGROUP),
+        ("time", TIME),
+    ] {
+        let theirs = std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
+        let ours = std::fs::read_link(format!("/proc/self/ns/{name}"));
+        match (theirs, ours) {
+            (Ok(theirs), Ok(ours)) if theirs != ours => flags |= flag,
+            (Err(error), Ok(_)) => return Err(Error::io("the container is gone", error)),
+            _ => {}
+        }
+    }
+    Ok(flags)
+}
+
+fn limits(process: &Process) -> Result<()> {
+    if let Some(score) = process.oom_score_adj() {
+        // Lowering it needs a capability that a nested host may not have; runc fails here, too.
+        std::fs::write("/proc/self/oom_score_adj", score.to_string())
+            .map_err(|error| Error::io("oom_score_adj", error))?;
+    }
+    for limit in process.rlimits().iter().flatten() {
+        let value = libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() };
+        // SAFETY: a valid resource and a valid structure.
+        if unsafe { libc::setrlimit(resource(limit.typ()), &raw const value) } != 0 {
+            return Err(Error::os(format!("rlimit {:?}", limit.typ())));
+        }
+    }
+    Ok(())
+}
+
+fn resource(kind: PosixRlimitType) -> libc::__rlimit_resource_t {
+    match kind {
+        PosixRlimitType::RlimitCpu => libc::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => libc::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => libc::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => libc::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => libc::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => libc::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => libc::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => libc::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => libc::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => libc::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => libc::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => libc::RLIMIT_RTTIME,
+    }
+}
+
+/// Joins every cgroup that the container's init is in. On cgroup v2 that also works where init
+/// has moved itself into a leaf, which the container's own top must then leave empty.
+fn join_cgroup(pid: i32, id: &str) -> Result<()> {
+    let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        .map_err(|error| Error::io("the container is gone", error))?;
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|error| Error::io("mountinfo", error))?;
+    for line in membership.lines() {
+        if own.lines().any(|mine| mine == line) {
+            continue;
+        }
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let Some(mount) = cgroup_mount(&mounts, controllers) else { continue };
+        let file = mount.join(path.trim_start_matches('/')).join("cgroup.procs");
+        std::fs::write(&file, "0").map_err(|error| {
+            Error::io(format!("cannot join the cgroup of container {id} ({})", file.display()), error)
+        })?;
+    }
+    Ok(())
+}
+
+/// Where a hierarchy is mounted, from its controllers as `/proc/PID/cgroup` writes them (empty
+/// for v2). Only mounts of the hierarchy's root count.
+fn cgroup_mount(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let mut left = left.split(' ').skip(3);
+        let (root, point) = (left.next()?, left.next()?);
+        let mut right = right.split(' ');
+        let (kind, _source, options) = (right.next()?, right.next()?, right.next()?);
+        let right_one = if controllers.is_empty() {
+            kind == "cgroup2"
+        } else {
+            kind == "cgroup"
+                && controllers
+                    .split(',')
+                    .all(|controller| options.split(',').any(|option| option == controller))
+        };
+        (right_one && root == "/").then(|| PathBuf::from(point))
+    })
+}
+
+/// The host's uid for a uid of the container.
+fn host_uid(pid: i32, uid: u32) -> u32 {
+    let map = std::fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap_or_default();
+    map.lines()
+        .find_map(|line| {
+            let mut numbers = line.split_whitespace().filter_map(|word| word.parse::<u32>().ok());
+            let (inside, outside, count) = (numbers.next()?, numbers.next()?, numbers.next()?);
+            let offset = uid.checked_sub(inside).filter(|offset| *offset < count)?;
+            outside.checked_add(offset)
+        })
+        .unwrap_or(uid)
+}
+
+/// fork() whose child belongs to our parent.
+fn fork_sibling() -> Result<i32> {
+    // SAFETY: clone without a stack is fork; this process has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
+    match pid {
+        -1 => Err(Error::os("clone")),
+        pid => Ok(pid as i32),
+    }
+}
+
+/// Steps 3 of the module text. Returns only the reason of failure.
+fn become_process(plan: &Plan, joined: CloneFlags) -> String {
+    match take_on(plan, joined) {
+        Ok(()) => payload::execute(&plan.process),
+        Err(reason) => reason,
+    }
+}
+
+fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
+    let process = &plan.process;
+    let user = process.user();
+    let os = |what: &str| format!("{what}: {}", std::io::Error::last_os_error());
+    nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
+    if joined.contains(CloneFlags::CLONE_NEWUSER) {
+        // Root of the container's user namespace, before its own user is taken on.
+        nix::unistd::setgid(Gid::from_raw(0)).map_err(|error| format!("setgid 0: {error}"))?;
+        nix::unistd::setuid(Uid::from_raw(0)).map_err(|error| format!("setuid 0: {error}"))?;
+    }
+    if let Some(socket) = &plan.console {
+        let size = process
+            .console_size()
+            .map(|size| (size.width() as u16, size.height() as u16));
+        console::attach(socket, user.uid(), size)?;
+    }
+    let no_new_privileges = process.no_new_privileges() == Some(true);
+    if no_new_privileges {
+        // SAFETY: plain system call.
+        if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
+            return Err(os("PR_SET_NO_NEW_PRIVS"));
+        }
+    }
+    labels(plan)?;
+    if let Some(umask) = user.umask() {
+        // SAFETY: plain system call.
+        unsafe { libc::umask(umask) };
+    }
+    let late_chdir = chdir(process.cwd())?;
+    if !no_new_privileges {
+        seccomp(plan)?;
+    }
+    identity(process)?;
+    if late_chdir {
+        nix::unistd::chdir(process.cwd())
+            .map_err(|error| format!("chdir to cwd ({:?}): {}", process.cwd().display(), error.desc()))?;
+    }
+    // A directory handle of the host would show here (CVE-2024-21626).
+    std::env::current_dir()
+        .map_err(|_| "current working directory is outside of container mount namespace root".to_owned())?;
+    if no_new_privileges {
+        seccomp(plan)?;
+    }
+    // SAFETY: marks everything but the standard streams close-on-exec; nothing is closed yet.
+    if unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } != 0 {
+        return Err(os("close_range"));
+    }
+    Ok(())
+}
+
+/// Changes the directory as root; `true` when only the process's own user may.
+fn chdir(cwd: &Path) -> std::result::Result<bool, String> {
+    if cwd.as_os_str().is_empty() {
+        return Ok(false);
+    }
+    match nix::unistd::chdir(cwd) {
+        Ok(()) => Ok(false),
+        Err(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Ok(true),
+        Err(error) => Err(format!(
+            "chdir to cwd ({:?}) set in config.json failed: {}",
+            cwd.display(),
+            error.desc().to_lowercase()
+        )),
+    }
+}
+
+/// SELinux and AppArmor: through the host's procfs, which the container cannot have replaced.
+fn labels(plan: &Plan) -> std::result::Result<(), String> {
+    let proc = PathBuf::from(format!("/proc/self/fd/{}", plan.proc.as_raw_fd()));
+    let write = |name: &str, text: &str| -> std::result::Result<(), String> {
+        let fd = nix::fcntl::openat(
+            &plan.proc,
+            name,
+            nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_CLOEXEC,
+            nix::sys::stat::Mode::empty(),
+        )
+        .map_err(|error| format!("{} {name}: {error}", proc.display()))?;
+        nix::unistd::write(&fd, text.as_bytes())
+            .map(drop)
+            .map_err(|error| format!("label {text}: {error}"))
+    };
+    if let Some(label) = plan.process.selinux_label().as_deref().filter(|l| !l.is_empty())
+        && Path::new("/sys/fs/selinux/enforce").exists()
+    {
+        write("thread-self/attr/exec", label)?;
+    }
+    if let Some(profile) = plan.process.apparmor_profile().as_deref().filter(|p| !p.is_empty()) {
+        let text = format!("exec {profile}");
+        write("thread-self/attr/apparmor/exec", &text)
+            .or_else(|_| write("thread-self/attr/exec", &text))?;
+    }
+    Ok(())
+}
+
+fn seccomp(plan: &Plan) -> std::result::Result<(), String> {
+    let Some(profile) = &plan.seccomp else { return Ok(()) };
+    if libcontainer::seccomp::is_notify(profile) {
+        return Err("seccomp notification is not supported for exec by the built-in engine".into());
+    }
+    libcontainer::seccomp::initialize_seccomp(profile)
+        .map(drop)
+        .map_err(|error| format!("cannot load the seccomp profile: {error}"))
+}
+
+/// Groups, ids and the five capability sets, each of them set, also when the spec leaves it out
+/// (CVE-2022-27650).
+fn identity(process: &Process) -> std::result::Result<(), String> {
+    let user = process.user();
+    let syscall = SyscallType::default().create_syscall();
+    let groups: Vec<Gid> =
+        user.additional_gids().iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
+    match nix::unistd::setgroups(&groups) {
+        Ok(()) => {}
+        // A user namespace without setgroups: fine as long as nothing was asked for.
+        Err(nix::errno::Errno::EPERM) if groups.is_empty() => {}
+        Err(error) => return Err(format!("setgroups: {error}")),
+    }
+    // Keeps the permitted set over setuid.
+    // SAFETY: plain system call.
+    unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) };
+    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
+    nix::unistd::setresgid(gid, gid, gid)
+        .and_then(|()| nix::unistd::setresuid(uid, uid, uid))
+        .map_err(|error| format!("cannot take on user {uid}:{gid}: {error}"))?;
+    // SAFETY: plain system call.
+    unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0) };
+    let Some(given) = process.capabilities() else { return Ok(()) };
+    libcontainer::capabilities::reset_effective(syscall.as_ref())
+        .and_then(|()| libcontainer::capabilities::drop_privileges(&all_five(given), syscall.as_ref()))
+        .map_err(|error| format!("capabilities: {error}"))
+}
+
+fn all_five(given: &LinuxCapabilities) -> LinuxCapabilities {
+    let mut all = given.clone();
+    let set = |set: &Option<Capabilities>| Some(set.clone().unwrap_or_default());
+    all.set_bounding(set(given.bounding()))
+        .set_effective(set(given.effective()))
+        .set_permitted(set(given.permitted()))
+        .set_inheritable(set(given.inheritable()))
+        .set_ambient(set(given.ambient()));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+30 29 0:26 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+31 29 0:27 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct
+32 29 0:28 /inner /other rw - cgroup cgroup rw,memory
+33 29 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+34 29 0:29 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd
+";
+
+    #[test]
+    fn hierarchies_are_found_by_their_controllers() {
+        let at = |controllers| cgroup_mount(MOUNTS, controllers);
+        assert_eq!(at("cpu,cpuacct").unwrap(), Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+        assert_eq!(at("memory").unwrap(), Path::new("/sys/fs/cgroup/memory"));
+        assert_eq!(at("").unwrap(), Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(at("name=systemd").unwrap(), Path::new("/sys/fs/cgroup/systemd"));
+        assert_eq!(at("hugetlb"), None);
+    }
+
+    #[test]
+    fn an_absent_capability_set_is_emptied() {
+        let given: LinuxCapabilities = serde_json::from_str(r#"{"bounding":["CAP_CHOWN"]}"#).unwrap();
+        let all = all_five(&given);
+        assert_eq!(all.bounding().as_ref().unwrap().len(), 1);
+        for set in [all.effective(), all.permitted(), all.inheritable(), all.ambient()] {
+            assert!(set.as_ref().unwrap().is_empty());
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The built-in OCI engine: `runc-sandboxer oci create|exec|start|kill|delete|state`.
+//!
+//! sandbox-parent runs this program for every container and every exec, so it starts like a
+//! small C program: `main` comes here before any runtime, logger or argument parser exists, the
+//! arguments are read by hand, and there is one thread from beginning to end (joining user and
+//! mount namespaces demands it).
+//!
+//! * **create** is libcontainer's, with our own [`payload::Payload`] at the very end. The new
+//!   process is made as a sibling (`CLONE_PARENT`): its parent is the process that started us,
+//!   which is the one that must reap it.
+//! * **exec** is ours ([`exec`]), because libcontainer 0.7 builds the joining process from a spec
+//!   without the container's seccomp section: its execs run unfiltered.
+//!
+//! Command line and files are runc's as far as they go: `--root`, `--log`, `--bundle`,
+//! `--pid-file`, `--console-socket`. Errors are one JSON line in the log file, as runc and crun
+//! write it, and one plain line on standard error; the exit status is 1.
+//!
+//! # Our own executable
+//!
+//! A process that is inside the container but has not yet exec'd its payload still has this
+//! program as `/proc/PID/exe`, and an image can ask for `/proc/self/exe` as its command
+//! (CVE-2019-5736). The daemon therefore never lets sandbox-parent exec the installed file: see
+//! [`crate::selfexe`].
+
+mod args;
+mod console;
+mod create;
+mod exec;
+mod manage;
+mod payload;
+
+use std::io::Write;
+use std::path::Path;
+
+use args::{Args, Command};
+
+/// What went wrong, in words for the person who reads `kubectl describe pod`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The command line is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// The container's own process cannot be run as its spec asks.
+    #[error("unable to start container process: {0}")]
+    Process(String),
+    /// Everything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Error {
+    /// An operation that failed, with the operating system's reason.
+    fn os(what: impl std::fmt::Display) -> Self {
+        Self::Other(format!("{what}: {}", std::io::Error::last_os_error()))
+    }
+
+    /// An operation that failed, with its reason.
+    fn io(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Self {
+        Self::Other(format!("{what}: {error}"))
+    }
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// Runs the engine with the arguments after `oci`; the result is the exit status.
+pub fn main(arguments: Vec<String>) -> u8 {
+    let args = match Args::parse(arguments) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("runc-sandboxer oci: {error}");
+            return 1;
+        }
+    };
+    // Opened first: after an exec has joined the container's mount namespace the path would name
+    // a file of the container.
+    let mut log = args.log.as_deref().and_then(open_log);
+    let result = match &args.command {
+        Command::Create(create) => create::run(&args, create),
+        Command::Exec(exec) => exec::run(&args, exec),
+        Command::Start => manage::start(&args),
+        Command::Kill { signal, all } => manage::kill(&args, *signal, *all),
+        Command::Delete { force } => manage::delete(&args, *force),
+        Command::State => manage::state(&args),
+    };
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            report(log.as_mut(), &error.to_string());
+            1
+        }
+    }
+}
+
+fn open_log(path: &Path) -> Option<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .ok()
+}
+
+fn report(log: Option<&mut std::fs::File>, message: &str) {
+    if let Some(file) = log {
+        let line = serde_json::json!({ "level": "error", "msg": message });
+        // Nobody is left to tell when the log cannot be written.
+        let _ = writeln!(file, "{line}");
+    }
+    let _ = writeln!(std::io::stderr(), "{message}");
+}
