@@ -10,6 +10,7 @@ pub use containerd_shim_protos as shim;
 #[allow(
     missing_docs,
     unused,
+    nonstandard_style,
     clippy::all,
     clippy::restriction,
     rust_2018_idioms,

@@ -75,7 +75,7 @@ impl Parent {
 
     /// Serves until it is told to end.
     pub fn run(&mut self) {
-        let mut buf = vec![0u8; MAX_MESSAGE];
+        let buf = sys::buffer(MAX_MESSAGE);
         while !self.done {
             let undecided = self.connections.iter().flatten().any(|c| c.undecided.is_some());
             let timeout = if undecided { GRACE_MS as i32 / 2 } else { -1 };
@@ -90,9 +90,9 @@ impl Parent {
                 match kind {
                     LISTENER => self.accept_daemon(),
                     SIGNALS => self.signal(),
-                    DAEMON => self.daemon_event(&mut buf),
+                    DAEMON => self.daemon_event(buf),
                     POD => self.accept_client(index),
-                    CLIENT | SERVER => self.connection_event(index, kind, ev.events, &mut buf),
+                    CLIENT | SERVER => self.connection_event(index, kind, ev.events, buf),
                     _ => {}
                 }
             }

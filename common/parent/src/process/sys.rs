@@ -150,3 +150,17 @@ pub fn stream_pair() -> Result<(OwnedFd, OwnedFd), i32> {
     let [a, b] = sv;
     Ok((own(a)?, own(b)?))
 }
+
+/// A zeroed buffer of its own mapping: pages count only once they are touched.
+pub fn buffer(len: usize) -> &'static mut [u8] {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new anonymous mapping of `len` bytes, used by the one caller and never unmapped.
+    unsafe {
+        let p = libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0);
+        if p == libc::MAP_FAILED {
+            return &mut [];
+        }
+        std::slice::from_raw_parts_mut(p.cast(), len)
+    }
+}

@@ -1,0 +1,417 @@
+//! Control groups, v1, hybrid and v2.
+//!
+//! A [`Layout`] says where the hierarchies are mounted; a [`Cgroup`] is one path in all of them.
+//! The engine makes a container's group and writes its first limits; this module reads, updates,
+//! freezes, kills and removes. A controller that the host lacks is skipped, never an error.
+
+mod stats;
+mod update;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::{Context, Error, Result};
+
+pub use stats::{V1_TYPE, V2_TYPE};
+
+/// Where control groups are mounted on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layout {
+    /// One hierarchy per controller, by controller name. Hybrid hosts count as v1: their unified
+    /// hierarchy carries no controllers that containers use.
+    V1(BTreeMap<String, PathBuf>),
+    /// The unified hierarchy alone.
+    V2(PathBuf),
+}
+
+impl Layout {
+    /// Reads the layout of this mount namespace.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] when there are no control groups at all.
+    pub fn detect() -> Result<Self> {
+        let text =
+            fs::read_to_string("/proc/self/mountinfo").context(|| "cannot read mountinfo")?;
+        Self::parse(&text)
+    }
+
+    fn parse(mountinfo: &str) -> Result<Self> {
+        let (mut v1, mut v2) = (BTreeMap::new(), None);
+        for line in mountinfo.lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let Some(at) = left.split(' ').nth(4).map(PathBuf::from) else { continue };
+            let mut right = right.split(' ');
+            let (kind, options) = (right.next(), right.nth(1).unwrap_or_default());
+            match kind {
+                Some("cgroup2") => v2 = v2.or(Some(at)),
+                Some("cgroup") => {
+                    for o in options.split(',') {
+                        let name = o.strip_prefix("name=").unwrap_or(o);
+                        if !matches!(name, "rw" | "ro" | "xattr" | "clone_children")
+                            && !name.contains('=')
+                        {
+                            v1.entry(name.to_owned()).or_insert_with(|| at.clone());
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        match (v1.is_empty(), v2) {
+            (false, _) => Ok(Self::V1(v1)),
+            (true, Some(path)) => Ok(Self::V2(path)),
+            (true, None) => Err(Error::Invalid(
+                "no control groups are mounted: mount cgroup2 on /sys/fs/cgroup".into(),
+            )),
+        }
+    }
+
+    /// Whether this is the unified hierarchy.
+    pub fn is_v2(&self) -> bool {
+        matches!(self, Self::V2(_))
+    }
+
+    /// The group at `path`: as in a spec's `cgroupsPath` or CRI's `cgroup_parent`. Of systemd's
+    /// `slice:prefix:name` the path that systemd would make is taken.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a path with `..`.
+    pub fn group(&self, path: &str) -> Result<Cgroup> {
+        let path = expand_systemd(path);
+        let rel: PathBuf = Path::new(&path).components().filter(|c| *c != Component::RootDir).collect();
+        if rel.as_os_str().is_empty() || rel.components().any(|c| !matches!(c, Component::Normal(_))) {
+            return Err(Error::Invalid(format!("cgroup path {path:?} is not allowed")));
+        }
+        Ok(Cgroup { layout: self.clone(), path: rel })
+    }
+}
+
+/// `a-b.slice:prefix:name` is `/a.slice/a-b.slice/prefix-name.scope`.
+fn expand_systemd(path: &str) -> String {
+    let slice_path = |slice: &str| {
+        let stem = slice.trim_end_matches(".slice");
+        let mut out = String::new();
+        let mut prefix = String::new();
+        for part in stem.split('-').filter(|p| !p.is_empty()) {
+            prefix = if prefix.is_empty() { part.into() } else { format!("{prefix}-{part}") };
+            out.push_str(&format!("/{prefix}.slice"));
+        }
+        out
+    };
+    let parts: Vec<&str> = path.split(':').collect();
+    match parts.as_slice() {
+        [slice, prefix, name] if !path.starts_with('/') => {
+            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            let unit = if name.ends_with(".slice") {
+                (*name).to_owned()
+            } else if prefix.is_empty() {
+                format!("{name}.scope")
+            } else {
+                format!("{prefix}-{name}.scope")
+            };
+            format!("{}/{unit}", slice_path(slice))
+        }
+        [slice] if slice.ends_with(".slice") && !slice.contains('/') => slice_path(slice),
+        _ => path.to_owned(),
+    }
+}
+
+/// One group, in every hierarchy.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    layout: Layout,
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// The group's directory for a controller (v2: the one directory).
+    fn dir(&self, controller: &str) -> Option<PathBuf> {
+        match &self.layout {
+            Layout::V1(c) => c.get(controller).map(|m| m.join(&self.path)),
+            Layout::V2(m) => Some(m.join(&self.path)),
+        }
+    }
+
+    fn dirs(&self) -> Vec<PathBuf> {
+        let mut dirs: Vec<PathBuf> = match &self.layout {
+            Layout::V1(c) => c.values().map(|m| m.join(&self.path)).collect(),
+            Layout::V2(m) => vec![m.join(&self.path)],
+        };
+        dirs.dedup();
+        dirs
+    }
+
+    /// The group below this one.
+    #[must_use]
+    pub fn child(&self, name: &str) -> Self {
+        Self { layout: self.layout.clone(), path: self.path.join(name) }
+    }
+
+    /// Whether it exists in any hierarchy.
+    pub fn exists(&self) -> bool {
+        self.dirs().iter().any(|d| d.is_dir())
+    }
+
+    /// Makes the group in every hierarchy; answers whether it was made now.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(&self) -> Result<bool> {
+        let mut made = false;
+        for d in self.dirs() {
+            if d.is_dir() {
+                continue;
+            }
+            fs::create_dir_all(&d).context(|| format!("cannot make {}", d.display()))?;
+            made = true;
+            if let Layout::V1(c) = &self.layout
+                && c.get("cpuset").is_some_and(|m| d.starts_with(m))
+            {
+                // A new cpuset is empty and takes no process until it has been filled.
+                self.inherit_cpuset(&d);
+            }
+        }
+        Ok(made)
+    }
+
+    fn inherit_cpuset(&self, dir: &Path) {
+        let Some(parent) = dir.parent() else { return };
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            let empty = |p: &Path| {
+                fs::read_to_string(p.join(file)).is_ok_and(|t| t.trim().is_empty())
+            };
+            if empty(parent) {
+                self.inherit_cpuset(parent);
+            }
+            if empty(dir)
+                && let Ok(value) = fs::read(parent.join(file))
+            {
+                // Best effort: without the controller there is nothing to fill.
+                let _ = fs::write(dir.join(file), value);
+            }
+        }
+    }
+
+    fn process_dir(&self) -> Option<PathBuf> {
+        ["pids", "memory", "cpu", "systemd", "freezer"].iter().find_map(|c| {
+            let d = self.dir(c)?;
+            d.is_dir().then_some(d)
+        })
+    }
+
+    /// Pids of this group and those below it.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; a group that does not exist has none.
+    pub fn pids(&self) -> Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        if let Some(dir) = self.process_dir() {
+            collect_pids(&dir, &mut pids)?;
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    /// Freezes every process and waits until they stand, or `deadline` passes.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Invalid`] after the deadline (the group is thawed again).
+    pub fn freeze(&self, deadline: Duration) -> Result<()> {
+        let (file, value, state, frozen) = match self.layout {
+            Layout::V1(_) => ("freezer.state", "FROZEN", "freezer.state", "FROZEN"),
+            Layout::V2(_) => ("cgroup.freeze", "1", "cgroup.events", "frozen 1"),
+        };
+        let dir = self.need("freezer")?;
+        let until = Instant::now() + deadline;
+        loop {
+            // v1 may miss a process that is just being forked: write again until it holds.
+            write(&dir, file, value)?;
+            let text = fs::read_to_string(dir.join(state)).unwrap_or_default();
+            if text.contains(frozen) {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                self.thaw()?;
+                return Err(Error::Invalid(format!("not frozen within {deadline:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Lets frozen processes run again.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn thaw(&self) -> Result<()> {
+        let dir = self.need("freezer")?;
+        match self.layout {
+            Layout::V1(_) => write(&dir, "freezer.state", "THAWED"),
+            Layout::V2(_) => write(&dir, "cgroup.freeze", "0"),
+        }
+    }
+
+    fn need(&self, controller: &str) -> Result<PathBuf> {
+        self.dir(controller).filter(|d| d.is_dir()).ok_or_else(|| {
+            Error::Invalid(format!(
+                "cgroup {} has no {controller} controller on this host",
+                self.path.display()
+            ))
+        })
+    }
+
+    /// Sends a signal to every process of the group, again until no new one appears.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn signal_all(&self, signal: i32) -> Result<()> {
+        if signal == libc::SIGKILL
+            && let Layout::V2(m) = &self.layout
+            && fs::write(m.join(&self.path).join("cgroup.kill"), "1").is_ok()
+        {
+            return Ok(());
+        }
+        let mut done = std::collections::BTreeSet::new();
+        for _ in 0..16 {
+            let mut found = false;
+            for pid in self.pids()? {
+                if done.insert(pid) {
+                    found = true;
+                    // SAFETY: kill takes integers; a process that has just ended is no error.
+                    unsafe { libc::kill(pid as i32, signal) };
+                }
+            }
+            if !found {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the group and those below it, waiting up to `deadline` for processes to leave.
+    ///
+    /// # Errors
+    /// [`Error::Io`] `EBUSY` when processes are still there.
+    pub fn remove(&self, deadline: Duration) -> Result<()> {
+        let until = Instant::now() + deadline;
+        for dir in self.dirs() {
+            loop {
+                match remove_tree(&dir) {
+                    Ok(()) => break,
+                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                    Err(e) => return Err(e).context(|| format!("cannot remove {}", dir.display())),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A descriptor that becomes readable when the group has had an out-of-memory kill: an
+    /// eventfd (v1) or an inotify descriptor (v2). `None` without the memory controller.
+    pub fn oom_watch(&self) -> Option<OwnedFd> {
+        let dir = self.dir("memory").filter(|d| d.is_dir())?;
+        match self.layout {
+            Layout::V1(_) => {
+                use nix::sys::eventfd::{EfdFlags, EventFd};
+                use std::os::fd::{AsFd, AsRawFd};
+                let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+                let event = EventFd::from_value_and_flags(0, flags).ok()?;
+                let control = fs::File::open(dir.join("memory.oom_control")).ok()?;
+                let line = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
+                fs::write(dir.join("cgroup.event_control"), line).ok()?;
+                Some(event.into())
+            }
+            Layout::V2(_) => {
+                use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+                let i = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+                i.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY).ok()?;
+                Some(i.into())
+            }
+        }
+    }
+
+    /// How many processes of the group the kernel has killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        let file = if self.layout.is_v2() { "memory.events" } else { "memory.oom_control" };
+        let text = self.dir("memory").and_then(|d| fs::read_to_string(d.join(file)).ok());
+        text.and_then(|t| {
+            t.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok())
+        })
+        .unwrap_or(0)
+    }
+}
+
+fn collect_pids(dir: &Path, pids: &mut Vec<u32>) -> Result<()> {
+    match fs::read_to_string(dir.join("cgroup.procs")) {
+        Ok(text) => pids.extend(text.lines().filter_map(|l| l.trim().parse::<u32>().ok())),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound) => return Ok(()),
+        // A threaded group has no process list of its own, and a group may go while we read.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV)) => {}
+        Err(e) => return Err(e).context(|| format!("cannot read {}", dir.display())),
+    }
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            collect_pids(&entry.path(), pids)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_tree(dir: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn write(dir: &Path, file: &str, value: &str) -> Result<()> {
+    fs::write(dir.join(file), value)
+        .context(|| format!("cannot write {value:?} to {}", dir.join(file).display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_are_told_apart() {
+        let v1 = "30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct\n\
+                  31 25 0:27 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+                  32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let Layout::V1(c) = Layout::parse(v1).unwrap() else { panic!("v1 expected") };
+        assert_eq!(c["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+        assert_eq!(c["systemd"], Path::new("/sys/fs/cgroup/systemd"));
+        let v2 = "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(Layout::parse(v2).unwrap(), Layout::V2("/sys/fs/cgroup".into()));
+        assert!(Layout::parse("").is_err());
+    }
+
+    #[test]
+    fn systemd_paths_are_expanded() {
+        assert_eq!(expand_systemd("/a/b"), "/a/b");
+        assert_eq!(
+            expand_systemd("kubepods-pod1.slice:cri-containerd:abc"),
+            "/kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope"
+        );
+        assert_eq!(expand_systemd("kubepods-x.slice"), "/kubepods.slice/kubepods-x.slice");
+    }
+
+    #[test]
+    fn a_path_cannot_leave_the_hierarchy() {
+        let l = Layout::V2("/sys/fs/cgroup".into());
+        assert!(l.group("/../etc").is_err());
+        assert!(l.group("/").is_err());
+        assert!(l.group("/k8s/pod").is_ok());
+    }
+}
