@@ -3,7 +3,16 @@
 //! One program with three faces: the resident daemon, the built-in OCI engine ([`oci`], which
 //! sandbox-parent runs for every container), and the operator's `shutdown-parent`.
 
+mod config;
+mod console;
+mod engine;
+mod metrics;
 mod oci;
+mod oom;
+mod pod;
+mod runtime;
+mod selfexe;
+mod spec;
 
 use std::process::ExitCode;
 

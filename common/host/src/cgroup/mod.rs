@@ -91,7 +91,7 @@ impl Layout {
 }
 
 /// `a-b.slice:prefix:name` is `/a.slice/a-b.slice/prefix-name.scope`.
-fn expand_systemd(path: &str) -> String {
+pub fn expand_systemd(path: &str) -> String {
     let slice_path = |slice: &str| {
         let stem = slice.trim_end_matches(".slice");
         let mut out = String::new();

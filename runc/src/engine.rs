@@ -1,0 +1,366 @@
+//! OCI engines: the built-in one and any OCI command line (runc, crun, …).
+//!
+//! An engine is only ever *run*: by sandbox-parent, which becomes the parent of what the engine
+//! leaves behind and keeps its exit until somebody has written it down. Between commands nothing
+//! of an engine stays in memory. What needs no engine is not done by one: signals go through
+//! pidfds, process lists, freezing, limits and statistics through cgroups (`crate::runtime`),
+//! and starting or deleting a container of the built-in engine is a connect or an unlink.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_task::error::{Error, Result};
+use sandbox_parent::client::{Parent, Spawn};
+use serde::Deserialize;
+
+use crate::selfexe::SelfExe;
+use crate::spec::Descriptors;
+
+/// First descriptor behind the standard streams.
+const FIRST_FD: RawFd = 3;
+/// Name of the built-in engine in the configuration.
+pub const BUILTIN: &str = "builtin";
+
+/// One engine of the configuration.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Program, as an absolute path or a name to be found in `PATH`.
+    pub path: PathBuf,
+    /// Passes `--systemd-cgroup`.
+    #[serde(default)]
+    pub systemd_cgroup: bool,
+    /// Global arguments in front of the command.
+    #[serde(default)]
+    pub args: Vec<String>,
+}
+
+/// How long engine commands may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// `create` and `exec`.
+    pub create: Duration,
+    /// Everything else.
+    pub other: Duration,
+}
+
+/// All engines of a daemon.
+#[derive(Debug)]
+pub struct Engines {
+    parent: Parent,
+    builtin: SelfExe,
+    table: BTreeMap<String, EngineConfig>,
+    limits: Limits,
+}
+
+/// A chosen engine.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    all: Arc<Engines>,
+    name: String,
+    cli: Option<EngineConfig>,
+}
+
+/// Standard streams of a new process.
+#[derive(Debug)]
+pub enum Streams<'a> {
+    /// Standard input, output, error; `None` is `/dev/null`.
+    Plain([Option<BorrowedFd<'a>>; 3]),
+    /// A terminal whose master comes to this socket.
+    Console(&'a Path),
+}
+
+/// A process that an engine has left behind.
+#[derive(Debug, Clone, Copy)]
+pub struct Left {
+    /// Its pid.
+    pub pid: u32,
+    /// For [`Parent::watch`].
+    pub since: u64,
+}
+
+impl Engines {
+    /// The engines of this configuration.
+    pub fn new(
+        parent: Parent,
+        builtin: SelfExe,
+        table: BTreeMap<String, EngineConfig>,
+        limits: Limits,
+    ) -> Self {
+        Self { parent, builtin, table, limits }
+    }
+
+    /// The engine with this name; otherwise the text names those that there are.
+    pub fn get(self: &Arc<Self>, name: &str) -> std::result::Result<Engine, String> {
+        if name == BUILTIN {
+            return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
+        }
+        let Some(config) = self.table.get(name) else {
+            let names: Vec<_> = self.table.keys().map(String::as_str).collect();
+            return Err(format!(
+                "unknown engine {name:?}: configured are {BUILTIN}{}{}",
+                if names.is_empty() { "" } else { ", " },
+                names.join(", ")
+            ));
+        };
+        let path = find_program(&config.path).ok_or_else(|| {
+            format!("engine {name:?}: program {} is not installed", config.path.display())
+        })?;
+        let cli = Some(EngineConfig { path, ..config.clone() });
+        Ok(Engine { all: self.clone(), name: name.into(), cli })
+    }
+}
+
+/// A program by absolute path or by name in `PATH`.
+pub fn find_program(name: &Path) -> Option<PathBuf> {
+    if name.is_absolute() {
+        return name.is_file().then(|| name.to_owned());
+    }
+    let default = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into();
+    let path = std::env::var_os("PATH").unwrap_or(default);
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+impl Engine {
+    /// Its name in the configuration.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it is the built-in one.
+    pub fn is_builtin(&self) -> bool {
+        self.cli.is_none()
+    }
+
+    /// Whether it asks systemd for cgroups.
+    pub fn drives_systemd(&self) -> bool {
+        self.cli.as_ref().is_some_and(|cli| cli.systemd_cgroup)
+    }
+
+    /// How it gets at descriptors named in the spec.
+    pub fn descriptors(&self) -> Descriptors {
+        if self.is_builtin() { Descriptors::Passed(FIRST_FD) } else { Descriptors::Ours }
+    }
+
+    /// Creates a container of `bundle`; `passed` are further descriptors.
+    pub async fn create(
+        &self,
+        dir: &Path,
+        id: &str,
+        streams: &Streams<'_>,
+        passed: &[BorrowedFd<'_>],
+    ) -> Result<Left> {
+        let mut words = vec!["create".to_owned(), "--bundle".into(), text(dir)?];
+        let pid_file = dir.join("init.pid");
+        self.process(&mut words, streams, &pid_file)?;
+        words.push(id.into());
+        self.leave(dir, words, streams, passed, &pid_file).await
+    }
+
+    /// Runs a further process; `process` is the file with its description.
+    pub async fn exec(
+        &self,
+        dir: &Path,
+        id: &str,
+        process: &Path,
+        streams: &Streams<'_>,
+    ) -> Result<Left> {
+        let mut words = vec!["exec".to_owned(), "--detach".into(), "--process".into(), text(process)?];
+        let pid_file = process.with_extension("pid");
+        self.process(&mut words, streams, &pid_file)?;
+        words.push(id.into());
+        let left = self.leave(dir, words, streams, &[], &pid_file).await;
+        let _ = std::fs::remove_file(&pid_file);
+        left
+    }
+
+    fn process(&self, words: &mut Vec<String>, streams: &Streams<'_>, pid_file: &Path) -> Result<()> {
+        words.extend(["--pid-file".into(), text(pid_file)?]);
+        if let Streams::Console(socket) = streams {
+            words.extend(["--console-socket".into(), text(socket)?]);
+        }
+        Ok(())
+    }
+
+    async fn leave(
+        &self,
+        dir: &Path,
+        words: Vec<String>,
+        streams: &Streams<'_>,
+        passed: &[BorrowedFd<'_>],
+        pid_file: &Path,
+    ) -> Result<Left> {
+        let mut fds: Vec<Option<BorrowedFd<'_>>> = match streams {
+            Streams::Plain(plain) => plain.to_vec(),
+            Streams::Console(_) => vec![None, None, None],
+        };
+        fds.extend(passed.iter().copied().map(Some));
+        let since = self.run(dir, words, fds, self.all.limits.create).await?;
+        let pid = std::fs::read_to_string(pid_file)
+            .map_err(|error| Error::internal(format!("engine {} left no pid file", self.name), error))?;
+        let pid = pid.trim().parse::<u32>().ok().filter(|pid| *pid > 0).ok_or_else(|| {
+            Error::internal(format!("engine {} wrote a pid file", self.name), format!("not a pid: {pid:?}"))
+        })?;
+        Ok(Left { pid, since })
+    }
+
+    /// Lets a created container run.
+    pub async fn start(&self, dir: &Path, id: &str, has_hooks: bool) -> Result<()> {
+        if self.is_builtin() && !has_hooks {
+            return start_builtin(dir, id);
+        }
+        self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits.other).await.map(drop)
+    }
+
+    /// Removes the engine's state of a container whose processes are gone. Idempotent.
+    pub async fn delete(&self, dir: &Path, id: &str, has_hooks: bool) -> Result<()> {
+        let state = dir.join("engine").join(id);
+        if !state.exists() {
+            return Ok(());
+        }
+        if self.is_builtin() && !has_hooks {
+            return std::fs::remove_dir_all(&state)
+                .map_err(|error| Error::internal(format!("remove {}", state.display()), error));
+        }
+        let words = vec!["delete".into(), "--force".into(), id.into()];
+        self.run(dir, words, Vec::new(), self.all.limits.other).await.map(drop)
+    }
+
+    /// Any other command of a command-line engine (checkpoint, restore).
+    pub async fn command(&self, dir: &Path, words: Vec<String>) -> Result<()> {
+        self.run(dir, words, Vec::new(), self.all.limits.create).await.map(drop)
+    }
+
+    /// Runs the engine and waits for its end; answers the number for `watch`.
+    async fn run(
+        &self,
+        dir: &Path,
+        words: Vec<String>,
+        fds: Vec<Option<BorrowedFd<'_>>>,
+        limit: Duration,
+    ) -> Result<u64> {
+        let verb = words.first().cloned().unwrap_or_default();
+        let log = dir.join("engine.log");
+        let _ = std::fs::remove_file(&log);
+        let mut argv = match &self.cli {
+            None => vec![self.all.builtin.path(), "oci".into()],
+            Some(cli) => {
+                let mut argv = vec![text(&cli.path)?];
+                argv.extend(cli.args.iter().cloned());
+                argv.extend(["--log-format".into(), "json".into()]);
+                if cli.systemd_cgroup {
+                    argv.push("--systemd-cgroup".into());
+                }
+                argv
+            }
+        };
+        argv.extend(["--root".into(), text(&dir.join("engine"))?, "--log".into(), text(&log)?]);
+        argv.extend(words);
+        let cookie = Parent::new_cookie();
+        let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
+        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+        let command = Spawn { argv, env: vec![format!("PATH={path}")], fds, cookie };
+        let parent = &self.all.parent;
+        let spawned = parent
+            .spawn(command)
+            .await
+            .map_err(|error| Error::internal(format!("run engine {}", self.name), error))?;
+        let exit = match tokio::time::timeout(limit, parent.exit_of(cookie)).await {
+            Ok(exit) => exit.map_err(|error| Error::internal("wait for the engine", error))?,
+            Err(_) => {
+                // It may have ended just now.
+                let _ = kuasar_host::process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
+                // It is reaped and forgotten as soon as the kernel has ended it.
+                let parent = parent.clone();
+                tokio::spawn(async move {
+                    let _ = parent.exit_of(cookie).await;
+                    parent.acknowledge(cookie).await;
+                });
+                return Err(Error::DeadlineExceeded(format!(
+                    "engine {} did not finish {verb} within {limit:?}",
+                    self.name
+                )));
+            }
+        };
+        parent.acknowledge(cookie).await;
+        if exit.status == 0 {
+            return Ok(spawned.since);
+        }
+        let reason = last_error(&log)
+            .unwrap_or_else(|| format!("the engine ended with status {} and no message", exit.status));
+        let message = format!("OCI runtime {verb} failed: {}: {reason}", self.name);
+        // The image or the pod asks for a command that is not there: not the node's fault.
+        let theirs = ["executable file not found", "no such file or directory", "permission denied", "is a directory"];
+        if reason.contains("exec: ") && theirs.iter().any(|words| reason.contains(words)) {
+            return Err(Error::InvalidArgument(message));
+        }
+        Err(Error::internal(format!("OCI runtime {verb} failed"), format!("{}: {reason}", self.name)))
+    }
+}
+
+fn text(path: &Path) -> Result<String> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| Error::InvalidArgument(format!("path {} is not UTF-8", path.display())))
+}
+
+/// The message of the last error line of an engine's log (runc's and crun's JSON format).
+fn last_error(log: &Path) -> Option<String> {
+    let text = std::fs::read(log).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let mut last = None;
+    for line in text.lines() {
+        match serde_json::from_str::<serde_json::Value>(line) {
+            Ok(entry) => {
+                let level = entry.get("level").and_then(|level| level.as_str()).unwrap_or("error");
+                if matches!(level, "error" | "fatal") {
+                    last = entry.get("msg").and_then(|msg| msg.as_str()).map(str::to_owned).or(last);
+                }
+            }
+            Err(_) if !line.trim().is_empty() => last = Some(line.trim().to_owned()),
+            Err(_) => {}
+        }
+    }
+    // Part of it may be a container's words: bounded, and in one line.
+    last.map(|text| text.chars().filter(|c| !c.is_control()).take(2000).collect())
+}
+
+/// The built-in engine's start: its init process waits in `accept` on `notify.sock`.
+fn start_builtin(dir: &Path, id: &str) -> Result<()> {
+    use std::io::Write;
+    let state = dir.join("engine").join(id);
+    let wrap = |error: std::io::Error| {
+        Error::internal(format!("start container {id}: its init process does not wait"), error)
+    };
+    // Reached through a descriptor: a socket's path may only have 107 bytes.
+    let handle = std::fs::File::open(&state).map_err(wrap)?;
+    let socket = format!("/proc/self/fd/{}/notify.sock", handle.as_raw_fd());
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).map_err(wrap)?;
+    stream.write_all(b"start container").map_err(wrap)?;
+    // The state file is for people with `runc-sandboxer oci state`; we do not read it.
+    let path = state.join("state.json");
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        let running = text.replacen("\"status\":\"created\"", "\"status\":\"running\"", 1);
+        let _ = std::fs::write(&path, running);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_of_a_log_is_the_message() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        std::fs::write(&log, "{\"level\":\"warning\",\"msg\":\"w\"}\n{\"level\":\"error\",\"msg\":\"first\"}\n{\"level\":\"error\",\"msg\":\"se\\ncond\"}\n{\"level\":\"info\",\"msg\":\"i\"}\n").unwrap();
+        assert_eq!(last_error(&log).unwrap(), "second");
+        std::fs::write(&log, "plain words\n").unwrap();
+        assert_eq!(last_error(&log).unwrap(), "plain words");
+        assert!(last_error(&dir.path().join("none")).is_none());
+    }
+}

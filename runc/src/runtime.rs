@@ -1,0 +1,485 @@
+//! Containers of one pod: the [`Runtime`] behind the pod's Task server.
+//!
+//! Nothing about a container is held in memory. What is needed later is in
+//! `<sandbox>/containers/<id>/meta.json`, beside the edited `config.json` and the engine's state:
+//! a daemon that starts again has lost nothing, and a hundred idle containers cost nothing.
+//!
+//! Exits come from sandbox-parent. The handle of a process in the Task server's journal is the
+//! cookie under which sandbox-parent keeps its exit until [`Runtime::exit_recorded`].
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use containerd_task::error::{Error, Result};
+use containerd_task::runtime::{
+    AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
+};
+use futures::future::BoxFuture;
+use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::mount::Mount;
+use kuasar_host::{process, record};
+use sandbox_parent::client::Parent;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::console::Console;
+use crate::engine::{Engine, Engines, Left, Streams};
+use crate::metrics::Phases;
+use crate::pod::Pod;
+use crate::spec;
+
+/// What a container's later calls need.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Meta {
+    engine: String,
+    /// Whether hooks want the engine itself to start and delete.
+    hooks: bool,
+    /// `linux.cgroupsPath` as the engine got it.
+    cgroup: String,
+    /// Where the rootfs is mounted.
+    rootfs: Option<PathBuf>,
+    pid: u32,
+}
+
+/// The containers of one pod.
+pub struct Containers {
+    pod: Arc<Pod>,
+    parent: Parent,
+    engines: Arc<Engines>,
+    phases: Phases,
+    cgroups: Arc<Layout>,
+}
+
+/// How long a cgroup may take to freeze, or to lose its killed processes.
+const CGROUP_DEADLINE: Duration = Duration::from_secs(5);
+
+fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+    let what = what.into();
+    move |error| match error {
+        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
+        other => Error::internal(what, other),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+}
+
+impl Containers {
+    /// The containers of `pod`.
+    pub fn new(
+        pod: Arc<Pod>,
+        parent: Parent,
+        engines: Arc<Engines>,
+        phases: Phases,
+        cgroups: Arc<Layout>,
+    ) -> Self {
+        Self { pod, parent, engines, phases, cgroups }
+    }
+
+    fn engine(&self, name: &str) -> Result<Engine> {
+        self.engines.get(name).map_err(Error::FailedPrecondition)
+    }
+
+    fn meta(&self, id: &str) -> Result<Meta> {
+        let path = self.pod.container(id).join("meta.json");
+        let text = std::fs::read(&path)
+            .map_err(|_| Error::NotFound(format!("container {id} does not exist")))?;
+        serde_json::from_slice(&text)
+            .map_err(|error| Error::internal(format!("read {}", path.display()), error))
+    }
+
+    fn cgroup(&self, id: &str) -> Result<Cgroup> {
+        let meta = self.meta(id)?;
+        self.cgroups.group(&meta.cgroup).map_err(internal(format!("cgroup of container {id}")))
+    }
+
+    /// Follows a process that an engine has left behind.
+    async fn follow(&self, left: Left) -> Result<(u64, BoxFuture<'static, Exit>)> {
+        let cookie = Parent::new_cookie();
+        self.parent
+            .watch(left.pid, left.since, cookie)
+            .await
+            .map_err(|error| Error::internal("watch the process", error))?;
+        Ok((cookie, exit_of(self.parent.clone(), cookie, left.pid)))
+    }
+
+    /// Prepares bundle, rootfs and spec; synchronous work in one go.
+    fn prepare(
+        pod: &Pod,
+        engine: &Engine,
+        request: &CreateContainer,
+        terminal: Option<Option<(u16, u16)>>,
+        phases: &Phases,
+    ) -> Result<(Meta, Vec<i32>)> {
+        let dir = pod.container(&request.id);
+        record::private_dir(&dir).map_err(internal("make the container's directory"))?;
+        let source = request.bundle.join("config.json");
+        let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
+        let rootfs = request.bundle.join("rootfs");
+        let mut value = Value::Object(std::mem::take(loaded.value_mut()));
+        let (files, shm) = (pod.dir.as_path(), pod.shm());
+        let passed = spec::edit(&mut value, &pod.spec(files, &shm), &rootfs, engine.descriptors())
+            .map_err(Error::InvalidArgument)?;
+        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
+            set_terminal(process, terminal);
+        }
+        let cgroup = cgroup_path(&mut value, pod, &request.id, engine)?;
+        let hooks = value.pointer("/hooks").and_then(Value::as_object);
+        let meta = Meta {
+            engine: engine.name().into(),
+            hooks: hooks.is_some_and(|hooks| hooks.contains_key("poststart") || hooks.contains_key("poststop")),
+            cgroup,
+            rootfs: (!request.rootfs.is_empty()).then(|| rootfs.clone()),
+            pid: 0,
+        };
+        save(&dir, &meta)?;
+        if !request.rootfs.is_empty() {
+            let begun = Instant::now();
+            let mounts: Vec<Mount> = request
+                .rootfs
+                .iter()
+                .map(|mount| Mount {
+                    kind: mount.kind.clone(),
+                    source: mount.source.clone(),
+                    target: mount.target.clone(),
+                    options: mount.options.clone(),
+                })
+                .collect();
+            kuasar_host::mount::mount_all(&mounts, &rootfs).map_err(internal("mount the rootfs"))?;
+            phases.observe("rootfs", begun.elapsed());
+        }
+        make_cwd(&value, &rootfs);
+        let text = serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
+        record::write_file(&dir.join("config.json"), &text, 0o600).map_err(internal("write the spec"))?;
+        Ok((meta, passed))
+    }
+
+    /// Undoes a create; errors only slow down who comes later, so they are logged.
+    async fn undo(&self, id: &str) {
+        if let Err(error) = self.delete(id, Path::new("")).await {
+            tracing::warn!(container = id, error = %error.chain(), "cannot clean up after a failed create");
+        }
+    }
+
+    async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
+        let engine = self.engine(&self.pod.engine)?;
+        let (pod, phases, wanted) = (self.pod.clone(), self.phases.clone(), request.clone());
+        let terminal = terminal_of(&io);
+        let engine_too = engine.clone();
+        let (mut meta, passed) =
+            blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal, &phases)).await?;
+        let dir = self.pod.container(&request.id);
+        // SAFETY: they belong to `self.pod`, which outlives this borrow.
+        let passed: Vec<_> = passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
+        let begun = Instant::now();
+        let (left, master) = match &io {
+            ProcessIo::Streams { stdin, stdout, stderr } => {
+                let streams = plain(stdin, stdout, stderr);
+                (engine.create(&dir, &request.id, &streams, &passed).await?, None)
+            }
+            ProcessIo::Terminal { size } => {
+                let console = Console::listen(&self.pod.dir)?;
+                let streams = Streams::Console(console.path());
+                let left = engine.create(&dir, &request.id, &streams, &passed).await?;
+                (left, Some(console.master(*size)?))
+            }
+        };
+        self.phases.observe("engine_create", begun.elapsed());
+        meta.pid = left.pid;
+        save(&dir, &meta)?;
+        let (handle, exit) = self.follow(left).await?;
+        Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
+    }
+}
+
+fn save(dir: &Path, meta: &Meta) -> Result<()> {
+    let text = serde_json::to_vec(meta).map_err(|error| Error::internal("write meta.json", error))?;
+    record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(internal("write meta.json"))
+}
+
+fn terminal_of(io: &ProcessIo) -> Option<Option<(u16, u16)>> {
+    match io {
+        ProcessIo::Streams { .. } => None,
+        ProcessIo::Terminal { size } => Some(*size),
+    }
+}
+
+/// Makes the `process` object agree with the streams that the request has.
+fn set_terminal(process: &mut serde_json::Map<String, Value>, terminal: Option<Option<(u16, u16)>>) {
+    process.insert("terminal".into(), json!(terminal.is_some()));
+    match terminal {
+        Some(Some((width, height))) => {
+            process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
+        }
+        Some(None) => {}
+        None => drop(process.remove("consoleSize")),
+    }
+}
+
+fn plain<'a>(
+    stdin: &'a Option<OwnedFd>,
+    stdout: &'a Option<OwnedFd>,
+    stderr: &'a Option<OwnedFd>,
+) -> Streams<'a> {
+    Streams::Plain([stdin, stdout, stderr].map(|fd| fd.as_ref().map(AsFd::as_fd)))
+}
+
+/// The container's cgroup path; written into a spec that has none. For an engine that drives
+/// cgroupfs, systemd's `slice:prefix:name` becomes the directory that systemd would use.
+fn cgroup_path(spec: &mut Value, pod: &Pod, id: &str, engine: &Engine) -> Result<String> {
+    let linux = spec
+        .get_mut("linux")
+        .and_then(Value::as_object_mut)
+        .ok_or_else(|| Error::InvalidArgument("config.json has no linux section".into()))?;
+    let given = linux.get("cgroupsPath").and_then(Value::as_str).unwrap_or_default();
+    let path = if given.is_empty() { format!("/kuasar/{}/{id}", pod.id) } else { given.to_owned() };
+    let path = if engine.drives_systemd() { path } else { kuasar_host::cgroup::expand_systemd(&path) };
+    linux.insert("cgroupsPath".into(), json!(path));
+    Ok(path)
+}
+
+/// runc makes a missing working directory, libcontainer does not. Resolved inside the rootfs.
+fn make_cwd(spec: &Value, rootfs: &Path) {
+    use std::os::fd::AsRawFd;
+    let Some(cwd) = spec.pointer("/process/cwd").and_then(Value::as_str) else { return };
+    let Ok(root) = std::fs::File::open(rootfs) else { return };
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    if kuasar_host::safe_path::open_in_root(root.as_fd(), Path::new(cwd), flags).is_ok() {
+        return;
+    }
+    let mut at = PathBuf::from("/");
+    for part in Path::new(cwd).components() {
+        let std::path::Component::Normal(name) = part else { continue };
+        let Ok(parent) = kuasar_host::safe_path::open_in_root(root.as_fd(), &at, flags) else { return };
+        // The parent is resolved inside the rootfs; mkdirat follows no link in the last name.
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o755);
+        match nix::sys::stat::mkdirat(parent.as_fd(), name, mode) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => at.push(name),
+            Err(error) => {
+                tracing::debug!(fd = parent.as_raw_fd(), %error, "cannot make the working directory");
+                return;
+            }
+        }
+    }
+}
+
+/// The exit of a process. If sandbox-parent is lost, the process itself is watched, and how it
+/// ended is not known.
+fn exit_of(parent: Parent, cookie: u64, pid: u32) -> BoxFuture<'static, Exit> {
+    Box::pin(async move {
+        if let Ok(exit) = parent.exit_of(cookie).await {
+            return Exit { status: exit.status, at: exit.at };
+        }
+        if let Ok(pidfd) = process::pidfd_open(pid) {
+            // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+            let ready = unsafe { tokio::io::unix::AsyncFd::register(pidfd) };
+            if let Ok(ready) = ready {
+                let _ = ready.readable().await;
+            }
+        }
+        Exit { status: 255, at: SystemTime::now() }
+    })
+}
+
+#[async_trait]
+impl Runtime for Containers {
+    async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
+        if request.checkpoint.is_some() {
+            return Err(Error::Unimplemented(
+                "restoring from a checkpoint is not supported; create the container anew".into(),
+            ));
+        }
+        let result = self.create_inner(request, io).await;
+        if result.is_err() {
+            self.undo(&request.id).await;
+        }
+        result
+    }
+
+    async fn start(&self, container: &str, _pid: u32) -> Result<()> {
+        let meta = self.meta(container)?;
+        let begun = Instant::now();
+        let engine = self.engine(&meta.engine)?;
+        engine.start(&self.pod.container(container), container, meta.hooks).await?;
+        self.phases.observe("engine_start", begun.elapsed());
+        Ok(())
+    }
+
+    async fn exec(&self, container: &str, exec: &str, spec: &[u8], io: ProcessIo) -> Result<Spawned> {
+        let meta = self.meta(container)?;
+        let engine = self.engine(&meta.engine)?;
+        let dir = self.pod.container(container);
+        let mut value: serde_json::Map<String, Value> = serde_json::from_slice(spec)
+            .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
+        spec::plain_process(&mut value);
+        set_terminal(&mut value, terminal_of(&io));
+        let text = serde_json::to_vec(&value).map_err(|error| Error::internal("exec", error))?;
+        let file = dir.join(format!("exec-{exec}.json"));
+        record::write_file(&file, &text, 0o600).map_err(internal("write the exec's process"))?;
+        let begun = Instant::now();
+        let result = async {
+            match &io {
+                ProcessIo::Streams { stdin, stdout, stderr } => {
+                    let streams = plain(stdin, stdout, stderr);
+                    Ok((engine.exec(&dir, container, &file, &streams).await?, None))
+                }
+                ProcessIo::Terminal { size } => {
+                    let console = Console::listen(&self.pod.dir)?;
+                    let streams = Streams::Console(console.path());
+                    let left = engine.exec(&dir, container, &file, &streams).await?;
+                    Ok((left, Some(console.master(*size)?)))
+                }
+            }
+        }
+        .await;
+        let _ = std::fs::remove_file(&file);
+        let (left, terminal) = result?;
+        self.phases.observe("engine_exec", begun.elapsed());
+        let (handle, exit) = self.follow(left).await?;
+        Ok(Spawned { pid: left.pid, handle, terminal, exit })
+    }
+
+    async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
+        let id = &process.container;
+        if all {
+            let cgroup = self.cgroup(id)?;
+            return blocking(move || cgroup.signal_all(signal).map_err(internal("signal all processes"))).await;
+        }
+        let gone = || Error::NotFound(format!("process {} of container {id} has ended", process.pid));
+        let pidfd = process::pidfd_open(process.pid).map_err(|_| gone())?;
+        // The pid may be another process's by now: ours is in the container's cgroup.
+        let membership = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).map_err(|_| gone())?;
+        let meta = self.meta(id)?;
+        let leaf = meta.cgroup.rsplit(['/', ':']).next().unwrap_or_default();
+        if !membership.contains(leaf) {
+            return Err(gone());
+        }
+        match process::pidfd_signal(pidfd.as_fd(), signal) {
+            Ok(()) => Ok(()),
+            Err(error) if error.errno() == Some(libc::ESRCH) => Err(gone()),
+            Err(error) if error.errno() == Some(libc::EINVAL) => {
+                Err(Error::InvalidArgument(format!("unknown signal {signal}")))
+            }
+            Err(error) => Err(Error::internal("signal the process", error)),
+        }
+    }
+
+    async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
+        let dir = self.pod.container(container);
+        if !dir.exists() {
+            return Ok(());
+        }
+        let Ok(meta) = self.meta(container) else {
+            return blocking(move || remove_dir(&dir)).await;
+        };
+        // Processes that the init of a shared PID namespace, or of the host's, has left behind.
+        let cgroup = self.cgroups.group(&meta.cgroup).ok();
+        if let Some(cgroup) = &cgroup {
+            let _ = cgroup.signal_all(libc::SIGKILL);
+        }
+        if let Ok(engine) = self.engine(&meta.engine) {
+            engine.delete(&dir, container, meta.hooks).await?;
+        }
+        blocking(move || {
+            if let Some(cgroup) = &cgroup {
+                cgroup.remove(CGROUP_DEADLINE).map_err(internal("remove the cgroup"))?;
+            }
+            if let Some(rootfs) = &meta.rootfs {
+                kuasar_host::mount::unmount_below(rootfs).map_err(internal("unmount the rootfs"))?;
+            }
+            remove_dir(&dir)
+        })
+        .await
+    }
+
+    async fn pids(&self, container: &str) -> Result<Vec<u32>> {
+        let meta = self.meta(container)?;
+        let pids = self.cgroups.group(&meta.cgroup).and_then(|cgroup| cgroup.pids()).unwrap_or_default();
+        // containerd takes an empty list for a leaked shim.
+        Ok(if pids.is_empty() { vec![meta.pid] } else { pids })
+    }
+
+    async fn pause(&self, container: &str) -> Result<()> {
+        let cgroup = self.cgroup(container)?;
+        blocking(move || cgroup.freeze(CGROUP_DEADLINE).map_err(internal("freeze"))).await
+    }
+
+    async fn resume(&self, container: &str) -> Result<()> {
+        let cgroup = self.cgroup(container)?;
+        blocking(move || cgroup.thaw().map_err(internal("thaw"))).await
+    }
+
+    async fn checkpoint(
+        &self,
+        container: &str,
+        path: &Path,
+        _options: Option<AnyMessage>,
+    ) -> Result<()> {
+        let meta = self.meta(container)?;
+        let engine = self.engine(&meta.engine)?;
+        if engine.is_builtin() {
+            return Err(Error::Unimplemented(
+                "the built-in engine makes no checkpoints: choose runc or crun for this pod".into(),
+            ));
+        }
+        if crate::engine::find_program(Path::new("criu")).is_none() {
+            return Err(Error::Unimplemented("checkpoints need criu, which is not installed".into()));
+        }
+        let image = path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
+        let words = ["checkpoint", "--leave-running", "--image-path", image, container];
+        let words = words.iter().map(|word| (*word).to_owned()).collect();
+        engine.command(&self.pod.container(container), words).await
+    }
+
+    async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
+        let cgroup = self.cgroup(container)?;
+        let resources = resources.to_vec();
+        blocking(move || cgroup.update(&resources).map_err(internal("update resources"))).await
+    }
+
+    async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {
+        let cgroup = self.cgroup(container)?;
+        blocking(move || {
+            Ok(match flavor {
+                StatsFlavor::Native => cgroup.metrics(),
+                StatsFlavor::V1 => cgroup.metrics_v1(),
+            })
+        })
+        .await
+    }
+
+    async fn oom_events(&self, container: &str) -> Option<tokio::sync::mpsc::Receiver<()>> {
+        let cgroup = self.cgroup(container).ok()?;
+        crate::oom::watch(&cgroup)
+    }
+
+    async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>> {
+        let watched = self
+            .parent
+            .watched()
+            .await
+            .map_err(|error| Error::internal("ask sandbox-parent for its processes", error))?;
+        Ok(watched
+            .contains(&process.handle)
+            .then(|| exit_of(self.parent.clone(), process.handle, process.pid)))
+    }
+
+    async fn exit_recorded(&self, process: &ProcessRef) {
+        self.parent.acknowledge(process.handle).await;
+    }
+}
+
+fn remove_dir(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::internal(format!("remove {}", dir.display()), error))
+        }
+        _ => Ok(()),
+    }
+}
