@@ -37,6 +37,8 @@ pub struct Config {
     pub max_connections: u32,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
+    /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
+    pub unprivileged_ports: bool,
     /// containerd's ttrpc socket for events; empty: no events.
     pub events_address: String,
     /// Where Prometheus metrics are served: a socket path or a loopback `address:port`; empty: nowhere.
@@ -61,6 +63,7 @@ impl Default for Config {
             parent_binary: PathBuf::new(),
             max_connections: 16_384,
             shm_size: 64 << 20,
+            unprivileged_ports: true,
             events_address: "/run/containerd/containerd.sock.ttrpc".into(),
             metrics_address: String::new(),
         }

@@ -16,7 +16,6 @@ use containerd_task::error::{Error, Result};
 use sandbox_parent::client::{Parent, Spawn};
 use serde::Deserialize;
 
-use crate::selfexe::SelfExe;
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
@@ -51,7 +50,7 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Engines {
     parent: Parent,
-    builtin: SelfExe,
+    builtin: String,
     table: BTreeMap<String, EngineConfig>,
     limits: Limits,
 }
@@ -83,10 +82,11 @@ pub struct Left {
 }
 
 impl Engines {
-    /// The engines of this configuration.
+    /// The engines of this configuration; `builtin` is the path of our own program for
+    /// sandbox-parent (see [`crate::selfexe`]).
     pub fn new(
         parent: Parent,
-        builtin: SelfExe,
+        builtin: String,
         table: BTreeMap<String, EngineConfig>,
         limits: Limits,
     ) -> Self {
@@ -246,7 +246,7 @@ impl Engine {
         let log = dir.join("engine.log");
         let _ = std::fs::remove_file(&log);
         let mut argv = match &self.cli {
-            None => vec![self.all.builtin.path(), "oci".into()],
+            None => vec![self.all.builtin.clone(), "oci".into()],
             Some(cli) => {
                 let mut argv = vec![text(&cli.path)?];
                 argv.extend(cli.args.iter().cloned());

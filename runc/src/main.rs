@@ -8,7 +8,6 @@ mod console;
 mod engine;
 mod metrics;
 mod oci;
-mod oom;
 mod pod;
 mod runtime;
 mod selfexe;

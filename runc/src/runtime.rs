@@ -454,9 +454,12 @@ impl Runtime for Containers {
         .await
     }
 
-    async fn oom_events(&self, container: &str) -> Option<tokio::sync::mpsc::Receiver<()>> {
-        let cgroup = self.cgroup(container).ok()?;
-        crate::oom::watch(&cgroup)
+    async fn oom_watch(&self, container: &str) -> Option<OwnedFd> {
+        self.cgroup(container).ok()?.oom_watch()
+    }
+
+    fn oom_kills(&self, container: &str) -> u64 {
+        self.cgroup(container).map(|cgroup| cgroup.oom_kills()).unwrap_or_default()
     }
 
     async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>> {
@@ -483,3 +486,7 @@ fn remove_dir(dir: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+#[path = "runtime_tests.rs"]
+mod tests;

@@ -1,0 +1,222 @@
+//! What a pod needs on the host before it starts: its `/etc` files, its `/dev/shm`, its cgroup.
+
+use std::path::Path;
+
+use containerd_sandbox::error::{Error, Result};
+use kuasar_host::cgroup::Layout;
+use kuasar_host::{dns, record};
+use kuasar_protos::cri::{LinuxContainerResources, PodSandboxConfig};
+use serde_json::{Value, json};
+
+use crate::pod::Modes;
+
+/// A kuasar-host error as the Controller answers it.
+pub fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+    let what = what.into();
+    move |error| match error {
+        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
+        other => Error::internal(what, other),
+    }
+}
+
+/// The hostname of a pod: its own, or the host's.
+pub fn hostname(config: &PodSandboxConfig, modes: Modes) -> Result<String> {
+    if modes.host_network || config.hostname.is_empty() {
+        return nix::unistd::gethostname()
+            .map(|name| name.to_string_lossy().into_owned())
+            .map_err(|error| Error::internal("read the host's name", error));
+    }
+    let name = &config.hostname;
+    if name.len() > 64 || name.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/') {
+        return Err(Error::InvalidArgument(format!("hostname {name:?} is not allowed: at most 64 plain characters")));
+    }
+    Ok(name.clone())
+}
+
+/// Writes `hostname`, `hosts` and `resolv.conf` into the sandbox's directory.
+pub fn write_etc(dir: &Path, config: &PodSandboxConfig, modes: Modes) -> Result<()> {
+    let write = |name: &str, text: &[u8]| {
+        record::write_file(&dir.join(name), text, 0o644).map_err(host(format!("write the pod's {name}")))
+    };
+    write("hostname", format!("{}\n", hostname(config, modes)?).as_bytes())?;
+    // kubelet mounts its own; this one is for pods that come from elsewhere.
+    let hosts = std::fs::read("/etc/hosts").unwrap_or_else(|_| b"127.0.0.1 localhost\n::1 localhost\n".to_vec());
+    write("hosts", &hosts)?;
+    let dns_config = &config.dns_config;
+    for value in dns_config.servers.iter().chain(&dns_config.searches).chain(&dns_config.options) {
+        if !dns::is_plain(value) {
+            return Err(Error::InvalidArgument(format!("dns_config: {value:?} is not one word")));
+        }
+    }
+    let text = dns::resolv_conf(&dns_config.servers, &dns_config.searches, &dns_config.options);
+    match text {
+        Some(text) => write("resolv.conf", text.as_bytes()),
+        None => write("resolv.conf", &std::fs::read("/etc/resolv.conf").unwrap_or_default()),
+    }
+}
+
+/// Mounts the pod's `/dev/shm`.
+pub fn mount_shm(dir: &Path, size: u64) -> Result<()> {
+    let shm = dir.join("shm");
+    record::private_dir(&shm).map_err(host("make the pod's shm"))?;
+    kuasar_host::mount::mount_shm(&shm, size).map_err(host("mount the pod's shm"))
+}
+
+/// Makes the pod's cgroup where kubelet has not; answers whether it was made now. Limits are
+/// written only then: otherwise kubelet owns them.
+pub fn make_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
+    let linux = &config.linux;
+    if linux.cgroup_parent.is_empty() {
+        return Ok(false);
+    }
+    let group = layout.group(&linux.cgroup_parent).map_err(host("cgroup_parent"))?;
+    if group.exists() || !group.create().map_err(host("make the pod's cgroup"))? {
+        return Ok(false);
+    }
+    if let Some(resources) = linux.resources.as_ref() {
+        let text = oci_resources(resources, linux.overhead.as_ref()).to_string();
+        group.update(text.as_bytes()).map_err(host("limit the pod's cgroup"))?;
+    }
+    Ok(true)
+}
+
+/// CRI resources plus the overhead of the sandbox, as OCI `LinuxResources`.
+pub fn oci_resources(resources: &LinuxContainerResources, overhead: Option<&LinuxContainerResources>) -> Value {
+    let none = LinuxContainerResources::default();
+    let extra = overhead.unwrap_or(&none);
+    let mut memory = serde_json::Map::new();
+    let mut cpu = serde_json::Map::new();
+    let mut put = |map: &mut serde_json::Map<String, Value>, name: &str, base: i64, more: i64| {
+        if base > 0 {
+            map.insert(name.into(), json!(base.saturating_add(more.max(0))));
+        }
+    };
+    put(&mut memory, "limit", resources.memory_limit_in_bytes, extra.memory_limit_in_bytes);
+    put(&mut cpu, "quota", resources.cpu_quota, extra.cpu_quota);
+    put(&mut cpu, "shares", resources.cpu_shares, extra.cpu_shares);
+    put(&mut cpu, "period", resources.cpu_period, 0);
+    for (name, text) in [("cpus", &resources.cpuset_cpus), ("mems", &resources.cpuset_mems)] {
+        if !text.is_empty() {
+            cpu.insert(name.into(), json!(text));
+        }
+    }
+    let mut all = json!({ "memory": memory, "cpu": cpu });
+    if !resources.unified.is_empty()
+        && let Some(all) = all.as_object_mut()
+    {
+        all.insert("unified".into(), json!(resources.unified));
+    }
+    all
+}
+
+/// The `UpdatedResources` of containerd 2.3 (`{"overhead": …, "resources": …}`, each CRI's
+/// `LinuxContainerResources` as Go writes it in JSON) as OCI `LinuxResources`.
+pub fn updated_resources(json: &[u8]) -> Result<Value> {
+    let value: Value = serde_json::from_slice(json)
+        .map_err(|error| Error::InvalidArgument(format!("updated resources: {error}")))?;
+    let part = |name: &str| {
+        let other = format!("{}{}", name.get(..1).unwrap_or_default().to_uppercase(), name.get(1..).unwrap_or_default());
+        value.get(name).or_else(|| value.get(&other)).map(cri_resources)
+    };
+    let resources = part("resources").unwrap_or_default();
+    Ok(oci_resources(&resources, part("overhead").as_ref()))
+}
+
+fn cri_resources(value: &Value) -> LinuxContainerResources {
+    let number = |name: &str| value.get(name).and_then(Value::as_i64).unwrap_or_default();
+    let text = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let mut resources = LinuxContainerResources::new();
+    resources.cpu_period = number("cpu_period");
+    resources.cpu_quota = number("cpu_quota");
+    resources.cpu_shares = number("cpu_shares");
+    resources.memory_limit_in_bytes = number("memory_limit_in_bytes");
+    resources.cpuset_cpus = text("cpuset_cpus");
+    resources.cpuset_mems = text("cpuset_mems");
+    resources
+}
+
+/// The sysctls of a pod, with containerd's two defaults for a pod network: unprivileged
+/// processes may bind low ports and send echo requests.
+pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> Result<Vec<(String, String)>> {
+    let mut list: Vec<(String, String)> = Vec::new();
+    let linux = &config.linux;
+    if unprivileged && !modes.host_network {
+        list.push(("net.ipv4.ip_unprivileged_port_start".into(), "0".into()));
+        let own_userns = linux
+            .security_context
+            .namespace_options
+            .userns_options
+            .as_ref()
+            .is_some_and(|user| !user.uids.is_empty());
+        if !own_userns {
+            list.push(("net.ipv4.ping_group_range".into(), "0 2147483647".into()));
+        }
+    }
+    for (name, value) in &linux.sysctls {
+        let plain = name.replace('/', ".");
+        let of_ipc = plain.starts_with("fs.mqueue.")
+            || plain.starts_with("kernel.shm")
+            || plain.starts_with("kernel.msg")
+            || plain == "kernel.sem";
+        let allowed = (plain.starts_with("net.") && !modes.host_network) || (of_ipc && !modes.host_ipc);
+        if !allowed {
+            return Err(Error::InvalidArgument(format!(
+                "sysctl {name:?} is not in a namespace of this pod: it would change the host"
+            )));
+        }
+        list.retain(|(known, _)| *known != plain);
+        list.push((plain, value.clone()));
+    }
+    Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: Modes = Modes { host_network: false, host_ipc: false, host_pid: false, shared_pid: false };
+
+    fn with_sysctl(name: &str) -> PodSandboxConfig {
+        let mut config = PodSandboxConfig::new();
+        config.linux.mut_or_insert_default().sysctls.insert(name.into(), "1".into());
+        config
+    }
+
+    #[test]
+    fn a_sysctl_of_the_host_is_refused() {
+        assert!(sysctls(&with_sysctl("net.ipv4.ip_forward"), POD, false).is_ok());
+        assert!(sysctls(&with_sysctl("kernel.shm_rmid_forced"), POD, false).is_ok());
+        assert!(sysctls(&with_sysctl("vm.swappiness"), POD, false).is_err());
+        assert!(sysctls(&with_sysctl("kernel.core_pattern"), POD, false).is_err());
+        let host = Modes { host_network: true, host_ipc: true, ..POD };
+        assert!(sysctls(&with_sysctl("net.ipv4.ip_forward"), host, false).is_err());
+        assert!(sysctls(&with_sysctl("kernel.shm_rmid_forced"), host, false).is_err());
+    }
+
+    #[test]
+    fn the_pod_overrides_the_defaults() {
+        let list = sysctls(&with_sysctl("net.ipv4.ip_unprivileged_port_start"), POD, true).unwrap();
+        assert_eq!(list.iter().filter(|(name, _)| name.ends_with("port_start")).count(), 1);
+        assert!(list.contains(&("net.ipv4.ip_unprivileged_port_start".into(), "1".into())));
+    }
+
+    #[test]
+    fn dns_values_cannot_add_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = PodSandboxConfig::new();
+        config.dns_config.mut_or_insert_default().servers.push("1.1.1.1\nnameserver 6.6.6.6".into());
+        assert!(write_etc(dir.path(), &config, POD).is_err());
+    }
+
+    #[test]
+    fn overhead_is_added_to_the_limits() {
+        let limits = |memory, quota| {
+            let mut resources = LinuxContainerResources::new();
+            (resources.memory_limit_in_bytes, resources.cpu_quota) = (memory, quota);
+            resources
+        };
+        let value = oci_resources(&limits(100, 50), Some(&limits(11, 5)));
+        assert_eq!(value["memory"]["limit"], 111);
+        assert_eq!(value["cpu"]["quota"], 55);
+    }
+}

@@ -1,0 +1,486 @@
+//! Pods of Linux namespaces: the [`Sandboxer`] behind the Controller.
+//!
+//! A pod is a set of namespaces that nobody lives in. sandbox-parent makes them and keeps their
+//! descriptors under `<sandbox>/ns/…`, the daemon holds duplicates. Only a shared PID namespace
+//! needs a process, its init; its end is the pod's end.
+//!
+//! Everything of one sandbox that sandbox-parent keeps has a name that begins with the sandbox's
+//! id: one `forget` removes it all.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::sandboxer::{
+    PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
+};
+use kuasar_host::cgroup::Layout;
+use kuasar_host::{namespace, process};
+use sandbox_parent::client::{Parent, ParentError, PodNamespaces};
+use sandbox_parent::protocol::stage;
+
+use crate::config::Config;
+use crate::engine::Engines;
+use crate::files::{self, host};
+use crate::metrics::Phases;
+use crate::pod::{Modes, Namespaces, Pod, PodState};
+use crate::runtime::Containers;
+use crate::tasks::Tasks;
+
+/// Makes and removes pods.
+pub struct RuncSandboxer {
+    config: Arc<RwLock<Arc<Config>>>,
+    parent: Parent,
+    /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
+    fresh: bool,
+    engines: Arc<Engines>,
+    cgroups: Arc<Layout>,
+    phases: Phases,
+    dir: PathBuf,
+    pods: Mutex<HashMap<String, Entry>>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    pod: Arc<Pod>,
+    tasks: Tasks,
+}
+
+impl RuncSandboxer {
+    /// A sandboxer whose state is below `dir`.
+    pub fn new(
+        config: Arc<RwLock<Arc<Config>>>,
+        (parent, fresh): (Parent, bool),
+        engines: Arc<Engines>,
+        cgroups: Arc<Layout>,
+        phases: Phases,
+        dir: PathBuf,
+    ) -> Self {
+        Self { config, parent, fresh, engines, cgroups, phases, dir, pods: Mutex::default() }
+    }
+
+    fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn entry(&self, id: &str) -> Option<Entry> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    fn take(&self, id: &str) -> Option<Entry> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
+
+    async fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Entry> {
+        let pod = Arc::new(pod);
+        let runtime = Containers::new(
+            pod.clone(),
+            self.parent.clone(),
+            self.engines.clone(),
+            self.phases.clone(),
+            self.cgroups.clone(),
+        );
+        let tasks = Tasks::new(ctx, runtime, self.parent.clone(), &self.config())?;
+        let entry = Entry { pod, tasks };
+        self.pods
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(ctx.spec.id.clone(), entry.clone());
+        Ok(entry)
+    }
+
+    async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
+        let Some(fd) = fd else { return Ok(()) };
+        self.parent
+            .keep(&format!("{id}/ns/{name}"), fd.as_fd())
+            .await
+            .map_err(|error| Error::internal(format!("keep the pod's {name} namespace"), error))
+    }
+
+    async fn fetch(&self, id: &str, name: &str) -> Result<Option<OwnedFd>> {
+        self.parent
+            .fetch(&format!("{id}/ns/{name}"))
+            .await
+            .map_err(|error| Error::internal(format!("fetch the pod's {name} namespace"), error))
+    }
+
+    /// Reports the pod's end when the init of its shared PID namespace ends.
+    fn watch_init(ctx: &SandboxContext, pidfd: OwnedFd) {
+        let handle = ctx.handle.clone();
+        // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+        let Ok(ready) = (unsafe { tokio::io::unix::AsyncFd::register(pidfd) }) else { return };
+        tokio::spawn(async move {
+            if ready.readable().await.is_ok() {
+                handle.exited(SandboxExit { status: 137, at: SystemTime::now() });
+            }
+        });
+    }
+
+    /// Kills whatever is left of a pod, by the cgroups of its containers' records.
+    async fn kill_leftovers(&self, dir: &Path, state: &PodState) {
+        let (dir, layout, init) = (dir.to_owned(), self.cgroups.clone(), state.init);
+        let work = move || {
+            for path in container_cgroups(&dir) {
+                if let Ok(group) = layout.group(&path) {
+                    let _ = group.signal_all(libc::SIGKILL);
+                }
+            }
+            // Only the process that was recorded, never another with its pid.
+            if let Some((pid, started)) = init
+                && process::start_time(pid) == Some(started)
+                && let Ok(pidfd) = process::pidfd_open(pid)
+            {
+                let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+            }
+        };
+        let _ = tokio::task::spawn_blocking(work).await;
+    }
+
+    fn started(&self, ctx: &SandboxContext, pod: &Pod) -> Started {
+        let mut labels = BTreeMap::new();
+        let options = &ctx.spec.config.linux.security_context.selinux_options;
+        if [&options.user, &options.role, &options.type_, &options.level].iter().all(|part| !part.is_empty()) {
+            let label = format!("{}:{}:{}:{}", options.user, options.role, options.type_, options.level);
+            labels.insert("selinux_label".into(), label);
+        }
+        if !ctx.spec.runtime.is_empty() {
+            labels.insert("oci_runtime_type".into(), ctx.spec.runtime.clone());
+        }
+        Started { pid: pod.namespaces.init, labels, ..Started::default() }
+    }
+
+    async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
+        let value = serde_json::to_value(state).map_err(|error| Error::internal("record the pod", error))?;
+        ctx.handle.save(value).await
+    }
+}
+
+/// `linux.cgroupsPath` of every recorded container.
+fn container_cgroups(dir: &Path) -> Vec<String> {
+    let containers = std::fs::read_dir(dir.join("containers")).into_iter().flatten().flatten();
+    containers
+        .filter_map(|entry| {
+            let text = std::fs::read(entry.path().join("meta.json")).ok()?;
+            let meta: serde_json::Value = serde_json::from_slice(&text).ok()?;
+            meta.get("cgroup")?.as_str().map(str::to_owned)
+        })
+        .collect()
+}
+
+fn state(ctx: &SandboxContext) -> PodState {
+    serde_json::from_value(ctx.state.clone()).unwrap_or_default()
+}
+
+fn open_netns(path: &str) -> Result<Option<OwnedFd>> {
+    if path.is_empty() {
+        return Ok(None);
+    }
+    namespace::open(Path::new(path)).map(Some).map_err(|error| {
+        Error::FailedPrecondition(format!("the pod's network namespace {path} is not usable: {error}"))
+    })
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+}
+
+#[async_trait]
+impl Sandboxer for RuncSandboxer {
+    async fn create(&self, ctx: &SandboxContext) -> Result<()> {
+        let spec = ctx.spec.clone();
+        let config = self.config();
+        let modes = Modes::of(&spec.config, &spec.netns_path);
+        open_netns(&spec.netns_path)?;
+        files::sysctls(&spec.config, modes, false)?;
+        let engine = config.engine_of(&spec.runtime, &spec.config.annotations);
+        self.engines.get(engine).map_err(Error::InvalidArgument)?;
+        let (dir, layout, size) = (ctx.dir.clone(), self.cgroups.clone(), config.shm_size);
+        let begun = Instant::now();
+        let spec_too = spec.clone();
+        let made = blocking(move || {
+            files::write_etc(&dir, &spec_too.config, modes)?;
+            if !modes.host_ipc {
+                files::mount_shm(&dir, size)?;
+            }
+            files::make_cgroup(&layout, &spec_too.config).inspect_err(|_| {
+                // Nothing may be left of a failed create.
+                let _ = kuasar_host::mount::unmount_below(&dir);
+            })
+        })
+        .await?;
+        self.phases.observe("pod_files", begun.elapsed());
+        let state = PodState {
+            engine: engine.to_owned(),
+            own_cgroup: made.then(|| spec.config.linux.cgroup_parent.clone()),
+            ..PodState::default()
+        };
+        self.save(ctx, &state).await
+    }
+
+    async fn start(&self, ctx: &SandboxContext) -> Result<Started> {
+        let (spec, config) = (ctx.spec.clone(), self.config());
+        let mut state = state(ctx);
+        let modes = Modes::of(&spec.config, &spec.netns_path);
+        let netns = open_netns(&spec.netns_path)?;
+        let hostname = files::hostname(&spec.config, modes)?;
+        let sysctls = files::sysctls(&spec.config, modes, config.unprivileged_ports)?;
+        let begun = Instant::now();
+        let made = self
+            .parent
+            .pod_namespaces(&PodNamespaces {
+                id: &spec.id,
+                ipc: !modes.host_ipc,
+                uts: (!modes.host_network).then_some(hostname.as_str()),
+                pid: modes.shared_pid,
+                netns: netns.as_ref().map(AsFd::as_fd),
+                sysctls: sysctls.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
+            })
+            .await
+            .map_err(|error| explain(error, &sysctls))?;
+        let (init, pidfd) = match made.init {
+            Some((pid, pidfd)) => (pid, Some(pidfd)),
+            None => (0, None),
+        };
+        let pid_namespace = match init {
+            0 => None,
+            pid => Some(
+                namespace::open(Path::new(&format!("/proc/{pid}/ns/pid")))
+                    .map_err(host("open the pod's PID namespace"))?,
+            ),
+        };
+        let namespaces =
+            Namespaces { ipc: made.ipc, uts: made.uts, user: made.user, pid: pid_namespace, init };
+        state.started = true;
+        state.init = (init != 0).then(|| (init, process::start_time(init).unwrap_or_default()));
+        // Kept and recorded side by side: all of it has to be there before Start is answered.
+        tokio::try_join!(
+            self.keep(&spec.id, "ipc", namespaces.ipc.as_ref()),
+            self.keep(&spec.id, "uts", namespaces.uts.as_ref()),
+            self.keep(&spec.id, "user", namespaces.user.as_ref()),
+            self.keep(&spec.id, "pid", namespaces.pid.as_ref()),
+            self.keep(&spec.id, "init", pidfd.as_ref()),
+            self.save(ctx, &state),
+        )?;
+        self.phases.observe("pod_namespaces", begun.elapsed());
+        let pod = Pod {
+            id: spec.id.clone(),
+            dir: ctx.dir.clone(),
+            netns: spec.netns_path.clone(),
+            modes,
+            engine: state.engine,
+            namespaces,
+        };
+        let started = self.started(ctx, &pod);
+        self.insert(ctx, pod).await?;
+        if let Some(pidfd) = pidfd {
+            Self::watch_init(ctx, pidfd);
+        }
+        Ok(started)
+    }
+
+    async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
+        match self.entry(&ctx.spec.id) {
+            Some(entry) => Ok(entry.tasks.services()),
+            None => Err(Error::NotFound(format!("sandbox {} is not running", ctx.spec.id))),
+        }
+    }
+
+    async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()> {
+        let state = state(ctx);
+        if let Some(entry) = self.entry(&ctx.spec.id) {
+            entry.tasks.stop(timeout).await;
+        }
+        self.kill_leftovers(&ctx.dir, &state).await;
+        self.parent
+            .forget(&format!("{}/ns/", ctx.spec.id))
+            .await
+            .map_err(|error| Error::internal("release the pod's namespaces", error))
+    }
+
+    async fn remove(&self, ctx: &SandboxContext) -> Result<()> {
+        let state = state(ctx);
+        let entry = self.take(&ctx.spec.id);
+        self.kill_leftovers(&ctx.dir, &state).await;
+        if let Some(entry) = &entry {
+            entry.tasks.remove().await;
+        }
+        let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
+        blocking(move || {
+            for path in container_cgroups(&dir) {
+                if let Ok(group) = layout.group(&path) {
+                    group.remove(Duration::from_secs(5)).map_err(host("remove a container's cgroup"))?;
+                }
+            }
+            for rootfs in container_rootfs(&dir) {
+                kuasar_host::mount::unmount_below(&rootfs).map_err(host("unmount a rootfs"))?;
+            }
+            kuasar_host::mount::unmount_below(&dir).map_err(host("unmount the pod's shm"))?;
+            if let Some(path) = &state.own_cgroup {
+                let group = layout.group(path).map_err(host("the pod's cgroup"))?;
+                group.remove(Duration::from_secs(5)).map_err(host("remove the pod's cgroup"))?;
+            }
+            Ok(())
+        })
+        .await?;
+        self.parent
+            .forget(&format!("{}/", ctx.spec.id))
+            .await
+            .map_err(|error| Error::internal("release what is kept for the pod", error))
+    }
+
+    async fn recover(&self, ctx: &SandboxContext) -> Result<Recovered> {
+        let state = state(ctx);
+        let id = &ctx.spec.id;
+        let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
+        let lost = |why: &str| {
+            tracing::warn!(sandbox = id, why, "the pod did not survive");
+            Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() })
+        };
+        if !state.started || self.fresh {
+            self.kill_leftovers(&ctx.dir, &state).await;
+            return Ok(lost(if self.fresh { "sandbox-parent has been lost" } else { "it was never started" }));
+        }
+        let (ipc, uts, user, pid, init) = tokio::try_join!(
+            self.fetch(id, "ipc"),
+            self.fetch(id, "uts"),
+            self.fetch(id, "user"),
+            self.fetch(id, "pid"),
+            self.fetch(id, "init"),
+        )?;
+        let whole = (modes.host_ipc || ipc.is_some())
+            && (modes.host_network || uts.is_some())
+            && (!modes.shared_pid || (pid.is_some() && init.is_some()));
+        let alive = init.as_ref().is_none_or(|pidfd| process::pidfd_signal(pidfd.as_fd(), 0).is_ok());
+        if !whole || !alive {
+            self.kill_leftovers(&ctx.dir, &state).await;
+            return Ok(lost("its namespaces are gone"));
+        }
+        let namespaces =
+            Namespaces { ipc, uts, user, pid, init: state.init.map_or(0, |(pid, _)| pid) };
+        let pod = Pod {
+            id: id.clone(),
+            dir: ctx.dir.clone(),
+            netns: ctx.spec.netns_path.clone(),
+            modes,
+            engine: state.engine,
+            namespaces,
+        };
+        let started = self.started(ctx, &pod);
+        let entry = self.insert(ctx, pod).await?;
+        entry.tasks.recover().await?;
+        if let Some(pidfd) = init {
+            Self::watch_init(ctx, pidfd);
+        }
+        Ok(Recovered::Running(started))
+    }
+
+    async fn remove_orphans(&self, known: &[String]) -> Result<()> {
+        let names = self
+            .parent
+            .kept()
+            .await
+            .map_err(|error| Error::internal("ask sandbox-parent what it keeps", error))?;
+        let mut strangers: Vec<&str> = names
+            .iter()
+            .filter_map(|name| name.split_once('/').map(|(id, _)| id))
+            .filter(|id| known.iter().all(|known| known != id))
+            .collect();
+        strangers.dedup();
+        for id in strangers {
+            tracing::info!(sandbox = id, "removing what a lost pod has left");
+            let _ = self.parent.forget(&format!("{id}/")).await;
+        }
+        let (dir, known) = (self.dir.clone(), known.to_vec());
+        blocking(move || {
+            for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
+                let ours = mount.components().any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
+                if !ours && mount != dir {
+                    kuasar_host::mount::unmount(&mount).map_err(host("unmount a lost pod's files"))?;
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>> {
+        let state = state(ctx);
+        let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
+        let text = serde_json::json!({
+            "engine": state.engine,
+            "initPid": state.init.map(|(pid, _)| pid),
+            "hostNetwork": modes.host_network, "hostIPC": modes.host_ipc, "hostPID": modes.host_pid,
+            "sharedPID": modes.shared_pid,
+            "sandboxParent": self.parent.pid(),
+        });
+        Ok(BTreeMap::from([("runc".to_owned(), text.to_string())]))
+    }
+
+    async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {
+        let path = &ctx.spec.config.linux.cgroup_parent;
+        if path.is_empty() {
+            return Err(Error::FailedPrecondition("the pod has no cgroup_parent to measure".into()));
+        }
+        let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
+        blocking(move || Ok(group.metrics())).await
+    }
+
+    async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
+        const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
+        let wanted = fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
+        if !wanted {
+            return Ok(());
+        }
+        if let Some((_, value)) = ctx.spec.extensions.get("tasks")
+            && let Some(entry) = self.entry(&ctx.spec.id)
+        {
+            entry.tasks.declare(value).await?;
+        }
+        let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
+        let path = &ctx.spec.config.linux.cgroup_parent;
+        if path.is_empty() {
+            return Ok(());
+        }
+        let resources = files::updated_resources(value)?;
+        let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
+        blocking(move || {
+            group.update(resources.to_string().as_bytes()).map_err(host("update the pod's cgroup"))
+        })
+        .await
+    }
+}
+
+fn container_rootfs(dir: &Path) -> Vec<PathBuf> {
+    let containers = std::fs::read_dir(dir.join("containers")).into_iter().flatten().flatten();
+    containers
+        .filter_map(|entry| {
+            let text = std::fs::read(entry.path().join("meta.json")).ok()?;
+            let meta: serde_json::Value = serde_json::from_slice(&text).ok()?;
+            meta.get("rootfs")?.as_str().map(PathBuf::from)
+        })
+        .collect()
+}
+
+/// A failed Start in words that name what to change.
+fn explain(error: ParentError, sysctls: &[(String, String)]) -> Error {
+    match error.failure() {
+        Some((errno, step)) if step >= stage::SYSCTL => {
+            let reason = std::io::Error::from_raw_os_error(errno);
+            match sysctls.get(usize::from(step - stage::SYSCTL)) {
+                Some((name, value)) => {
+                    Error::InvalidArgument(format!("sysctl {name} = {value:?} cannot be set: {reason}"))
+                }
+                None => Error::internal("set a sysctl", reason),
+            }
+        }
+        Some((errno, stage::NETNS | stage::USERNS)) => Error::FailedPrecondition(format!(
+            "the pod's network namespace cannot be entered: {}",
+            std::io::Error::from_raw_os_error(errno)
+        )),
+        _ => Error::internal("make the pod's namespaces", error),
+    }
+}
