@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "proto/streaming.proto",
             "proto/transfer.proto",
             "proto/cri.proto",
+            "proto/endpoint.proto",
         ])
         .include("proto")
         .rust_protobuf()

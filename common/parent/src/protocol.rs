@@ -13,7 +13,7 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors in one packet.
 pub const MAX_FDS: usize = 16;
 /// Longest name of a kept descriptor or pod, in bytes.
-pub const MAX_NAME: usize = 200;
+pub const MAX_NAME: usize = 480;
 
 /// Operation codes.
 pub mod op {

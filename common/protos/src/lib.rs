@@ -21,6 +21,9 @@ mod generated {
     pub mod controller_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/protos/controller_ttrpc.rs"));
     }
+    pub mod endpoint_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/protos/endpoint_ttrpc.rs"));
+    }
     pub mod streaming_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/protos/streaming_ttrpc.rs"));
     }
@@ -32,6 +35,10 @@ pub use generated::controller;
 pub use generated::controller_ttrpc;
 /// `runtime.v1`: the pod configuration of Kubernetes' CRI.
 pub use generated::cri;
+/// `kuasar.sandbox.v1`: how a shim binary asks a daemon for a pod's socket.
+pub use generated::endpoint;
+/// `kuasar.sandbox.v1.Endpoint` as a ttrpc service and client.
+pub use generated::endpoint_ttrpc;
 /// `containerd.services.streaming.v1`: the first message of a stdio stream.
 pub use generated::streaming;
 /// `containerd.services.streaming.v1.Streaming` as a ttrpc service and client.

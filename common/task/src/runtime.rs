@@ -160,9 +160,13 @@ pub trait Runtime: Send + Sync + 'static {
     /// `io.containerd.cgroups.v2.Metrics`. Must also answer between exit and delete.
     async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage>;
 
-    /// Resolves each time the container has had an out-of-memory kill; `None` where the runtime
-    /// cannot tell. Called once after create and once after recovery.
-    async fn oom_events(&self, container: &str) -> Option<tokio::sync::mpsc::Receiver<()>>;
+    /// A descriptor that becomes readable when the container may have had an out-of-memory kill;
+    /// `None` where the runtime cannot tell.
+    async fn oom_watch(&self, container: &str) -> Option<OwnedFd>;
+
+    /// How many out-of-memory kills the container has had. Cheap: asked at every exit, so that
+    /// TaskOOM is published before the exit is.
+    fn oom_kills(&self, container: &str) -> u64;
 
     /// After a restart of the server: takes up a journalled process again. `None` when nobody
     /// knows how the process ended and it is not alive (it counts as exited with 255).

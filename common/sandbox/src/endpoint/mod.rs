@@ -1,0 +1,276 @@
+//! The pods' sockets: where they are, who listens, and one ttrpc server per pod.
+//!
+//! The listening socket is made here and given to [`PodSockets`] (sandbox-parent), which accepts
+//! on it, outlives us and hands every connection to [`Endpoints::connection`]. From there it
+//! goes through a bounded queue into the pod's ttrpc server. The queue exists from the moment
+//! the pod is known; the server is made when its services are, so a connection of a pod that is
+//! still being recovered simply waits.
+
+mod cut;
+mod socket;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, watch};
+
+pub(crate) use cut::Cut;
+pub use socket::bind_private;
+
+use crate::error::{Error, Result};
+use crate::sandboxer::PodServices;
+
+/// Owns the pods' listening sockets, across restarts of the daemon.
+#[async_trait]
+pub trait PodSockets: Send + Sync + 'static {
+    /// Accepts on `listener` for this pod from now on, and passes connections to
+    /// [`Endpoints::connection`].
+    async fn listen(&self, pod: &str, listener: OwnedFd) -> io::Result<()>;
+
+    /// Stops that and closes the pod's connections. Fine for an unknown pod.
+    async fn unlisten(&self, pod: &str) -> io::Result<()>;
+
+    /// Whether a socket of this pod is still held for us from an earlier daemon.
+    async fn is_listening(&self, pod: &str) -> io::Result<bool>;
+
+    /// Forgets every pod that is not in `known`, as far as it can tell them.
+    async fn retain(&self, known: &[String]) -> io::Result<()>;
+
+    /// All pods are known to [`Endpoints`]: connections may be passed on.
+    async fn ready(&self) -> io::Result<()>;
+}
+
+/// What the shim binary said when it opened a pod's socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Opened {
+    /// containerd's bundle of the sandbox.
+    pub(crate) bundle: PathBuf,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
+}
+
+struct Pod {
+    path: PathBuf,
+    queue: mpsc::Sender<UnixStream>,
+    /// Taken when the server is made.
+    waiting: Option<mpsc::Receiver<UnixStream>>,
+    server: Option<ttrpc::r#async::Server>,
+    cut: watch::Sender<bool>,
+    opened: Option<Opened>,
+    since: Instant,
+}
+
+struct Inner {
+    dir: PathBuf,
+    backlog: usize,
+    sockets: Arc<dyn PodSockets>,
+    pods: Mutex<HashMap<String, Pod>>,
+}
+
+/// All pods' endpoints. Cheap to clone.
+#[derive(Clone)]
+pub struct Endpoints(Arc<Inner>);
+
+impl std::fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Endpoints({})", self.0.dir.display())
+    }
+}
+
+impl Endpoints {
+    pub(crate) fn new(dir: &Path, backlog: usize, sockets: Arc<dyn PodSockets>) -> Result<Self> {
+        let dir = dir.join("pods");
+        // Fail at the start, not at the first pod, when the directory's name is too long.
+        socket::path(&dir, "-")?;
+        kuasar_host::record::private_dir(&dir)
+            .map_err(|e| Error::internal("cannot make the directory of pod sockets", e))?;
+        let pods = Mutex::default();
+        Ok(Self(Arc::new(Inner { dir, backlog: backlog.max(1), sockets, pods })))
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Pod>> {
+        self.0.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a connection to a pod's socket. One of an unknown pod, or too many, is closed.
+    pub fn connection(&self, pod: &str, stream: UnixStream) {
+        let queue = self.pods().get(pod).map(|p| p.queue.clone());
+        match queue.map(|q| q.try_send(stream)) {
+            Some(Ok(())) => {}
+            Some(Err(_)) => tracing::warn!(sandbox = pod, "too many connections wait: closed one"),
+            None => tracing::warn!(sandbox = pod, "a connection for an unknown pod was closed"),
+        }
+    }
+
+    /// The socket of a pod, if it has one.
+    pub fn path(&self, pod: &str) -> Option<PathBuf> {
+        self.pods().get(pod).map(|p| p.path.clone())
+    }
+
+    pub(crate) fn opened(&self, pod: &str) -> Option<Opened> {
+        self.pods().get(pod)?.opened.clone()
+    }
+
+    /// Pods whose socket was opened by a shim at least `age` ago.
+    pub(crate) fn opened_before(&self, age: Duration) -> Vec<String> {
+        let pods = self.pods();
+        let old = pods.iter().filter(|(_, p)| p.opened.is_some() && p.since.elapsed() >= age);
+        old.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Makes the pod known, without a socket. False when it was already.
+    fn register(&self, pod: &str, path: PathBuf, opened: Option<Opened>) -> Result<bool> {
+        let mut pods = self.pods();
+        if pods.contains_key(pod) {
+            return Ok(false);
+        }
+        if let Some((other, _)) = pods.iter().find(|(_, p)| p.path == path) {
+            return Err(Error::FailedPrecondition(format!(
+                "the socket name {} is taken by sandbox {other}: create it with another id",
+                path.display()
+            )));
+        }
+        let (queue, waiting) = mpsc::channel(self.0.backlog);
+        let entry = Pod {
+            path,
+            queue,
+            waiting: Some(waiting),
+            server: None,
+            cut: watch::channel(false).0,
+            opened,
+            since: Instant::now(),
+        };
+        pods.insert(pod.to_owned(), entry);
+        Ok(true)
+    }
+
+    /// Makes the pod's socket and has it listened on; answers its path. Idempotent.
+    pub(crate) async fn open(&self, pod: &str, opened: Option<Opened>) -> Result<PathBuf> {
+        let path = socket::path(&self.0.dir, pod)?;
+        if self.register(pod, path.clone(), opened)?
+            && let Err(e) = self.bind(pod, &path).await
+        {
+            self.close(pod).await;
+            return Err(e);
+        }
+        Ok(path)
+    }
+
+    async fn bind(&self, pod: &str, path: &Path) -> Result<()> {
+        let failed = |e| Error::internal(format!("cannot make the socket {}", path.display()), e);
+        if let Some(dir) = path.parent() {
+            kuasar_host::record::private_dir(dir).map_err(|e| failed(io::Error::other(e)))?;
+        }
+        let listener = bind_private(path).map_err(failed)?;
+        let given = self.0.sockets.listen(pod, listener).await;
+        given.map_err(|e| Error::internal("cannot hand over the pod's socket", e))
+    }
+
+    /// Makes a recovered pod known; its connections wait for [`Self::serve`].
+    pub(crate) fn adopt(&self, pod: &str, path: &Path, opened: Option<Opened>) -> Result<()> {
+        self.register(pod, path.to_owned(), opened).map(drop)
+    }
+
+    /// Makes the socket of an adopted pod again when nobody has kept it.
+    pub(crate) async fn reopen(&self, pod: &str) -> Result<()> {
+        let held = self.0.sockets.is_listening(pod).await;
+        if held.map_err(|e| Error::internal("cannot ask for the pod's socket", e))? {
+            return Ok(());
+        }
+        let Some(path) = self.path(pod) else { return Ok(()) };
+        tracing::warn!(sandbox = pod, "nobody has kept its socket: making it again");
+        self.bind(pod, &path).await
+    }
+
+    /// Starts the pod's server on the connections that wait and come. Once per pod.
+    pub(crate) async fn serve(&self, pod: &str, services: PodServices) -> Result<()> {
+        let gone = || Error::Unavailable(format!("sandbox {pod} is being removed"));
+        let (waiting, cut) = {
+            let mut pods = self.pods();
+            let entry = pods.get_mut(pod).ok_or_else(gone)?;
+            let taken = entry.waiting.take().ok_or_else(|| {
+                Error::FailedPrecondition(format!("the socket of sandbox {pod} is served already"))
+            })?;
+            (taken, entry.cut.subscribe())
+        };
+        let connections = futures::stream::unfold((waiting, cut), |(mut waiting, cut)| async move {
+            loop {
+                let stream = waiting.recv().await?;
+                let ready = stream.set_nonblocking(true);
+                match ready.and_then(|()| tokio::net::UnixStream::from_std(stream)) {
+                    Ok(s) => return Some((Ok(Cut::new(s, cut.clone())), (waiting, cut))),
+                    Err(e) => tracing::warn!("a connection to a pod could not be used: {e}"),
+                }
+            }
+        });
+        let mut server = ttrpc::r#async::Server::new()
+            .add_listener(ttrpc::r#async::transport::Listener::new(connections))
+            .register_service(services);
+        let started = server.start().await;
+        started.map_err(|e| Error::internal("cannot start the pod's server", e))?;
+        self.pods().get_mut(pod).ok_or_else(gone)?.server = Some(server);
+        Ok(())
+    }
+
+    /// Whether [`Self::serve`] was called.
+    pub(crate) fn is_served(&self, pod: &str) -> bool {
+        self.pods().get(pod).is_some_and(|p| p.waiting.is_none())
+    }
+
+    /// Removes the pod's socket and cuts its connections.
+    pub(crate) async fn close(&self, pod: &str) {
+        let entry = self.pods().remove(pod);
+        if let Err(e) = self.0.sockets.unlisten(pod).await {
+            tracing::warn!(sandbox = pod, "cannot give up its socket: {e}");
+        }
+        if let Some(entry) = entry {
+            socket::remove(&entry.path);
+            entry.cut.send_replace(true);
+        }
+    }
+
+    /// The same, but an answer that is on its way to a client of this very socket still gets
+    /// there: the client has up to `grace` to hang up.
+    pub(crate) fn close_later(&self, pod: &str, grace: Duration) {
+        let (endpoints, pod) = (self.clone(), pod.to_owned());
+        let since = self.pods().get(&pod).map(|p| p.since);
+        if let Some(path) = self.path(&pod) {
+            socket::remove(&path);
+        }
+        tokio::spawn(async move {
+            tokio::time::sleep(grace).await;
+            // Not a new one of the same name.
+            if endpoints.pods().get(&pod).map(|p| p.since) == since {
+                endpoints.close(&pod).await;
+            }
+        });
+    }
+
+    /// After recovery: forgets foreign pods and lets connections come.
+    pub(crate) async fn ready(&self) -> Result<()> {
+        let known: Vec<String> = self.pods().keys().cloned().collect();
+        let wrap = |e| Error::internal("cannot take over the pods' sockets", e);
+        self.0.sockets.retain(&known).await.map_err(wrap)?;
+        let used: Vec<PathBuf> =
+            self.pods().values().filter_map(|p| p.path.parent().map(Into::into)).collect();
+        for entry in std::fs::read_dir(&self.0.dir).into_iter().flatten().flatten() {
+            if !used.contains(&entry.path()) {
+                socket::remove(&entry.path().join(socket::NAME));
+            }
+        }
+        self.0.sockets.ready().await.map_err(wrap)
+    }
+
+    /// Cuts every connection at once; nothing is answered any more.
+    pub(crate) fn cut_all(&self) {
+        for (_, pod) in self.pods().drain() {
+            pod.cut.send_replace(true);
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Task events for containerd.
+//!
+//! Publishing never holds up a request: events go to a bounded queue, and one task forwards them
+//! over containerd's ttrpc socket, reconnecting for as long as the daemon lives. When containerd
+//! is away for longer than the queue is long, the oldest are dropped and counted.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use kuasar_protos::shim::shim_async::EventsClient;
+use kuasar_protos::shim::shim::event::Envelope;
+use kuasar_protos::shim::{api, events, topics};
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
+use tokio::sync::Notify;
+
+/// An event, before it is wrapped for the wire.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A container was created.
+    Create(events::task::TaskCreate),
+    /// Its init process runs.
+    Start(events::task::TaskStart),
+    /// A process has ended.
+    Exit(events::task::TaskExit),
+    /// The kernel killed one of its processes for want of memory.
+    Oom(events::task::TaskOOM),
+    /// It was deleted.
+    Delete(events::task::TaskDelete),
+    /// An exec was added.
+    ExecAdded(events::task::TaskExecAdded),
+    /// An exec runs.
+    ExecStarted(events::task::TaskExecStarted),
+    /// All processes are frozen.
+    Paused(events::task::TaskPaused),
+    /// They run again.
+    Resumed(events::task::TaskResumed),
+    /// A checkpoint was written.
+    Checkpointed(events::task::TaskCheckpointed),
+}
+
+impl Event {
+    fn encode(&self) -> (&'static str, &'static str, Vec<u8>) {
+        fn bytes(m: &impl Message) -> Vec<u8> {
+            m.write_to_bytes().unwrap_or_default()
+        }
+        match self {
+            Self::Create(m) => (topics::TASK_CREATE_EVENT_TOPIC, "TaskCreate", bytes(m)),
+            Self::Start(m) => (topics::TASK_START_EVENT_TOPIC, "TaskStart", bytes(m)),
+            Self::Exit(m) => (topics::TASK_EXIT_EVENT_TOPIC, "TaskExit", bytes(m)),
+            Self::Oom(m) => (topics::TASK_OOM_EVENT_TOPIC, "TaskOOM", bytes(m)),
+            Self::Delete(m) => (topics::TASK_DELETE_EVENT_TOPIC, "TaskDelete", bytes(m)),
+            Self::ExecAdded(m) => (topics::TASK_EXEC_ADDED_EVENT_TOPIC, "TaskExecAdded", bytes(m)),
+            Self::ExecStarted(m) => {
+                (topics::TASK_EXEC_STARTED_EVENT_TOPIC, "TaskExecStarted", bytes(m))
+            }
+            Self::Paused(m) => (topics::TASK_PAUSED_EVENT_TOPIC, "TaskPaused", bytes(m)),
+            Self::Resumed(m) => (topics::TASK_RESUMED_EVENT_TOPIC, "TaskResumed", bytes(m)),
+            Self::Checkpointed(m) => {
+                (topics::TASK_CHECKPOINTED_EVENT_TOPIC, "TaskCheckpointed", bytes(m))
+            }
+        }
+    }
+}
+
+/// A protobuf timestamp.
+pub fn timestamp(t: SystemTime) -> MessageField<Timestamp> {
+    let d = t.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    MessageField::some(Timestamp {
+        seconds: d.as_secs() as i64,
+        nanos: d.subsec_nanos() as i32,
+        ..Timestamp::default()
+    })
+}
+
+struct Queue {
+    waiting: Mutex<VecDeque<Envelope>>,
+    more: Notify,
+    limit: usize,
+    dropped: AtomicU64,
+}
+
+/// Takes events; cheap to clone.
+#[derive(Clone)]
+pub struct EventSender(Option<Arc<Queue>>);
+
+impl EventSender {
+    /// Events go nowhere: for tests, and for guests whose host publishes.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// Publishes to containerd's ttrpc socket (usually
+    /// `/run/containerd/containerd.sock.ttrpc`), keeping at most `limit` unsent events.
+    pub fn containerd(socket: PathBuf, limit: usize) -> Self {
+        let queue = Arc::new(Queue {
+            waiting: Mutex::default(),
+            more: Notify::new(),
+            limit,
+            dropped: AtomicU64::new(0),
+        });
+        tokio::spawn(forward(queue.clone(), socket));
+        Self(Some(queue))
+    }
+
+    /// Queues an event.
+    pub fn send(&self, namespace: &str, event: &Event) {
+        let Some(q) = &self.0 else { return };
+        let (topic, name, value) = event.encode();
+        let mut envelope = Envelope::new();
+        envelope.timestamp = timestamp(SystemTime::now());
+        envelope.namespace = namespace.into();
+        envelope.topic = topic.into();
+        envelope.event = MessageField::some(Any {
+            type_url: format!("containerd.events.{name}"),
+            value,
+            ..Any::default()
+        });
+        let mut waiting = q.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.len() >= q.limit {
+            waiting.pop_front();
+            q.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        waiting.push_back(envelope);
+        drop(waiting);
+        q.more.notify_one();
+    }
+
+    /// Events dropped because containerd was away for too long.
+    pub fn dropped(&self) -> u64 {
+        self.0.as_ref().map_or(0, |q| q.dropped.load(Ordering::Relaxed))
+    }
+}
+
+async fn forward(queue: Arc<Queue>, socket: PathBuf) {
+    let address = format!("unix://{}", socket.display());
+    let mut client: Option<EventsClient> = None;
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let next = queue.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let Some(envelope) = next else {
+            queue.more.notified().await;
+            continue;
+        };
+        if client.is_none() {
+            client = ttrpc::r#async::Client::connect(&address).await.ok().map(EventsClient::new);
+        }
+        let mut request = api::ForwardRequest::new();
+        request.envelope = MessageField::some(envelope.clone());
+        let sent = match &client {
+            Some(c) => {
+                let timeout = ttrpc::context::with_duration(Duration::from_secs(5));
+                match c.forward(timeout, &request).await {
+                    Ok(_) => true,
+                    // containerd has answered: sending it again would not help.
+                    Err(ttrpc::Error::RpcStatus(s)) => {
+                        tracing::warn!(topic = %envelope.topic, "event refused: {}", s.message());
+                        true
+                    }
+                    Err(_) => false,
+                }
+            }
+            None => false,
+        };
+        if sent {
+            pause = Duration::from_millis(50);
+            continue;
+        }
+        client = None;
+        {
+            let mut waiting = queue.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            if waiting.len() < queue.limit {
+                waiting.push_front(envelope);
+            } else {
+                queue.dropped.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(3));
+    }
+}

@@ -1,0 +1,230 @@
+//! The Task service: requests to the process table, and back.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kuasar_protos::shim::api;
+use kuasar_protos::shim::shim_async::{Task, create_task};
+use protobuf::well_known_types::any::Any;
+use protobuf::MessageField;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::error::Error;
+use crate::journal::Stdio;
+use crate::runtime::{CreateContainer, Mount, StatsFlavor};
+use crate::server::{TaskServer, exit_time, wire_status};
+
+/// What containerd sends a process of an exec as.
+const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// What containerd sends resources as.
+const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
+type Rpc<T> = ttrpc::Result<T>;
+use api::Empty;
+
+struct Service {
+    server: Arc<TaskServer>,
+    flavor: StatsFlavor,
+}
+
+impl TaskServer {
+    /// `containerd.task.v3.Task` and `containerd.task.v2.Task`: the same messages and handlers.
+    pub fn services(self: &Arc<Self>) -> HashMap<String, ttrpc::r#async::Service> {
+        let service = |flavor| create_task(Arc::new(Service { server: self.clone(), flavor }));
+        let mut all = service(StatsFlavor::Native);
+        // The generated code knows one name. Engines that speak v2 are containerd 1.7 and
+        // iSulad; the latter reads v1 metrics only, the former reads both.
+        if let Some(v2) = service(StatsFlavor::V1).remove("containerd.task.v3.Task") {
+            all.insert("containerd.task.v2.Task".into(), v2);
+        }
+        all
+    }
+}
+
+fn expect(any: &MessageField<Any>, what: &str, wanted: &str) -> Result<Vec<u8>, Error> {
+    let any = any
+        .as_ref()
+        .ok_or_else(|| Error::InvalidArgument(format!("{what} is missing")))?;
+    // Versions of containerd differ in the prefix, not in the last part.
+    let last = |s: &str| s.rsplit(['/', '.']).next().unwrap_or_default().to_owned();
+    if !any.type_url.is_empty() && last(&any.type_url) != last(wanted) {
+        return Err(Error::InvalidArgument(format!(
+            "{what} is a {:.200}, expected {wanted}",
+            any.type_url
+        )));
+    }
+    Ok(any.value.clone())
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        q: api::CreateTaskRequest,
+    ) -> Rpc<api::CreateTaskResponse> {
+        let rootfs = q
+            .rootfs
+            .into_iter()
+            .map(|m| Mount {
+                kind: m.type_,
+                source: m.source,
+                target: m.target,
+                options: m.options,
+            })
+            .collect();
+        let stdio =
+            Stdio { stdin: q.stdin, stdout: q.stdout, stderr: q.stderr, terminal: q.terminal };
+        let request = CreateContainer {
+            id: q.id,
+            bundle: PathBuf::from(q.bundle),
+            rootfs,
+            terminal: q.terminal,
+            checkpoint: (!q.checkpoint.is_empty()).then(|| PathBuf::from(q.checkpoint)),
+            options: q.options.into_option().map(|a| (a.type_url, a.value)),
+        };
+        let pid = self.server.create(request, stdio).await?;
+        Ok(api::CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, q: api::StartRequest) -> Rpc<api::StartResponse> {
+        let pid = self.server.start(&q.id, &q.exec_id).await?;
+        Ok(api::StartResponse { pid, ..Default::default() })
+    }
+
+    async fn state(&self, _: &TtrpcContext, q: api::StateRequest) -> Rpc<api::StateResponse> {
+        let c = self.server.container(&q.id)?;
+        let r = c.process(&q.exec_id)?.record();
+        Ok(api::StateResponse {
+            id: q.id,
+            bundle: c.bundle.to_string_lossy().into_owned(),
+            pid: r.pid,
+            status: wire_status(r.status),
+            stdin: r.stdio.stdin,
+            stdout: r.stdio.stdout,
+            stderr: r.stdio.stderr,
+            terminal: r.stdio.terminal,
+            exit_status: r.exit.map_or(0, |e| e.status),
+            exited_at: exit_time(r.exit),
+            exec_id: q.exec_id,
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, q: api::WaitRequest) -> Rpc<api::WaitResponse> {
+        let exit = self.server.wait(&q.id, &q.exec_id).await?;
+        Ok(api::WaitResponse {
+            exit_status: exit.status,
+            exited_at: exit_time(Some(exit)),
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, q: api::KillRequest) -> Rpc<Empty> {
+        let signal = i32::try_from(q.signal).unwrap_or(-1);
+        self.server.kill(&q.id, &q.exec_id, signal, q.all).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, q: api::DeleteRequest) -> Rpc<api::DeleteResponse> {
+        let (pid, exit) = self.server.delete(&q.id, &q.exec_id).await?;
+        Ok(api::DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: exit_time(Some(exit)),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, q: api::ExecProcessRequest) -> Rpc<Empty> {
+        let spec = expect(&q.spec, "spec", PROCESS)?;
+        let spec = String::from_utf8(spec)
+            .ok()
+            .filter(|s| serde_json::from_str::<serde_json::Map<_, _>>(s).is_ok())
+            .ok_or_else(|| Error::InvalidArgument("spec is no OCI process (JSON)".into()))?;
+        let stdio =
+            Stdio { stdin: q.stdin, stdout: q.stdout, stderr: q.stderr, terminal: q.terminal };
+        self.server.exec(&q.id, &q.exec_id, stdio, spec).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, q: api::ResizePtyRequest) -> Rpc<Empty> {
+        self.server.resize(&q.id, &q.exec_id, q.width, q.height)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, q: api::CloseIORequest) -> Rpc<Empty> {
+        if q.stdin {
+            self.server.close_stdin(&q.id, &q.exec_id)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, q: api::PidsRequest) -> Rpc<api::PidsResponse> {
+        let c = self.server.container(&q.id)?;
+        let init = c.process("")?.record().pid;
+        let mut pids = self.server.runtime.pids(&q.id).await.unwrap_or_default();
+        // Never empty while the task exists: containerd would take it for a leaked shim.
+        if pids.is_empty() {
+            pids.push(init);
+        }
+        let info = |pid| api::ProcessInfo { pid, ..Default::default() };
+        Ok(api::PidsResponse {
+            processes: pids.into_iter().map(info).collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, q: api::PauseRequest) -> Rpc<Empty> {
+        self.server.set_paused(&q.id, true).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, q: api::ResumeRequest) -> Rpc<Empty> {
+        self.server.set_paused(&q.id, false).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, q: api::CheckpointTaskRequest) -> Rpc<Empty> {
+        self.server.container(&q.id)?;
+        let options = q.options.into_option().map(|a| (a.type_url, a.value));
+        let path = PathBuf::from(&q.path);
+        self.server.runtime.checkpoint(&q.id, &path, options).await?;
+        self.server.checkpointed(&q.id, &q.path);
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, q: api::UpdateTaskRequest) -> Rpc<Empty> {
+        self.server.container(&q.id)?;
+        let resources = expect(&q.resources, "resources", RESOURCES)?;
+        self.server.runtime.update(&q.id, &resources).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, q: api::StatsRequest) -> Rpc<api::StatsResponse> {
+        self.server.container(&q.id)?;
+        let (type_url, value) = self.server.runtime.stats(&q.id, self.flavor).await?;
+        Ok(api::StatsResponse {
+            stats: MessageField::some(Any { type_url, value, ..Any::default() }),
+            ..Default::default()
+        })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, q: api::ConnectRequest) -> Rpc<api::ConnectResponse> {
+        let shim_pid = self.server.options.shim_pid;
+        // In shim mode containerd also asks for the sandbox itself when it has restarted.
+        let task_pid = if q.id == self.server.options.sandbox_id {
+            shim_pid
+        } else {
+            self.server.container(&q.id)?.process("")?.record().pid
+        };
+        Ok(api::ConnectResponse { shim_pid, task_pid, version: "3".into(), ..Default::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Rpc<Empty> {
+        // The pod's end is the Controller's business; containerd calls this per container.
+        Ok(Empty::new())
+    }
+}
