@@ -288,7 +288,7 @@ impl Store {
             }
             match self.read(&entry.path(), &name) {
                 Ok(record) => records.push(record),
-                Err(e) => self.set_aside(&entry.path(), &name, &e),
+                Err(e) => self.set_aside(&entry.path(), &name, &*e),
             }
         }
         Ok(records)

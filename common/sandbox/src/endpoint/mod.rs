@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -63,8 +63,15 @@ struct Pod {
     server: Option<ttrpc::r#async::Server>,
     cut: watch::Sender<bool>,
     opened: Option<Opened>,
+    /// Where the services go that come only with Start, when the socket is served before.
+    late: Option<Late>,
     since: Instant,
+    /// It stays only for answers that are on their way.
+    closing: bool,
 }
+
+/// Services of a pod whose socket is served already.
+pub(crate) type Late = Arc<OnceLock<PodServices>>;
 
 struct Inner {
     dir: PathBuf,
@@ -113,6 +120,11 @@ impl Endpoints {
         self.pods().get(pod).map(|p| p.path.clone())
     }
 
+    /// Where [`Self::open`] puts a pod's socket.
+    pub(crate) fn default_path(&self, pod: &str) -> Result<PathBuf> {
+        socket::path(&self.0.dir, pod)
+    }
+
     pub(crate) fn opened(&self, pod: &str) -> Option<Opened> {
         self.pods().get(pod)?.opened.clone()
     }
@@ -144,22 +156,26 @@ impl Endpoints {
             server: None,
             cut: watch::channel(false).0,
             opened,
+            late: None,
             since: Instant::now(),
+            closing: false,
         };
         pods.insert(pod.to_owned(), entry);
         Ok(true)
     }
 
-    /// Makes the pod's socket and has it listened on; answers its path. Idempotent.
-    pub(crate) async fn open(&self, pod: &str, opened: Option<Opened>) -> Result<PathBuf> {
+    /// Makes the pod's socket and has it listened on; answers its path, and whether it is new.
+    pub(crate) async fn open(&self, pod: &str, opened: Option<Opened>) -> Result<(PathBuf, bool)> {
         let path = socket::path(&self.0.dir, pod)?;
-        if self.register(pod, path.clone(), opened)?
-            && let Err(e) = self.bind(pod, &path).await
-        {
+        if self.pods().get(pod).is_some_and(|p| p.closing) {
+            self.close(pod).await;
+        }
+        let new = self.register(pod, path.clone(), opened)?;
+        if new && let Err(e) = self.bind(pod, &path).await {
             self.close(pod).await;
             return Err(e);
         }
-        Ok(path)
+        Ok((path, new))
     }
 
     async fn bind(&self, pod: &str, path: &Path) -> Result<()> {
@@ -218,9 +234,28 @@ impl Endpoints {
         Ok(())
     }
 
-    /// Whether [`Self::serve`] was called.
-    pub(crate) fn is_served(&self, pod: &str) -> bool {
-        self.pods().get(pod).is_some_and(|p| p.waiting.is_none())
+    /// Serves `early` now; [`Self::provide`] adds the rest through `late`.
+    pub(crate) async fn serve_early(
+        &self,
+        pod: &str,
+        early: PodServices,
+        late: Late,
+    ) -> Result<()> {
+        if let Some(entry) = self.pods().get_mut(pod) {
+            entry.late = Some(late);
+        }
+        self.serve(pod, early).await
+    }
+
+    /// The services of a started or recovered pod.
+    pub(crate) async fn provide(&self, pod: &str, services: PodServices) -> Result<()> {
+        let late = self.pods().get(pod).and_then(|p| p.late.clone());
+        match late {
+            None => self.serve(pod, services).await,
+            Some(late) => late.set(services).map_err(|_| {
+                Error::FailedPrecondition(format!("sandbox {pod} has its services already"))
+            }),
+        }
     }
 
     /// Removes the pod's socket and cuts its connections.
@@ -239,9 +274,11 @@ impl Endpoints {
     /// there: the client has up to `grace` to hang up.
     pub(crate) fn close_later(&self, pod: &str, grace: Duration) {
         let (endpoints, pod) = (self.clone(), pod.to_owned());
-        let since = self.pods().get(&pod).map(|p| p.since);
-        if let Some(path) = self.path(&pod) {
-            socket::remove(&path);
+        let mut since = None;
+        if let Some(entry) = self.pods().get_mut(&pod) {
+            entry.closing = true;
+            since = Some(entry.since);
+            socket::remove(&entry.path);
         }
         tokio::spawn(async move {
             tokio::time::sleep(grace).await;
