@@ -22,8 +22,8 @@ pub fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error
 /// The hostname of a pod: its own, or the host's.
 pub fn hostname(config: &PodSandboxConfig, modes: Modes) -> Result<String> {
     if modes.host_network || config.hostname.is_empty() {
-        return nix::unistd::gethostname()
-            .map(|name| name.to_string_lossy().into_owned())
+        return std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .map(|name| name.trim().to_owned())
             .map_err(|error| Error::internal("read the host's name", error));
     }
     let name = &config.hostname;
@@ -86,7 +86,7 @@ pub fn oci_resources(resources: &LinuxContainerResources, overhead: Option<&Linu
     let extra = overhead.unwrap_or(&none);
     let mut memory = serde_json::Map::new();
     let mut cpu = serde_json::Map::new();
-    let mut put = |map: &mut serde_json::Map<String, Value>, name: &str, base: i64, more: i64| {
+    let put = |map: &mut serde_json::Map<String, Value>, name: &str, base: i64, more: i64| {
         if base > 0 {
             map.insert(name.into(), json!(base.saturating_add(more.max(0))));
         }

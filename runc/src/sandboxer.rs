@@ -18,6 +18,7 @@ use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::{
     PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
 };
+use containerd_task::events::EventSender;
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{namespace, process};
 use sandbox_parent::client::{Parent, ParentError, PodNamespaces};
@@ -41,6 +42,7 @@ pub struct RuncSandboxer {
     cgroups: Arc<Layout>,
     phases: Phases,
     dir: PathBuf,
+    events: EventSender,
     pods: Mutex<HashMap<String, Entry>>,
 }
 
@@ -59,8 +61,14 @@ impl RuncSandboxer {
         cgroups: Arc<Layout>,
         phases: Phases,
         dir: PathBuf,
+        events: EventSender,
     ) -> Self {
-        Self { config, parent, fresh, engines, cgroups, phases, dir, pods: Mutex::default() }
+        Self { config, parent, fresh, engines, cgroups, phases, dir, events, pods: Mutex::default() }
+    }
+
+    /// The Task server of a running pod.
+    pub fn tasks(&self, id: &str) -> Option<Tasks> {
+        self.entry(id).map(|entry| entry.tasks)
     }
 
     fn config(&self) -> Arc<Config> {
@@ -75,7 +83,7 @@ impl RuncSandboxer {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
     }
 
-    async fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Entry> {
+    fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Entry> {
         let pod = Arc::new(pod);
         let runtime = Containers::new(
             pod.clone(),
@@ -84,7 +92,7 @@ impl RuncSandboxer {
             self.phases.clone(),
             self.cgroups.clone(),
         );
-        let tasks = Tasks::new(ctx, runtime, self.parent.clone(), &self.config())?;
+        let tasks = Tasks::new(ctx, runtime, self.parent.clone(), self.events.clone())?;
         let entry = Entry { pod, tasks };
         self.pods
             .lock()
@@ -275,7 +283,7 @@ impl Sandboxer for RuncSandboxer {
             namespaces,
         };
         let started = self.started(ctx, &pod);
-        self.insert(ctx, pod).await?;
+        self.insert(ctx, pod)?;
         if let Some(pidfd) = pidfd {
             Self::watch_init(ctx, pidfd);
         }
@@ -284,7 +292,7 @@ impl Sandboxer for RuncSandboxer {
 
     async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
         match self.entry(&ctx.spec.id) {
-            Some(entry) => Ok(entry.tasks.services()),
+            Some(entry) => Ok(entry.tasks.0.services()),
             None => Err(Error::NotFound(format!("sandbox {} is not running", ctx.spec.id))),
         }
     }
@@ -370,8 +378,8 @@ impl Sandboxer for RuncSandboxer {
             namespaces,
         };
         let started = self.started(ctx, &pod);
-        let entry = self.insert(ctx, pod).await?;
-        entry.tasks.recover().await?;
+        let entry = self.insert(ctx, pod)?;
+        entry.tasks.0.recover().await;
         if let Some(pidfd) = init {
             Self::watch_init(ctx, pidfd);
         }
@@ -434,11 +442,6 @@ impl Sandboxer for RuncSandboxer {
         let wanted = fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
         if !wanted {
             return Ok(());
-        }
-        if let Some((_, value)) = ctx.spec.extensions.get("tasks")
-            && let Some(entry) = self.entry(&ctx.spec.id)
-        {
-            entry.tasks.declare(value).await?;
         }
         let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
         let path = &ctx.spec.config.linux.cgroup_parent;

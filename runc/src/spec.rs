@@ -66,7 +66,23 @@ pub fn edit(
     let readonly = root(spec, rootfs)?;
     process(spec)?;
     mounts(spec, pod, readonly)?;
+    if matches!(descriptors, Descriptors::Passed(_)) {
+        plain_propagation(spec)?;
+    }
     namespaces(spec, pod, descriptors)
+}
+
+/// libcontainer knows `shared`, `slave`, … (and applies them recursively), but not `rshared`,
+/// `rslave`, … which containerd writes.
+fn plain_propagation(spec: &mut Map<String, Value>) -> Result<(), String> {
+    let linux = object(spec, "linux")?;
+    if let Some(text) = linux.get("rootfsPropagation").and_then(Value::as_str)
+        && let Some(plain) = text.strip_prefix('r')
+    {
+        let plain = json!(plain);
+        linux.insert("rootfsPropagation".into(), plain);
+    }
+    Ok(())
 }
 
 /// An object member, made when it is missing.
@@ -289,6 +305,14 @@ mod tests {
         for kind in ["network", "ipc", "uts", "pid"] {
             assert_eq!(path(&spec, kind), None, "{kind}");
         }
+    }
+
+    #[test]
+    fn recursive_propagation_is_put_in_the_engines_words() {
+        let mut spec = spec();
+        spec["linux"]["rootfsPropagation"] = json!("rslave");
+        edit(&mut spec, &pod(), Path::new("/r"), Descriptors::Passed(3)).unwrap();
+        assert_eq!(spec["linux"]["rootfsPropagation"], "slave");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! hooks. The daemon does these itself otherwise (see `crate::engine`).
 
 use libcontainer::container::Container;
+use libcontainer::error::LibcontainerError;
 use libcontainer::signal::Signal;
 
 use super::args::Args;
@@ -25,7 +26,11 @@ pub fn start(args: &Args) -> Result<()> {
 pub fn kill(args: &Args, number: i32, all: bool) -> Result<()> {
     let signal = Signal::try_from(number)
         .map_err(|_| Error::Usage(format!("unknown signal number {number}")))?;
-    load(args)?.kill(signal, all).map_err(|error| explain(&error))
+    load(args)?.kill(signal, all).map_err(|error| match error {
+        // In runc's words: its shim knows by them that the process has ended.
+        LibcontainerError::IncorrectStatus(_) => Error::Other("container not running".into()),
+        other => explain(&other),
+    })
 }
 
 /// Removes the container.
