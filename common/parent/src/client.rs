@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -16,7 +17,7 @@ use std::time::{Duration, SystemTime};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::protocol::{MAX_FDS, MAX_MESSAGE, Reader, VERSION, Writer, ns, op, stage};
+use crate::protocol::{MAX_FDS, MAX_MESSAGE, Reader, VERSION, Writer, ns, op, spawn, stage};
 
 /// Why a request to sandbox-parent failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,11 +79,26 @@ pub struct ParentOptions {
     pub max_connections: u32,
 }
 
+impl ParentOptions {
+    /// Options for `dir`, with the program beside the daemon's own, and the usual limits.
+    pub fn new(dir: impl Into<PathBuf>, binary: impl Into<PathBuf>) -> Self {
+        let timeout = Duration::from_secs(30);
+        Self {
+            dir: dir.into(),
+            binary: binary.into(),
+            timeout,
+            max_connections: 16_384,
+        }
+    }
+}
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code, 128 + signal, or 255 when it is not known.
     pub status: u32,
+    /// The signal that ended it.
+    pub signal: Option<u32>,
     /// When it was reaped.
     pub at: SystemTime,
 }
@@ -98,6 +114,21 @@ pub struct Spawn<'a> {
     pub fds: Vec<Option<BorrowedFd<'a>>>,
     /// Name under which its exit is kept.
     pub cookie: u64,
+}
+
+/// What else a new program needs; the default is nothing of it.
+#[derive(Debug, Default)]
+pub struct SpawnOptions<'a> {
+    /// Working directory; `/` otherwise.
+    pub cwd: Option<&'a str>,
+    /// File mode creation mask; 022 otherwise.
+    pub umask: Option<u16>,
+    /// Stay in the session of sandbox-parent instead of starting a new one.
+    pub same_session: bool,
+    /// `cgroup.procs` files, open for writing, of the cgroups to enter before the program runs.
+    pub cgroups: Vec<BorrowedFd<'a>>,
+    /// Resource limits: `RLIMIT_*`, soft, hard.
+    pub rlimits: Vec<(u8, u64, u64)>,
 }
 
 /// A running program.
@@ -210,34 +241,63 @@ impl Parent {
     /// Connects to the running sandbox-parent of `options.dir`, or starts one. The flag says
     /// whether it was started now (and so knows nothing of earlier pods).
     pub async fn connect_or_spawn(options: &ParentOptions) -> Result<(Self, Connections, bool)> {
+        Self::connect_or_spawn_in(options, &[]).await
+    }
+
+    /// The same; a new one moves to these cgroups (directories), so that a service manager that
+    /// ends the daemon's cgroup does not end it, too.
+    pub async fn connect_or_spawn_in(
+        options: &ParentOptions,
+        cgroups: &[PathBuf],
+    ) -> Result<(Self, Connections, bool)> {
         let path = options.dir.join("parent.sock");
-        if let Ok(socket) = connect(&path) {
+        if let Ok(socket) = reach(&path, options.timeout).await {
             let (parent, events) = Self::over(socket, options.timeout).await?;
             return Ok((parent, events, false));
         }
-        let start = |what: &str, source| ParentError::Start { what: what.into(), source };
+        let start = |what: &str, source| ParentError::Start {
+            what: what.into(),
+            source,
+        };
         let what = format!("start {}", options.binary.display());
         // The padding gives its title room for `[sandbox-<64 digits>]`.
-        let output = tokio::process::Command::new(&options.binary)
+        let mut command = tokio::process::Command::new(&options.binary);
+        command
             .arg(&options.dir)
-            .arg(options.max_connections.to_string())
-            .arg("-".repeat(96))
+            .arg(format!("connections={}", options.max_connections));
+        for cgroup in cgroups {
+            let mut argument = std::ffi::OsString::from("cgroup=");
+            argument.push(cgroup);
+            command.arg(argument);
+        }
+        command
+            .arg(format!("title={}", "-".repeat(90)))
             .env_clear()
-            .output()
+            .stdin(Stdio::null());
+        let output = tokio::time::timeout(options.timeout, command.output())
             .await
+            .map_err(|_| ParentError::Timeout(options.timeout))?
             .map_err(|e| start(&what, e))?;
         if !output.status.success() {
+            // Another daemon of this directory may have been faster.
+            if let Ok(socket) = reach(&path, options.timeout).await {
+                let (parent, events) = Self::over(socket, options.timeout).await?;
+                return Ok((parent, events, false));
+            }
             let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             return Err(start(&what, io::Error::other(text)));
         }
-        let socket = connect(&path).map_err(|e| start("connect to sandbox-parent", e))?;
+        let socket = reach(&path, options.timeout)
+            .await
+            .map_err(|e| start("connect to sandbox-parent", e))?;
         let (parent, events) = Self::over(socket, options.timeout).await?;
         Ok((parent, events, true))
     }
 
     /// Connects to a running sandbox-parent only.
     pub async fn connect(dir: &Path, timeout: Duration) -> Result<(Self, Connections)> {
-        let socket = connect(&dir.join("parent.sock")).map_err(|source| ParentError::Start {
+        let reached = reach(&dir.join("parent.sock"), timeout).await;
+        let socket = reached.map_err(|source| ParentError::Start {
             what: format!("connect to the sandbox-parent of {}", dir.display()),
             source,
         })?;
@@ -245,7 +305,10 @@ impl Parent {
     }
 
     async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
-        let wrap = |source| ParentError::Start { what: "use the control socket".into(), source };
+        let wrap = |source| ParentError::Start {
+            what: "use the control socket".into(),
+            source,
+        };
         // SAFETY: an OwnedFd always answers the same descriptor and closes it only when dropped.
         let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| wrap(e.into()))?;
         let mut inner = Inner {
@@ -278,15 +341,16 @@ impl Parent {
         };
         inner.pid = pid;
         let parent = Self(Arc::new(inner));
-        let (tx, rx) = mpsc::channel(256);
+        // As many as a sandbox-parent has: the reader of replies must not wait for whoever takes
+        // connections, who may be waiting for a reply.
+        let (tx, rx) = mpsc::channel(60_000);
         let inner = parent.0.clone();
         tokio::spawn(async move {
             while let Ok((data, fds)) = inner.receive().await {
                 let connection = lock(&inner.shared).event(&data, fds);
-                if let Some(c) = connection
-                    && tx.send(c).await.is_err()
-                {
-                    break;
+                if let Some(c) = connection {
+                    // If nobody takes connections this one is closed.
+                    let _ = tx.try_send(c);
                 }
             }
             let mut shared = lock(&inner.shared);
@@ -323,9 +387,10 @@ impl Parent {
         let mut m = Reader(&data);
         match (m.u8(), m.u32(), m.u32(), m.u8()) {
             (_, _, Some(0), Some(_)) => Ok((m.0.to_vec(), fds)),
-            (_, _, Some(errno), Some(stage)) => {
-                Err(ParentError::Failed { errno: errno as i32, stage })
-            }
+            (_, _, Some(errno), Some(stage)) => Err(ParentError::Failed {
+                errno: errno as i32,
+                stage,
+            }),
             _ => Err(ParentError::Protocol),
         }
     }
@@ -356,6 +421,15 @@ impl Parent {
 
     /// Runs a program. Its exit is kept under `command.cookie` until it is acknowledged.
     pub async fn spawn(&self, command: Spawn<'_>) -> Result<Spawned> {
+        self.spawn_with(command, &SpawnOptions::default()).await
+    }
+
+    /// Runs a program, with more to say about it.
+    pub async fn spawn_with(
+        &self,
+        command: Spawn<'_>,
+        options: &SpawnOptions<'_>,
+    ) -> Result<Spawned> {
         let (seq, mut w) = self.request(op::SPAWN);
         w.u64(command.cookie);
         for list in [&command.argv, &command.env] {
@@ -377,6 +451,23 @@ impl Parent {
                 }
             }
         }
+        let umask = options.umask.unwrap_or(spawn::NO_UMASK);
+        w.u8(if options.same_session {
+            spawn::SAME_SESSION
+        } else {
+            0
+        });
+        w.u16(umask)
+            .bytes(options.cwd.unwrap_or_default().as_bytes());
+        w.u8(u8::try_from(options.cgroups.len()).map_err(|_| ParentError::TooLarge)?);
+        for cgroup in &options.cgroups {
+            w.u8(fds.len() as u8);
+            fds.push(cgroup.as_raw_fd());
+        }
+        w.u8(u8::try_from(options.rlimits.len()).map_err(|_| ParentError::TooLarge)?);
+        for (resource, soft, hard) in &options.rlimits {
+            w.u8(*resource).u64(*soft).u64(*hard);
+        }
         let (data, mut fds) = self.call(seq, &w, &fds).await?;
         let mut m = Reader(&data);
         match (m.u32(), m.u64(), fds.pop()) {
@@ -393,7 +484,9 @@ impl Parent {
             | bit(q.uts.is_some(), ns::UTS)
             | bit(q.pid, ns::PID)
             | bit(q.netns.is_some(), ns::NETNS);
-        w.u8(flags).bytes(q.id.as_bytes()).bytes(q.uts.unwrap_or_default().as_bytes());
+        w.u8(flags)
+            .bytes(q.id.as_bytes())
+            .bytes(q.uts.unwrap_or_default().as_bytes());
         w.u16(u16::try_from(q.sysctls.len()).map_err(|_| ParentError::TooLarge)?);
         for (k, v) in &q.sysctls {
             w.bytes(k.as_bytes()).bytes(v.as_bytes());
@@ -440,7 +533,7 @@ impl Parent {
         rx.await.map_err(|_| ParentError::Lost)
     }
 
-    /// The exit is recorded elsewhere now: sandbox-parent and we may forget it.
+    /// The exit is recorded elsewhere now, or of no interest: sandbox-parent and we may forget it.
     pub async fn acknowledge(&self, cookie: u64) {
         {
             let mut shared = lock(&self.0.shared);
@@ -455,23 +548,37 @@ impl Parent {
 
     /// Cookies of all watched processes and unacknowledged exits.
     pub async fn watched(&self) -> Result<Vec<u64>> {
-        let (seq, w) = self.request(op::LIST_WATCHED);
-        let (data, _) = self.call(seq, &w, &[]).await?;
-        let mut m = Reader(&data);
-        let n = m.u16().ok_or(ParentError::Protocol)?;
-        (0..n).map(|_| m.u64().ok_or(ParentError::Protocol)).collect()
+        let (mut cookies, mut from) = (Vec::new(), 0);
+        loop {
+            let (seq, mut w) = self.request(op::LIST_WATCHED);
+            w.u32(from);
+            let (data, _) = self.call(seq, &w, &[]).await?;
+            let mut m = Reader(&data);
+            for _ in 0..m.u16().ok_or(ParentError::Protocol)? {
+                cookies.push(m.u64().ok_or(ParentError::Protocol)?);
+            }
+            from = m.u32().unwrap_or_default();
+            if from == 0 {
+                return Ok(cookies);
+            }
+        }
     }
 
     /// Keeps a duplicate of `fd` under `name`, replacing an older one.
     pub async fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
-        self.simple(op::KEEP, name, Some(fd.as_raw_fd())).await.map(drop)
+        self.simple(op::KEEP, name, Some(fd.as_raw_fd()))
+            .await
+            .map(drop)
     }
 
     /// A duplicate of the descriptor kept under `name`.
     pub async fn fetch(&self, name: &str) -> Result<Option<OwnedFd>> {
         match self.simple(op::FETCH, name, None).await {
             Ok((_, mut fds)) => Ok(fds.pop()),
-            Err(ParentError::Failed { errno: libc::ENOENT, .. }) => Ok(None),
+            Err(ParentError::Failed {
+                errno: libc::ENOENT,
+                ..
+            }) => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -483,9 +590,18 @@ impl Parent {
 
     /// All names that are kept.
     pub async fn kept(&self) -> Result<Vec<String>> {
+        self.names(op::LIST_KEPT).await
+    }
+
+    /// All pods that have a socket, or connections left.
+    pub async fn pods(&self) -> Result<Vec<String>> {
+        self.names(op::LIST_PODS).await
+    }
+
+    async fn names(&self, code: u8) -> Result<Vec<String>> {
         let (mut names, mut from) = (Vec::new(), 0);
         loop {
-            let (seq, mut w) = self.request(op::LIST_KEPT);
+            let (seq, mut w) = self.request(code);
             w.u32(from);
             let (data, _) = self.call(seq, &w, &[]).await?;
             let mut m = Reader(&data);
@@ -502,7 +618,16 @@ impl Parent {
 
     /// Gives a pod's listening socket to sandbox-parent.
     pub async fn listen(&self, pod: &str, listener: BorrowedFd<'_>) -> Result<()> {
-        self.simple(op::LISTEN, pod, Some(listener.as_raw_fd())).await.map(drop)
+        self.simple(op::LISTEN, pod, Some(listener.as_raw_fd()))
+            .await
+            .map(drop)
+    }
+
+    /// Stops listening for a pod; its connections go on until they end by themselves.
+    pub async fn drain(&self, pod: &str) -> Result<()> {
+        let (seq, mut w) = self.request(op::UNLISTEN);
+        w.bytes(pod.as_bytes()).u8(1);
+        self.call(seq, &w, &[]).await.map(drop)
     }
 
     /// Closes a pod's socket and its connections.
@@ -523,7 +648,14 @@ impl Parent {
         let mut m = Reader(&data);
         let mut next = || m.u32().unwrap_or_default();
         let (kept, watched, pods, connections, parked) = (next(), next(), next(), next(), next());
-        Ok(Counts { kept, watched, pods, connections, parked, refused: m.u64().unwrap_or_default() })
+        Ok(Counts {
+            kept,
+            watched,
+            pods,
+            connections,
+            parked,
+            refused: m.u64().unwrap_or_default(),
+        })
     }
 
     /// Ends the process; without `force` only when nothing depends on it.
@@ -549,12 +681,19 @@ impl Shared {
             }
             op::EXIT => {
                 let (cookie, _pid, status, at) = (m.u64()?, m.u32()?, m.u32()? as i32, m.u64()?);
-                let status = match status {
-                    -1 => 255,
-                    s if libc::WIFSIGNALED(s) => 128 + libc::WTERMSIG(s) as u32,
-                    s => libc::WEXITSTATUS(s) as u32,
+                let (status, signal) = match status {
+                    -1 => (255, None),
+                    s if libc::WIFSIGNALED(s) => {
+                        let signal = libc::WTERMSIG(s) as u32;
+                        (128 + signal, Some(signal))
+                    }
+                    s => (libc::WEXITSTATUS(s) as u32, None),
                 };
-                let exit = Exit { status, at: SystemTime::UNIX_EPOCH + Duration::from_nanos(at) };
+                let exit = Exit {
+                    status,
+                    signal,
+                    at: SystemTime::UNIX_EPOCH + Duration::from_nanos(at),
+                };
                 self.exits.insert(cookie, exit);
                 for tx in self.waiting.remove(&cookie).unwrap_or_default() {
                     let _ = tx.send(exit);
@@ -564,7 +703,11 @@ impl Shared {
             op::CONNECTION => {
                 let (replay, pod) = (m.u8()? != 0, m.str()?.to_owned());
                 let stream = UnixStream::from(fds.pop()?);
-                Some(Connection { pod, stream, replay })
+                Some(Connection {
+                    pod,
+                    stream,
+                    replay,
+                })
             }
             _ => None,
         }
@@ -575,7 +718,11 @@ impl Inner {
     async fn send(&self, data: &[u8], fds: &[RawFd]) -> Result<()> {
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         loop {
-            let mut guard = self.socket.writable().await.map_err(|_| ParentError::Lost)?;
+            let mut guard = self
+                .socket
+                .writable()
+                .await
+                .map_err(|_| ParentError::Lost)?;
             let sent = guard.try_io(|s| {
                 let control = [ControlMessage::ScmRights(fds)];
                 let control: &[_] = if fds.is_empty() { &[] } else { &control };
@@ -597,7 +744,11 @@ impl Inner {
     async fn receive(&self) -> Result<Answer> {
         use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         loop {
-            let mut guard = self.socket.readable().await.map_err(|_| ParentError::Lost)?;
+            let mut guard = self
+                .socket
+                .readable()
+                .await
+                .map_err(|_| ParentError::Lost)?;
             let got = guard.try_io(|s| {
                 // Ask for the size first: a buffer of the largest size per event would be waste.
                 let peek = (libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT) as libc::c_int;
@@ -615,7 +766,10 @@ impl Inner {
                 for c in m.cmsgs()? {
                     if let ControlMessageOwned::ScmRights(raw) = c {
                         // SAFETY: the kernel has just installed these descriptors for us.
-                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                        fds.extend(
+                            raw.into_iter()
+                                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+                        );
                     }
                 }
                 Ok((data, fds))
@@ -626,6 +780,21 @@ impl Inner {
                 Ok(Err(_)) => return Err(ParentError::Lost),
                 Err(_would_block) => {}
             }
+        }
+    }
+}
+
+/// Connects; a full queue of the listener is waited for.
+async fn reach(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
+    let end = tokio::time::Instant::now() + timeout;
+    loop {
+        match connect(path) {
+            Err(e)
+                if e.kind() == io::ErrorKind::WouldBlock && tokio::time::Instant::now() < end =>
+            {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            other => return other,
         }
     }
 }

@@ -125,11 +125,19 @@ pub fn unavailable(stream: u32, out: &mut [u8]) -> usize {
         TEXT,
     ];
     for part in parts {
-        let Some(to) = out.get_mut(n..n + part.len()) else { return 0 };
+        let Some(to) = out.get_mut(n..n + part.len()) else {
+            return 0;
+        };
         to.copy_from_slice(part);
         n += part.len();
     }
     n
+}
+
+/// A data frame that only says that no more follow on its stream.
+pub fn closing(stream: u32) -> [u8; HEADER] {
+    let [a, b, c, d] = stream.to_be_bytes();
+    [0, 0, 0, 0, a, b, c, d, DATA, REMOTE_CLOSED | NO_DATA]
 }
 
 #[cfg(test)]
@@ -175,7 +183,15 @@ mod tests {
         let n = unavailable(7, &mut out);
         assert_eq!(n, UNAVAILABLE_LEN);
         let header = Header::parse(&out).unwrap();
-        assert_eq!(header, Header { len: n - HEADER, stream: 7, kind: RESPONSE, flags: 0 });
+        assert_eq!(
+            header,
+            Header {
+                len: n - HEADER,
+                stream: 7,
+                kind: RESPONSE,
+                flags: 0
+            }
+        );
         assert_eq!(&out[HEADER + 2..HEADER + 4], &[8, 14]);
         assert_eq!(unavailable(7, &mut out[..20]), 0);
     }

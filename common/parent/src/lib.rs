@@ -6,4 +6,5 @@
 
 #[cfg(feature = "client")]
 pub mod client;
+pub mod frame;
 pub mod protocol;

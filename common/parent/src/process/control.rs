@@ -1,48 +1,103 @@
-//! The event loop and the daemon's requests; the third duty, keep, is a list of names here.
+//! The event loop: who may talk to this process, and when everybody has their turn.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use sandbox_parent::protocol::{MAX_MESSAGE, Reader, Writer, op};
 
-use sandbox_parent::protocol::{MAX_MESSAGE, MAX_NAME, Reader, VERSION, Writer, op, stage};
-
+use super::memory::{Buffer, Table};
 use super::reap::Reaper;
-use super::relay::{Connection, Fate, GRACE_MS};
-use super::spawn::{self, Failure};
-use super::sys;
+use super::relay::{CHUNK, Connection, Fate, GRACE_MS, flag};
+use super::store::{Limits, Store};
+use super::sys::{self, Fd, Passed};
 
-// Kinds of epoll tokens: kind << 32 | index.
+// Epoll tokens: kind << 48 | generation << 32 | row.
 const LISTENER: u64 = 1;
 const SIGNALS: u64 = 2;
-const DAEMON: u64 = 3;
+const CONTROL: u64 = 3;
 const POD: u64 = 4;
 const CLIENT: u64 = 5;
-const SERVER: u64 = 6;
+const PIDFD: u64 = 6;
 
-struct Pod {
-    name: Box<str>,
-    listener: OwnedFd,
+/// Control connections at the same time: the daemon and some that only look.
+const CONTROLS: usize = 4;
+/// Edge-triggered, both directions: see [`super::relay`].
+const RELAYED: i32 = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+/// How often zombies of other parents are looked at.
+const ZOMBIES_MS: i32 = 1000;
+
+pub fn token(kind: u64, generation: u16, row: usize) -> u64 {
+    kind << 48 | u64::from(generation) << 32 | row as u64
 }
 
 /// Everything that this process holds.
 pub struct Parent {
-    epoll: OwnedFd,
-    listener: OwnedFd,
-    signals: OwnedFd,
-    daemon: Option<OwnedFd>,
-    ready: bool,
-    reaper: Reaper,
-    kept: Vec<(Box<str>, OwnedFd)>,
-    pods: Vec<Option<Pod>>,
-    connections: Vec<Option<Box<Connection>>>,
-    max_connections: usize,
-    refused: u64,
-    done: bool,
+    pub epoll: Fd,
+    listener: Fd,
+    signals: Fd,
+    /// Closed for a moment when there are no more descriptors, to refuse a connection.
+    spare: Fd,
+    controls: [Fd; CONTROLS],
+    /// Which control connection is the daemon's.
+    daemon: Option<usize>,
+    /// A reply that the daemon's socket had no room for: its length in `output`, and whether its
+    /// descriptors are in `outgoing`.
+    stuck: Option<usize>,
+    pub outgoing: Outgoing,
+    pub ready: bool,
+    pub reaper: Reaper,
+    pub store: Store,
+    pub connections: Table<Connection>,
+    pub limits: Limits,
+    pub nofile: libc::rlimit,
+    pub refused: u64,
+    pub done: bool,
+    generation: u16,
+    /// There may be connections that no daemon has.
+    pub offer: bool,
+    /// The daemon's queue was full; it is told when there is room.
+    crowded: bool,
+    undecided: bool,
+    again: bool,
+    starved: bool,
+    used: bool,
+    input: Buffer,
+    output: Buffer,
+    chunk: Buffer,
+}
+
+/// Descriptors that go with a reply.
+#[derive(Default)]
+pub struct Outgoing {
+    pub fds: [Fd; 4],
+    pub len: usize,
+    /// They stay ours: they are kept and only duplicated by sending.
+    pub borrowed: bool,
+}
+
+impl Outgoing {
+    pub fn push(&mut self, fd: Fd) {
+        if let Some(slot) = self.fds.get_mut(self.len) {
+            *slot = fd;
+            self.len += 1;
+        }
+    }
+
+    fn list(&self) -> &[Fd] {
+        self.fds.get(..self.len).unwrap_or_default()
+    }
+
+    pub fn clear(&mut self) {
+        if !self.borrowed {
+            self.fds.iter_mut().for_each(Fd::close);
+        }
+        *self = Self::default();
+    }
 }
 
 impl Parent {
-    /// `listener` is the control socket, listening and non-blocking.
-    pub fn new(listener: OwnedFd, max_connections: usize) -> Result<Self, i32> {
+    /// `listener` is the control socket, listening and non-blocking; `nofile` the descriptor
+    /// limit that programs get.
+    pub fn new(listener: Fd, limits: Limits, nofile: libc::rlimit) -> Result<Self, i32> {
         // SAFETY: plain system calls; the signal set is initialised before use.
-        let (epoll, signals) = unsafe {
+        let (epoll, signals, spare) = unsafe {
             let epoll = sys::own(libc::epoll_create1(libc::EPOLL_CLOEXEC))?;
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut set);
@@ -52,53 +107,92 @@ impl Parent {
             libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
-            (epoll, sys::own(libc::signalfd(-1, &set, flags))?)
+            let signals = sys::own(libc::signalfd(-1, &set, flags))?;
+            let spare = sys::own(libc::open(
+                c"/dev/null".as_ptr(),
+                libc::O_RDONLY | libc::O_CLOEXEC,
+            ));
+            (epoll, signals, spare?)
         };
-        let r = libc::EPOLLIN as u32;
-        sys::epoll_set(&epoll, libc::EPOLL_CTL_ADD, listener.as_raw_fd(), r, LISTENER << 32);
-        sys::epoll_set(&epoll, libc::EPOLL_CTL_ADD, signals.as_raw_fd(), r, SIGNALS << 32);
+        sys::epoll_add(epoll, listener, libc::EPOLLIN, token(LISTENER, 0, 0));
+        sys::epoll_add(epoll, signals, libc::EPOLLIN, token(SIGNALS, 0, 0));
         Ok(Self {
             epoll,
             listener,
             signals,
+            spare,
+            controls: [Fd::NONE; CONTROLS],
             daemon: None,
+            stuck: None,
+            outgoing: Outgoing::default(),
             ready: false,
-            reaper: Reaper::default(),
-            kept: Vec::new(),
-            pods: Vec::new(),
-            connections: Vec::new(),
-            max_connections,
+            reaper: Reaper::new(limits.watched)?,
+            store: Store::new(&limits)?,
+            connections: Table::new(limits.connections)?,
+            limits,
+            nofile,
             refused: 0,
             done: false,
+            generation: 0,
+            offer: false,
+            crowded: false,
+            undecided: false,
+            again: false,
+            starved: false,
+            used: false,
+            input: Buffer::new(MAX_MESSAGE)?,
+            output: Buffer::new(MAX_MESSAGE)?,
+            chunk: Buffer::new(CHUNK)?,
         })
     }
 
     /// Serves until it is told to end.
     pub fn run(&mut self) {
-        let buf = sys::buffer(MAX_MESSAGE);
         while !self.done {
-            let undecided = self.connections.iter().flatten().any(|c| c.undecided.is_some());
-            let timeout = if undecided { GRACE_MS as i32 / 2 } else { -1 };
-            // SAFETY: zeroed events are valid and the array lives across the call.
-            let mut events: [libc::epoll_event; 32] = unsafe { std::mem::zeroed() };
-            // SAFETY: pointer and length describe `events`.
-            let n = unsafe {
-                libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), 32, timeout)
+            let timeout = if self.again || self.used {
+                0
+            } else if self.undecided {
+                GRACE_MS as i32 / 2
+            } else if self.reaper.zombies {
+                ZOMBIES_MS
+            } else {
+                -1
             };
+            // SAFETY: zeroed events are valid and the array lives across the call.
+            let mut events: [libc::epoll_event; 16] = unsafe { std::mem::zeroed() };
+            // SAFETY: pointer and length describe `events`.
+            let n = unsafe { libc::epoll_wait(self.epoll.get(), events.as_mut_ptr(), 16, timeout) };
+            if n <= 0 && self.used && !self.again {
+                // Nothing to do: an idle process keeps no buffers.
+                self.used = false;
+                if self.stuck.is_none() {
+                    self.output.trim();
+                }
+                self.input.trim();
+                self.chunk.trim();
+            }
             for ev in events.iter().take(n.max(0) as usize) {
-                let (kind, index) = (ev.u64 >> 32, (ev.u64 & 0xffff_ffff) as usize);
+                let (kind, generation) = (ev.u64 >> 48, (ev.u64 >> 32) as u16);
+                let row = (ev.u64 & 0xffff_ffff) as usize;
                 match kind {
-                    LISTENER => self.accept_daemon(),
+                    LISTENER => self.accept_control(),
                     SIGNALS => self.signal(),
-                    DAEMON => self.daemon_event(buf),
-                    POD => self.accept_client(index),
-                    CLIENT | SERVER => self.connection_event(index, kind, ev.events, buf),
+                    CONTROL => self.control_event(row, ev.events),
+                    POD => self.accept_client(row),
+                    CLIENT => {
+                        if self
+                            .connections
+                            .get(row)
+                            .is_some_and(|c| c.generation == generation)
+                        {
+                            self.turn(row);
+                        }
+                    }
+                    PIDFD => self.reaper.ended(row),
                     _ => {}
                 }
             }
-            if undecided {
-                self.decide();
-            }
+            self.catch_up();
             self.tell();
         }
     }
@@ -107,370 +201,422 @@ impl Parent {
         // One signal is 128 bytes (struct signalfd_siginfo); only that something came matters.
         let mut info = [0u8; 128];
         let mut terminate = false;
-        while let Ok(128) = sys::read(self.signals.as_raw_fd(), &mut info) {
-            let signo = info.first_chunk::<4>().map(|b| u32::from_ne_bytes(*b) as i32);
+        while let Ok(128) = sys::read(self.signals, &mut info) {
+            let signo = info
+                .first_chunk::<4>()
+                .map(|b| u32::from_ne_bytes(*b) as i32);
             terminate |= matches!(signo, Some(libc::SIGTERM | libc::SIGINT));
         }
         self.reaper.reap();
         // It outlives its daemon, so it ends on a signal only when nothing depends on it.
-        if terminate && self.idle() {
-            self.done = true;
+        self.done |= terminate && self.idle();
+    }
+
+    /// Whether nothing depends on this process.
+    pub fn idle(&self) -> bool {
+        self.store.kept() == 0 && self.store.pods.len() == 0 && !self.reaper.busy()
+    }
+
+    /// Accepts a connection of our own user; anything else is refused and counted.
+    fn accept(&mut self, listener: Fd) -> Option<Fd> {
+        match sys::accept(listener) {
+            Ok(fd) if sys::same_user(fd) => return Some(fd),
+            Ok(mut fd) => {
+                fd.close();
+                self.refused += 1;
+            }
+            Err(libc::EMFILE | libc::ENFILE) => {
+                // The newest one is refused; otherwise it would be reported over and over.
+                self.spare.close();
+                if let Ok(mut fd) = sys::accept(listener) {
+                    fd.close();
+                }
+                // SAFETY: opens a constant path.
+                let fd =
+                    unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+                self.spare = sys::own(fd).unwrap_or_default();
+                self.refused += 1;
+            }
+            Err(_) => {}
         }
+        None
     }
 
-    fn idle(&self) -> bool {
-        self.kept.is_empty()
-            && self.pods.iter().flatten().next().is_none()
-            && self.reaper.watched.iter().all(|w| w.exit.is_some())
-    }
-
-    fn accept_daemon(&mut self) {
-        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: null address pointers are allowed.
-        let fd = unsafe {
-            libc::accept4(self.listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags)
-        };
-        let Ok(fd) = sys::own(fd) else { return };
-        if !same_user(&fd) {
-            self.refused += 1;
+    fn accept_control(&mut self) {
+        let Some(mut fd) = self.accept(self.listener) else {
             return;
+        };
+        let free = self.controls.iter().position(|c| !c.is_some());
+        // When all are taken, the first that is not the daemon's makes room.
+        let row = free.or_else(|| (0..CONTROLS).find(|i| Some(*i) != self.daemon));
+        match row.and_then(|i| Some((i, self.controls.get_mut(i)?))) {
+            Some((i, slot)) => {
+                slot.close();
+                *slot = fd;
+                sys::epoll_add(self.epoll, fd, libc::EPOLLIN, token(CONTROL, 0, i));
+            }
+            None => fd.close(),
         }
-        // The newest daemon wins: the older one is dead or about to be.
-        self.lose_daemon();
-        let r = libc::EPOLLIN as u32;
-        sys::epoll_set(&self.epoll, libc::EPOLL_CTL_ADD, fd.as_raw_fd(), r, DAEMON << 32);
-        self.daemon = Some(fd);
+    }
+
+    /// The newest daemon wins: an older one is dead or about to be.
+    pub fn take_over(&mut self, control: usize) {
+        if self.daemon != Some(control) {
+            self.lose_daemon();
+            self.daemon = Some(control);
+        }
+    }
+
+    /// Whether this control connection is the daemon's.
+    pub fn is_daemon(&self, control: usize) -> bool {
+        self.daemon == Some(control)
     }
 
     fn lose_daemon(&mut self) {
-        self.daemon = None;
-        self.ready = false;
-        for w in &mut self.reaper.watched {
-            w.told = false;
+        if let Some(fd) = self.daemon.take().and_then(|i| self.controls.get_mut(i)) {
+            fd.close();
         }
-        for i in 0..self.connections.len() {
-            if let Some(Some(c)) = self.connections.get_mut(i) {
+        if self.stuck.take().is_some() {
+            self.outgoing.clear();
+        }
+        self.ready = false;
+        self.crowded = false;
+        self.reaper.untell();
+        for i in self.connections.indices() {
+            if let Some(c) = self.connections.get_mut(i) {
                 c.orphan();
-                let fate = c.flush();
-                self.settle(i, fate);
+                self.turn(i);
             }
         }
     }
 
-    fn daemon_event(&mut self, buf: &mut [u8]) {
-        let Some(fd) = self.daemon.as_ref().map(AsRawFd::as_raw_fd) else { return };
-        let mut fds = Vec::new();
-        match sys::receive_packet(fd, buf, &mut fds) {
-            Ok(0) => self.lose_daemon(),
+    fn close_control(&mut self, i: usize) {
+        if self.daemon == Some(i) {
+            self.lose_daemon();
+        } else if let Some(fd) = self.controls.get_mut(i) {
+            fd.close();
+        }
+    }
+
+    fn control_event(&mut self, i: usize, events: u32) {
+        let Some(fd) = self.controls.get(i).copied().filter(|f| f.is_some()) else {
+            return;
+        };
+        if self.daemon == Some(i) && events & libc::EPOLLOUT as u32 != 0 {
+            self.crowded = false;
+            self.send_stuck();
+            self.daemon_interest();
+        }
+        if self.daemon == Some(i) && self.stuck.is_some() {
+            if events & (libc::EPOLLHUP | libc::EPOLLERR) as u32 != 0 {
+                self.lose_daemon();
+            }
+            return;
+        }
+        if events & !(libc::EPOLLOUT as u32) == 0 {
+            return;
+        }
+        // SAFETY: the only slice of this buffer; it is not kept beyond this call.
+        let buf = unsafe { self.input.bytes() };
+        let mut passed = Passed::default();
+        match sys::receive_packet(fd, buf, &mut passed) {
+            Ok(0) => self.close_control(i),
             Ok(n) => {
+                self.used |= n > 4096;
                 let mut m = Reader(buf.get(..n).unwrap_or_default());
                 if let (Some(code), Some(seq)) = (m.u8(), m.u32()) {
-                    self.request(code, seq, &mut m, fds);
+                    self.request(i, code, seq, m, passed);
                 }
             }
             Err(libc::EAGAIN | libc::EINTR) => {}
-            Err(libc::EMSGSIZE) => self.refused += 1,
-            Err(_) => self.lose_daemon(),
+            Err(_) => self.close_control(i),
         }
     }
 
-    fn reply(&self, seq: u32, outcome: Result<(Writer, Vec<RawFd>), Failure>) {
-        let Some(d) = &self.daemon else { return };
-        let failed = |errno: i32, stage: u8| {
-            let mut w = Writer::new(op::REPLY, seq);
+    fn request(&mut self, i: usize, code: u8, seq: u32, m: Reader<'_>, passed: Passed) {
+        if self.stuck.is_some() {
+            // The output buffer is taken; one that only looks comes again later.
+            return self.close_control(i);
+        }
+        // SAFETY: the only slice of this buffer; nothing is stuck in it.
+        let out = unsafe { self.output.bytes() };
+        let mut w = Writer::fixed(out, op::REPLY, seq);
+        let outcome = self.perform(i, code, m, passed, &mut w);
+        if code == op::ACK {
+            return;
+        }
+        let outcome = outcome.and_then(|()| match w.finish() {
+            Some(_) => Ok(()),
+            None => Err((libc::EMSGSIZE, sandbox_parent::protocol::stage::REQUEST)),
+        });
+        if let Err((errno, stage)) = outcome {
+            self.outgoing.clear();
+            w.truncate(5);
             w.u32(errno as u32).u8(stage);
-            w
-        };
-        let (mut w, fds) = match outcome {
-            Ok(ok) => ok,
-            Err((errno, stage)) => (failed(errno, stage), Vec::new()),
-        };
-        if w.finish().is_none() {
-            w = failed(libc::EMSGSIZE, stage::REQUEST);
         }
-        let Some(data) = w.finish() else { return };
-        // The daemon bounds its open requests, so its queue has room; wait rather than lose one.
-        for _ in 0..100 {
-            match sys::send_packet(d.as_raw_fd(), data, &fds) {
-                Err(libc::EAGAIN) => {
-                    let mut p =
-                        libc::pollfd { fd: d.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-                    // SAFETY: one valid pollfd.
-                    unsafe { libc::poll(&mut p, 1, 50) };
-                }
-                _ => return,
+        let n = w.len();
+        self.used |= n > 4096;
+        let Some(fd) = self.controls.get(i).copied() else {
+            return;
+        };
+        match sys::send_packet(fd, w.finish().unwrap_or_default(), self.outgoing.list()) {
+            Err(libc::EAGAIN) if self.daemon == Some(i) => {
+                // Nothing more is read from it until this is sent.
+                self.stuck = Some(n);
+                self.daemon_interest();
             }
+            Err(_) => {
+                self.outgoing.clear();
+                self.close_control(i);
+            }
+            Ok(()) => self.outgoing.clear(),
         }
     }
 
-    fn request(&mut self, code: u8, seq: u32, m: &mut Reader<'_>, mut fds: Vec<OwnedFd>) {
-        let mut w = Writer::new(op::REPLY, seq);
-        w.u32(0).u8(0);
-        let bad = (libc::EINVAL, stage::REQUEST);
-        let mut give: Vec<OwnedFd> = Vec::new();
-        let outcome = (|| -> Result<(), Failure> {
-            match code {
-                op::HELLO => {
-                    w.u32(VERSION).u32(std::process::id()).u8(u8::from(self.idle()));
-                }
-                op::SPAWN => {
-                    let cookie = m.u64().ok_or(bad)?;
-                    let pid = spawn::spawn(m, &fds)?;
-                    w.u32(pid as u32).u64(self.reaper.next);
-                    self.reaper.watch(cookie, pid, self.reaper.next);
-                    give.push(sys::pidfd_open(pid).map_err(|e| (e, stage::FORK))?);
-                }
-                op::NAMESPACES => {
-                    let made = spawn::namespaces(m, &fds)?;
-                    w.u32(made.init as u32);
-                    give.extend(made.fds);
-                    if made.init > 0 {
-                        give.push(sys::pidfd_open(made.init).map_err(|e| (e, stage::OPEN))?);
-                    }
-                }
-                op::WATCH => {
-                    let (Some(cookie), Some(pid), Some(since)) = (m.u64(), m.u32(), m.u64()) else {
-                        return Err(bad);
-                    };
-                    self.reaper.reap();
-                    self.reaper.watch(cookie, pid as i32, since);
-                }
-                op::ACK => self.reaper.forget(m.u64().ok_or(bad)?),
-                op::KEEP => {
-                    let name = name(m).ok_or(bad)?;
-                    let fd = fds.pop().ok_or(bad)?;
-                    match self.kept.iter_mut().find(|k| *k.0 == *name) {
-                        Some(k) => k.1 = fd,
-                        None => self.kept.push((name.into(), fd)),
-                    }
-                }
-                op::FETCH => {
-                    let name = name(m).ok_or(bad)?;
-                    let kept = self.kept.iter().find(|k| *k.0 == *name);
-                    let fd = &kept.ok_or((libc::ENOENT, stage::REQUEST))?.1;
-                    give.push(spawn::duplicate(fd).map_err(|e| (e, stage::FDS))?);
-                }
-                op::FORGET => {
-                    let prefix = name(m).ok_or(bad)?;
-                    self.kept.retain(|k| !k.0.starts_with(prefix));
-                }
-                op::LIST_KEPT => {
-                    let from = m.u32().ok_or(bad)? as usize;
-                    let mut names = Writer::new(0, 0);
-                    let mut n = 0u16;
-                    for k in self.kept.iter().skip(from) {
-                        if names.len() + k.0.len() > MAX_MESSAGE / 2 {
-                            break;
-                        }
-                        names.bytes(k.0.as_bytes());
-                        n += 1;
-                    }
-                    let next = from + usize::from(n);
-                    let end = next >= self.kept.len();
-                    w.u32(if end { 0 } else { next as u32 }).u16(n);
-                    for k in self.kept.iter().skip(from).take(usize::from(n)) {
-                        w.bytes(k.0.as_bytes());
-                    }
-                }
-                op::LISTEN => {
-                    let name = name(m).ok_or(bad)?;
-                    self.unlisten(name);
-                    self.listen(name, fds.pop().ok_or(bad)?);
-                }
-                op::UNLISTEN => self.unlisten(name(m).ok_or(bad)?),
-                op::READY => self.ready = true,
-                op::STATUS => {
-                    let live = || self.connections.iter().flatten();
-                    w.u32(self.kept.len() as u32)
-                        .u32(self.reaper.watched.len() as u32)
-                        .u32(self.pods.iter().flatten().count() as u32)
-                        .u32(live().count() as u32)
-                        .u32(live().map(|c| c.parked()).sum::<usize>() as u32)
-                        .u64(self.refused);
-                }
-                op::SHUTDOWN => {
-                    let force = m.u8().ok_or(bad)? != 0;
-                    if !force && !self.idle() {
-                        return Err((libc::EBUSY, stage::REQUEST));
-                    }
-                    self.done = true;
-                }
-                op::LIST_WATCHED => {
-                    w.u16(self.reaper.watched.len().min(8000) as u16);
-                    for x in self.reaper.watched.iter().take(8000) {
-                        w.u64(x.cookie);
-                    }
-                }
-                _ => return Err((libc::ENOSYS, stage::REQUEST)),
-            }
-            Ok(())
-        })();
-        if code != op::ACK {
-            let raw = give.iter().map(AsRawFd::as_raw_fd).collect();
-            self.reply(seq, outcome.map(|()| (w, raw)));
+    fn send_stuck(&mut self) {
+        let (Some(n), Some(fd)) = (self.stuck, self.daemon_fd()) else {
+            return;
+        };
+        // SAFETY: the only slice of this buffer.
+        let out = unsafe { self.output.bytes() };
+        let sent = sys::send_packet(fd, out.get(..n).unwrap_or_default(), self.outgoing.list());
+        if sent != Err(libc::EAGAIN) {
+            self.stuck = None;
+            self.outgoing.clear();
         }
     }
 
-    fn listen(&mut self, name: &str, listener: OwnedFd) {
-        let pod = Pod { name: name.into(), listener };
-        let i = self.pods.iter().position(Option::is_none).unwrap_or(self.pods.len());
-        let fd = pod.listener.as_raw_fd();
+    fn daemon_fd(&self) -> Option<Fd> {
+        self.daemon
+            .and_then(|i| self.controls.get(i))
+            .copied()
+            .filter(|f| f.is_some())
+    }
+
+    fn daemon_interest(&self) {
+        let (Some(i), Some(fd)) = (self.daemon, self.daemon_fd()) else {
+            return;
+        };
+        let events = match (self.stuck.is_some(), self.crowded) {
+            (true, _) => libc::EPOLLOUT,
+            (false, true) => libc::EPOLLIN | libc::EPOLLOUT,
+            (false, false) => libc::EPOLLIN,
+        };
+        sys::epoll_change(self.epoll, fd, events, token(CONTROL, 0, i));
+    }
+
+    /// Listens for a pod's clients.
+    pub fn listen(&mut self, pod: usize, listener: Fd) {
         // SAFETY: sets O_NONBLOCK on a descriptor of ours.
-        unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) };
-        match self.pods.get_mut(i) {
-            Some(slot) => *slot = Some(pod),
-            None => self.pods.push(Some(pod)),
+        unsafe { libc::fcntl(listener.get(), libc::F_SETFL, libc::O_NONBLOCK) };
+        if let Some(p) = self.store.pods.get_mut(pod) {
+            p.listener.close();
+            p.listener = listener;
+            sys::epoll_add(self.epoll, listener, libc::EPOLLIN, token(POD, 0, pod));
         }
-        let token = POD << 32 | i as u64;
-        sys::epoll_set(&self.epoll, libc::EPOLL_CTL_ADD, fd, libc::EPOLLIN as u32, token);
     }
 
-    fn unlisten(&mut self, name: &str) {
-        let found = self.pods.iter().position(|p| p.as_ref().is_some_and(|p| *p.name == *name));
-        let Some(i) = found else { return };
-        if let Some(slot) = self.pods.get_mut(i) {
-            *slot = None;
+    /// Stops listening; closes the pod's connections too, unless they may come to their end.
+    pub fn unlisten(&mut self, pod: usize, drain: bool) {
+        if let Some(p) = self.store.pods.get_mut(pod) {
+            p.listener.close();
         }
-        for c in &mut self.connections {
-            if c.as_ref().is_some_and(|c| c.pod as usize == i) {
-                *c = None;
+        if !drain {
+            for i in self.connections.indices() {
+                if self
+                    .connections
+                    .get(i)
+                    .is_some_and(|c| usize::from(c.pod) == pod)
+                {
+                    self.end(i);
+                }
             }
+        }
+        self.drop_if_unused(pod);
+    }
+
+    fn drop_if_unused(&mut self, pod: usize) {
+        let listens = self
+            .store
+            .pods
+            .get(pod)
+            .is_some_and(|p| p.listener.is_some());
+        if !listens
+            && !self
+                .connections
+                .iter()
+                .any(|(_, c)| usize::from(c.pod) == pod)
+        {
+            self.store.remove_pod(pod);
+        }
+    }
+
+    /// Polls a watched process that is not our child.
+    pub fn follow(&self, row: usize, pidfd: Fd) {
+        if pidfd.is_some() {
+            sys::epoll_add(
+                self.epoll,
+                pidfd,
+                libc::EPOLLIN | libc::EPOLLET,
+                token(PIDFD, 0, row),
+            );
         }
     }
 
     fn accept_client(&mut self, pod: usize) {
-        let Some(Some(p)) = self.pods.get(pod) else { return };
-        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: null address pointers are allowed.
-        let fd = unsafe {
-            libc::accept4(p.listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags)
+        let Some(listener) = self.store.pods.get(pod).map(|p| p.listener) else {
+            return;
         };
-        let Ok(fd) = sys::own(fd) else { return };
-        let i = self
-            .connections
-            .iter()
-            .position(Option::is_none)
-            .unwrap_or(self.connections.len());
-        if i >= self.max_connections || !same_user(&fd) {
-            self.refused += 1;
+        let Some(mut fd) = self.accept(listener) else {
             return;
-        }
-        let token = CLIENT << 32 | i as u64;
-        let raw = fd.as_raw_fd();
-        let c = Some(Box::new(Connection::new(pod as u32, fd)));
-        match self.connections.get_mut(i) {
-            Some(slot) => *slot = c,
-            None => self.connections.push(c),
-        }
-        sys::epoll_set(&self.epoll, libc::EPOLL_CTL_ADD, raw, libc::EPOLLIN as u32, token);
-    }
-
-    fn connection_event(&mut self, i: usize, kind: u64, events: u32, buf: &mut [u8]) {
-        let Some(Some(c)) = self.connections.get_mut(i) else { return };
-        // Small reads keep this process's memory small.
-        let buf = buf.get_mut(..16 << 10).unwrap_or_default();
-        let fate =
-            if kind == CLIENT { c.client_event(events, buf) } else { c.daemon_event(events, buf) };
-        self.settle(i, fate);
-    }
-
-    /// After any work on a connection: drop it, or poll for what it waits for now.
-    fn settle(&mut self, i: usize, fate: Fate) {
-        let Some(slot) = self.connections.get_mut(i) else { return };
-        if fate == Fate::Ends {
-            *slot = None;
-            return;
-        }
-        let Some(c) = slot else { return };
-        let (client, daemon) = c.interest();
-        let (cfd, dfd) = c.fds();
-        let token = |kind: u64| kind << 32 | i as u64;
-        sys::epoll_set(&self.epoll, libc::EPOLL_CTL_MOD, cfd, client, token(CLIENT));
-        if let Some(d) = dfd {
-            sys::epoll_set(&self.epoll, libc::EPOLL_CTL_MOD, d, daemon, token(SERVER));
-        }
-    }
-
-    /// Connections whose daemon end closed: is the daemon still there?
-    fn decide(&mut self) {
-        let now = sys::now_ms();
-        for i in 0..self.connections.len() {
-            let Some(Some(c)) = self.connections.get_mut(i) else { continue };
-            let due = c.undecided.is_some_and(|t| now.saturating_sub(t) >= GRACE_MS);
-            if due {
-                // It is: it closed this connection on purpose.
-                let _ = c.flush();
-                self.settle(i, Fate::Ends);
+        };
+        self.generation = self.generation.wrapping_add(1);
+        let row = Connection::new(fd, pod as u16, self.generation);
+        match self.connections.insert(row) {
+            Some(i) => {
+                let token = token(CLIENT, self.generation, i);
+                sys::epoll_add(self.epoll, fd, RELAYED, token);
+                self.offer = true;
             }
+            None => {
+                fd.close();
+                self.refused += 1;
+            }
+        }
+    }
+
+    /// Gives a connection its turn.
+    fn turn(&mut self, i: usize) {
+        // SAFETY: the only slice of this buffer; it is not kept beyond this call.
+        let buf = unsafe { self.chunk.bytes() };
+        self.used = true;
+        let Some(c) = self.connections.get_mut(i) else {
+            return;
+        };
+        let fate = c.turn(&mut self.store, buf);
+        let flags = c.flags;
+        self.again |= flags & flag::AGAIN != 0;
+        self.undecided |= flags & flag::UNDECIDED != 0;
+        self.starved |= flags & flag::STARVED != 0;
+        self.offer |= c.is_free_for_daemon();
+        if fate == Fate::Ends {
+            self.end(i);
+        }
+    }
+
+    fn end(&mut self, i: usize) {
+        let Some(mut c) = self.connections.remove(i) else {
+            return;
+        };
+        c.close(&mut self.store);
+        let pod = usize::from(c.pod);
+        if self
+            .store
+            .pods
+            .get(pod)
+            .is_some_and(|p| !p.listener.is_some())
+        {
+            self.drop_if_unused(pod);
+        }
+    }
+
+    /// What no event reports: turns that were cut short, calls that waited for a row, decisions
+    /// that are due, zombies of other parents.
+    fn catch_up(&mut self) {
+        let room = self.store.pending.len() < self.limits.pending;
+        if self.again || (self.starved && room) {
+            let mask = if room {
+                flag::AGAIN | flag::STARVED
+            } else {
+                flag::AGAIN
+            };
+            self.again = false;
+            self.starved &= !room;
+            for i in self.connections.indices() {
+                if self.connections.get(i).is_some_and(|c| c.flags & mask != 0) {
+                    self.turn(i);
+                }
+            }
+        }
+        if self.undecided {
+            self.undecided = false;
+            let now = sys::now_ms();
+            for i in self.connections.indices() {
+                let Some(c) = self.connections.get(i) else {
+                    continue;
+                };
+                if c.hung_up(now) {
+                    // The daemon is there: it closed this connection on purpose.
+                    self.end(i);
+                } else {
+                    self.undecided |= c.flags & flag::UNDECIDED != 0;
+                }
+            }
+        }
+        if self.reaper.zombies {
+            self.reaper.look_again();
         }
     }
 
     /// Tells the daemon what it does not know yet: exits, and connections to take.
     fn tell(&mut self) {
-        if self.daemon.is_none() {
+        let Some(fd) = self
+            .daemon_fd()
+            .filter(|_| !self.crowded && self.stuck.is_none())
+        else {
             return;
-        }
-        while let Some((w, m)) = self.reaper.untold() {
-            let (Some(d), Some(data)) = (&self.daemon, m.finish()) else { return };
-            match sys::send_packet(d.as_raw_fd(), data, &[]) {
-                Ok(()) => w.told = true,
-                Err(_) => return self.retry_later(),
+        };
+        while self.reaper.news {
+            let mut buf = [0u8; 64];
+            let mut m = Reaper::event(&mut buf);
+            let Some(i) = self.reaper.untold(&mut m) else {
+                self.reaper.news = false;
+                break;
+            };
+            if sys::send_packet(fd, m.finish().unwrap_or_default(), &[]).is_err() {
+                return self.crowd();
             }
+            self.reaper.told(i);
         }
-        if !self.ready {
+        if !self.ready || !self.offer {
             return;
         }
-        for i in 0..self.connections.len() {
-            let Some(Some(c)) = self.connections.get_mut(i) else { continue };
-            if c.attached() || c.undecided.is_some() {
+        self.offer = false;
+        for i in self.connections.indices() {
+            let Some(c) = self
+                .connections
+                .get_mut(i)
+                .filter(|c| c.is_free_for_daemon())
+            else {
                 continue;
+            };
+            let Ok((mut ours, mut theirs)) = sys::stream_pair() else {
+                // Out of descriptors: the next event brings us back here.
+                self.offer = true;
+                return;
+            };
+            let parked = c.count(&self.store, super::store::pending::PARKED) > 0;
+            let mut buf = [0u8; 256];
+            let mut m = Writer::fixed(&mut buf, op::CONNECTION, 0);
+            m.u8(u8::from(parked))
+                .bytes(self.store.pod_name(c.pod.into()));
+            let sent = sys::send_packet(fd, m.finish().unwrap_or_default(), &[theirs]);
+            theirs.close();
+            if sent.is_err() {
+                ours.close();
+                self.offer = true;
+                return self.crowd();
             }
-            let Some(Some(pod)) = self.pods.get(c.pod as usize) else { continue };
-            let Ok((ours, theirs)) = sys::stream_pair() else { return };
-            let mut m = Writer::new(op::CONNECTION, 0);
-            m.u8(u8::from(c.parked() > 0)).bytes(pod.name.as_bytes());
-            let (Some(d), Some(data)) = (&self.daemon, m.finish()) else { return };
-            if sys::send_packet(d.as_raw_fd(), data, &[theirs.as_raw_fd()]).is_err() {
-                return self.retry_later();
-            }
-            let token = SERVER << 32 | i as u64;
-            sys::epoll_set(&self.epoll, libc::EPOLL_CTL_ADD, ours.as_raw_fd(), 0, token);
             c.attach(ours);
-            let fate = if c.resume() { c.flush() } else { Fate::Ends };
-            self.settle(i, fate);
+            let generation = c.generation;
+            sys::epoll_add(self.epoll, ours, RELAYED, token(CLIENT, generation, i));
+            self.turn(i);
         }
-        self.daemon_interest(libc::EPOLLIN as u32);
     }
 
     /// The daemon's queue is full: come back when it has room.
-    fn retry_later(&self) {
-        self.daemon_interest((libc::EPOLLIN | libc::EPOLLOUT) as u32);
-    }
-
-    fn daemon_interest(&self, events: u32) {
-        if let Some(d) = &self.daemon {
-            sys::epoll_set(&self.epoll, libc::EPOLL_CTL_MOD, d.as_raw_fd(), events, DAEMON << 32);
-        }
-    }
-}
-
-fn name<'a>(m: &mut Reader<'a>) -> Option<&'a str> {
-    m.str().filter(|s| !s.is_empty() && s.len() <= MAX_NAME)
-}
-
-/// Only our own user (and root) may talk to us.
-fn same_user(fd: &OwnedFd) -> bool {
-    let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: 0 };
-    let mut len = std::mem::size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: `cred` and `len` describe a valid out buffer; geteuid cannot fail.
-    unsafe {
-        let r = libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut cred).cast(),
-            &mut len,
-        );
-        r == 0 && (cred.uid == 0 || cred.uid == libc::geteuid())
+    fn crowd(&mut self) {
+        self.crowded = true;
+        self.daemon_interest();
     }
 }

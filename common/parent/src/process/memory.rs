@@ -6,8 +6,26 @@
 //! without gaps. Both give whole pages back when they shrink.
 
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const PAGE: usize = 4096;
+
+/// Every mapping that was reserved: address and length.
+static RESERVED: [[AtomicUsize; 2]; 16] = [const { [const { AtomicUsize::new(0) }; 2] }; 16];
+
+/// Unmaps everything that was reserved, in a child that has no use for it.
+///
+/// # Safety
+/// No table, arena, buffer, or borrow from one may be used any more.
+pub unsafe fn give_up() {
+    for [at, len] in &RESERVED {
+        let (at, len) = (at.load(Ordering::Relaxed), len.load(Ordering::Relaxed));
+        if at != 0 {
+            // SAFETY: a mapping of ours that is not used any more, by contract.
+            unsafe { libc::munmap(at as *mut _, len) };
+        }
+    }
+}
 
 /// A row of a [`Table`].
 ///
@@ -23,7 +41,19 @@ fn reserve(len: usize) -> Result<*mut u8, i32> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new anonymous mapping; nothing of ours is at that address.
     let p = unsafe { libc::mmap(std::ptr::null_mut(), len.max(1), prot, flags, -1, 0) };
-    if p == libc::MAP_FAILED { Err(super::sys::errno()) } else { Ok(p.cast()) }
+    if p == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::ENOMEM));
+    }
+    if let Some([at, room]) = RESERVED
+        .iter()
+        .find(|r| r.iter().all(|v| v.load(Ordering::Relaxed) == 0))
+    {
+        at.store(p as usize, Ordering::Relaxed);
+        room.store(len.max(1), Ordering::Relaxed);
+    }
+    Ok(p.cast())
 }
 
 /// Gives the whole pages of `from..to` bytes behind `base` back; they read as zero again.
@@ -44,7 +74,10 @@ pub struct Buffer {
 impl Buffer {
     /// Reserves `len` bytes.
     pub fn new(len: usize) -> Result<Self, i32> {
-        Ok(Self { base: reserve(len)?, len })
+        Ok(Self {
+            base: reserve(len)?,
+            len,
+        })
     }
 
     /// The bytes. The borrow is independent of `self`, so that a buffer may be filled from other
@@ -80,7 +113,14 @@ impl<T: Row> Table<T> {
     /// Reserves room for `capacity` rows.
     pub fn new(capacity: usize) -> Result<Self, i32> {
         let base = reserve(capacity.saturating_mul(size_of::<T>()))?.cast();
-        Ok(Self { base, capacity, high: 0, low: 0, used: 0, rows: PhantomData })
+        Ok(Self {
+            base,
+            capacity,
+            high: 0,
+            low: 0,
+            used: 0,
+            rows: PhantomData,
+        })
     }
 
     fn rows(&self) -> &[T] {
@@ -121,13 +161,21 @@ impl<T: Row> Table<T> {
 
     /// All rows in use.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (usize, &mut T)> {
-        self.rows_mut().iter_mut().enumerate().filter(|(_, r)| !r.is_free())
+        self.rows_mut()
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, r)| !r.is_free())
     }
 
     /// Stores a row; `None` when the table is full.
     pub fn insert(&mut self, row: T) -> Option<usize> {
         let low = self.low;
-        let free = self.rows().iter().skip(low).position(T::is_free).map_or(self.high, |i| i + low);
+        let free = self
+            .rows()
+            .iter()
+            .skip(low)
+            .position(T::is_free)
+            .map_or(self.high, |i| i + low);
         if free >= self.capacity || row.is_free() {
             return None;
         }
@@ -186,7 +234,11 @@ pub struct Arena {
 impl Arena {
     /// Reserves `capacity` bytes.
     pub fn new(capacity: usize) -> Result<Self, i32> {
-        Ok(Self { base: reserve(capacity)?, capacity, used: 0 })
+        Ok(Self {
+            base: reserve(capacity)?,
+            capacity,
+            used: 0,
+        })
     }
 
     fn all(&mut self) -> &mut [u8] {
@@ -196,12 +248,17 @@ impl Arena {
 
     /// Stores a copy; `None` when it is full or `bytes` are too many.
     pub fn store(&mut self, bytes: &[u8]) -> Option<Text> {
-        let text = Text { at: u32::try_from(self.used).ok()?, len: u16::try_from(bytes.len()).ok()? };
+        let text = Text {
+            at: u32::try_from(self.used).ok()?,
+            len: u16::try_from(bytes.len()).ok()?,
+        };
         if bytes.is_empty() {
             return Some(Text::default());
         }
         let used = self.used;
-        self.all().get_mut(used..used + bytes.len())?.copy_from_slice(bytes);
+        self.all()
+            .get_mut(used..used + bytes.len())?
+            .copy_from_slice(bytes);
         self.used += bytes.len();
         Some(text)
     }

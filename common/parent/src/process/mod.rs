@@ -1,12 +1,16 @@
-//! The process itself: one thread, one `epoll`, no async runtime.
+//! The process itself: one thread, one `epoll`, no async runtime, no allocation while it serves.
 //!
-//! Private memory is the measure here: nothing is allocated but what is kept (names, parked
-//! requests, unsent bytes), and buffers of an idle connection are given back.
+//! Private memory is the measure here. What is kept are descriptors and rows of a few bytes in
+//! [`memory`]; what a program or a namespace needs beyond that, a forked child allocates.
 
 pub mod control;
-pub mod relay;
+pub mod memory;
+pub mod namespaces;
 pub mod reap;
+pub mod relay;
+pub mod requests;
 pub mod spawn;
+pub mod store;
 pub mod sys;
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -33,20 +37,28 @@ pub unsafe fn remember_title(argc: i32, argv: *const *const libc::c_char) {
     }
 }
 
-/// Sets what `ps` shows for this process.
-pub fn set_title(title: &str) {
-    let (at, room) = (TITLE.load(Ordering::Relaxed), TITLE_ROOM.load(Ordering::Relaxed));
+/// Sets what `ps` shows for this process, as far as the arguments have made room for it.
+pub fn set_title(parts: &[&[u8]]) {
+    let (at, room) = (
+        TITLE.load(Ordering::Relaxed),
+        TITLE_ROOM.load(Ordering::Relaxed),
+    );
+    let bytes = || parts.iter().flat_map(|p| p.iter().copied());
     let mut name = [0u8; 16];
-    for (to, from) in name.iter_mut().take(15).zip(title.bytes()) {
-        *to = from;
-    }
-    // SAFETY: a null-terminated name; then writes within the memory of the arguments, which is
-    // ours to overwrite and which nobody reads any more.
+    name.iter_mut()
+        .take(15)
+        .zip(bytes())
+        .for_each(|(to, from)| *to = from);
+    // SAFETY: a null-terminated name; then the memory of the arguments, which is ours to
+    // overwrite, which nobody reads any more, and which ends with a zero.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0);
         if !at.is_null() && room > 0 {
-            std::ptr::write_bytes(at, 0, room);
-            std::ptr::copy_nonoverlapping(title.as_ptr(), at, title.len().min(room - 1));
+            let title = std::slice::from_raw_parts_mut(at, room - 1);
+            title
+                .iter_mut()
+                .zip(bytes().chain(std::iter::repeat(0)))
+                .for_each(|(to, b)| *to = b);
         }
     }
 }

@@ -3,438 +3,685 @@
 //! A dropped task connection turns every container of the pod into EXITED/255, and containerd's
 //! client never dials again. So this process accepts the connection and gives the daemon one end
 //! of a socket pair, on which it passes ttrpc frames in both directions. Of a frame it reads the
-//! ten-byte header and, of a request, the method name.
+//! ten-byte header and, of a small request, the method name.
 //!
-//! * **To the client** a frame goes only when it is complete (up to [`WHOLE`] bytes). Larger ones
-//!   are passed on as they come; should the daemon die within one, it is filled up with zero
-//!   bytes, which spoils that one answer and not the connection.
-//! * **Pending calls** are remembered by stream number. Of `Wait`, `WaitSandbox` and `Stream` the
-//!   request itself is kept: while the daemon is away these are *parked*, and replayed to the
-//!   next one. Any other call is answered Unavailable at once. The first data frame that a
-//!   replayed stream gets is the acknowledgement that its client has had already: it is dropped.
+//! **Nothing is stored on the way.** Bytes are looked at where they are, in the receive buffer of
+//! the socket they came by (`MSG_PEEK`), sent on, and only then taken: exactly as many as the
+//! other side has accepted. So a slow side holds up the fast one by the kernel's own buffers, and
+//! a connection costs a row of 32 bytes. Sockets are polled edge-triggered, because an incomplete
+//! frame stays where it is.
+//!
+//! * **To the client** a frame is begun only when all of it is in our hands (up to [`WHOLE`]
+//!   bytes; the daemon's death does not take away what it has written). Larger ones are passed on
+//!   as they come; should the daemon die within one, it is filled up with zero bytes, which
+//!   spoils that one answer and not the connection.
+//! * **Pending calls** are rows of [`Pending`], a list per connection. Of `Wait`, `WaitSandbox`
+//!   and `Stream` the request itself is kept: while the daemon is away these are *parked*, and
+//!   put to the next one. Any other call is answered Unavailable at once. If a stream's client
+//!   has had the daemon's first data frame, its acknowledgement, the second one is dropped. What
+//!   a client had sent on a stream and the dead daemon had not read is lost.
 //! * **Is it dead, or did it hang up?** A daemon's death closes its sockets one by one. When its
 //!   end of a connection closes, the decision waits for [`GRACE_MS`]: if the control socket is
 //!   still there then, it hung up on purpose and the client is closed as well.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use sandbox_parent::frame::{self, Call, HEADER, Header, MAX_BODY};
 
-use super::sys;
+use super::memory::Row;
+use super::store::{Pending, Store, pending};
+use super::sys::{self, Fd};
 
-const HEADER: usize = 10;
-/// ttrpc's message limit; a longer length field means that this is no ttrpc peer.
-const MAX_BODY: usize = 4 << 20;
 /// Up to this size a frame is passed on only when it is complete.
 pub const WHOLE: usize = 64 << 10;
 /// Requests up to this size can be parked.
 const PARKABLE: usize = 1024;
 /// How long a closed connection waits for the control socket to close, too.
-pub const GRACE_MS: u64 = 100;
-/// Unsent bytes above which the other side is not read any more.
-const HIGH_WATER: usize = 64 << 10;
+pub const GRACE_MS: u32 = 200;
+/// Bytes that are passed on at once.
+pub const CHUNK: usize = 16 << 10;
+/// Steps that one connection may take before others have their turn.
+const TURN: usize = 64;
 
-const REQUEST: u8 = 1;
-const RESPONSE: u8 = 2;
-const DATA: u8 = 3;
-const REMOTE_CLOSED: u8 = 1;
-const NO_DATA: u8 = 4;
-
-struct Pending {
-    stream: u32,
-    /// The request frame, when it can be parked.
-    frame: Option<Box<[u8]>>,
-    /// First data frame of a stream call (StreamInit).
-    init: Option<Box<[u8]>>,
-    streaming: bool,
-    client_closed: bool,
-    daemon_closed: bool,
-    /// Drop the daemon's next data frame: the client has had its acknowledgement.
-    swallow: bool,
-}
-
-/// One direction: bytes that make up the frame being read, and bytes that wait to be written.
-#[derive(Default)]
+/// One direction: what is left of the frame that is being passed on.
+#[derive(Clone, Copy)]
+#[repr(C)]
 struct Flow {
-    partial: Vec<u8>,
-    /// Bytes of a large frame still to pass on.
-    passing: usize,
-    /// Whether the passing frame is thrown away instead.
-    discard: bool,
-    out: Vec<u8>,
+    left: u32,
 }
 
 /// A client's connection.
+#[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Connection {
-    pub pod: u32,
-    client: OwnedFd,
-    daemon: Option<OwnedFd>,
-    to_daemon: Flow,
-    to_client: Flow,
-    pending: Vec<Pending>,
-    /// When the daemon's end was found closed, and the decision is open.
-    pub undecided: Option<u64>,
+    pub client: Fd,
+    daemon: Fd,
+    up: Flow,
+    down: Flow,
+    /// When the daemon's end was found closed.
+    since: u32,
+    pub pod: u16,
+    /// First pending call, plus one.
+    first: u16,
+    pub flags: u16,
+    /// Tells apart the connections that have used this row; part of the epoll token.
+    pub generation: u16,
 }
 
-/// What became of a connection after an event.
-#[derive(PartialEq, Eq)]
+/// [`Connection::flags`]
+pub mod flag {
+    /// The rest of the client's frame is thrown away.
+    pub const DISCARD_UP: u16 = 1;
+    /// The rest of the daemon's frame is thrown away.
+    pub const DISCARD_DOWN: u16 = 2;
+    /// The daemon's end is closed, and it is not yet known why.
+    pub const UNDECIDED: u16 = 4;
+    /// The daemon is dead; what it has written still goes to the client.
+    pub const ORPHANED: u16 = 8;
+    /// Parked calls have to be put to the daemon before anything else.
+    pub const REPLAY: u16 = 16;
+    /// The client sends no more.
+    pub const CLIENT_DONE: u16 = 32;
+    /// It has not come to an end with its turn.
+    pub const AGAIN: u16 = 64;
+    /// It waits for a row in the table of pending calls.
+    pub const STARVED: u16 = 128;
+    /// Answers are owed.
+    pub const OWED: u16 = 256;
+}
+
+// SAFETY: plain integers; a connection has a client.
+unsafe impl Row for Connection {
+    fn is_free(&self) -> bool {
+        !self.client.is_some()
+    }
+}
+
+/// What a step came to.
+#[derive(PartialEq, Eq, Clone, Copy)]
+enum Step {
+    /// Something has moved: go on.
+    Moved,
+    /// It waits for a socket.
+    Waits,
+    /// The connection is over.
+    Ends,
+}
+
+/// What becomes of a client's frame.
+enum Way {
+    Forward,
+    Discard,
+    /// It stays where it is for now.
+    Hold,
+}
+
+/// What became of a connection after its turn.
+#[derive(PartialEq, Eq, Clone, Copy)]
 pub enum Fate {
     Lives,
     Ends,
 }
 
-fn header(frame: &[u8]) -> Option<(usize, u32, u8, u8)> {
-    let len = u32::from_be_bytes(frame.get(0..4)?.try_into().ok()?) as usize;
-    let stream = u32::from_be_bytes(frame.get(4..8)?.try_into().ok()?);
-    Some((len, stream, *frame.get(8)?, *frame.get(9)?))
-}
-
-/// Field 2 (`method`) of a ttrpc Request.
-fn method(mut body: &[u8]) -> Option<&[u8]> {
-    fn varint(b: &mut &[u8]) -> Option<u64> {
-        let mut v = 0u64;
-        for shift in (0..64).step_by(7) {
-            let (&byte, rest) = b.split_first()?;
-            *b = rest;
-            v |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Some(v);
-            }
-        }
-        None
-    }
-    loop {
-        let key = varint(&mut body)?;
-        match key & 7 {
-            0 => {
-                varint(&mut body)?;
-            }
-            2 => {
-                let n = usize::try_from(varint(&mut body)?).ok()?;
-                let (value, rest) = body.split_at_checked(n)?;
-                if key >> 3 == 2 {
-                    return Some(value);
-                }
-                body = rest;
-            }
-            _ => return None,
-        }
-    }
-}
-
-/// A Response frame with Status UNAVAILABLE (14).
-fn unavailable(stream: u32, out: &mut Vec<u8>) {
-    const TEXT: &[u8] = b"the sandboxer is restarting; try again";
-    let status = 2 + 2 + TEXT.len();
-    let body = 2 + status;
-    out.extend_from_slice(&(body as u32).to_be_bytes());
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(&[RESPONSE, 0, 0x0a, status as u8, 0x08, 14, 0x12, TEXT.len() as u8]);
-    out.extend_from_slice(TEXT);
-}
-
 impl Connection {
     /// A connection that no daemon serves yet.
-    pub fn new(pod: u32, client: OwnedFd) -> Self {
+    pub fn new(client: Fd, pod: u16, generation: u16) -> Self {
+        let none = Flow { left: 0 };
+        let daemon = Fd::NONE;
         Self {
-            pod,
             client,
-            daemon: None,
-            to_daemon: Flow::default(),
-            to_client: Flow::default(),
-            pending: Vec::new(),
-            undecided: None,
+            daemon,
+            up: none,
+            down: none,
+            since: 0,
+            pod,
+            first: 0,
+            flags: 0,
+            generation,
         }
     }
 
-    /// Descriptors to poll.
-    pub fn fds(&self) -> (RawFd, Option<RawFd>) {
-        (self.client.as_raw_fd(), self.daemon.as_ref().map(AsRawFd::as_raw_fd))
+    fn is(&self, flag: u16) -> bool {
+        self.flags & flag != 0
     }
 
-    /// Whether a daemon has its other end.
-    pub fn attached(&self) -> bool {
-        self.daemon.is_some()
-    }
-
-    /// Calls that wait for the next daemon.
-    pub fn parked(&self) -> usize {
-        if self.attached() { 0 } else { self.pending.len() }
-    }
-
-    /// epoll interest of both sides: read unless the other side is congested, write if needed.
-    pub fn interest(&self) -> (u32, u32) {
-        let (r, w) = (libc::EPOLLIN as u32, libc::EPOLLOUT as u32);
-        let mut client = 0;
-        // Without a daemon, data for a parked stream has to wait where it is.
-        if self.to_daemon.out.len() < HIGH_WATER && !self.holds_data() {
-            client |= r;
-        }
-        if !self.to_client.out.is_empty() {
-            client |= w;
-        }
-        let mut daemon = 0;
-        if self.to_client.out.len() < HIGH_WATER {
-            daemon |= r;
-        }
-        if !self.to_daemon.out.is_empty() {
-            daemon |= w;
-        }
-        (client, daemon)
-    }
-
-    /// A data frame has been begun while no daemon is there.
-    fn holds_data(&self) -> bool {
-        !self.attached()
-            && header(&self.to_daemon.partial).is_some_and(|(_, _, kind, _)| kind == DATA)
-    }
-
-    /// A new daemon takes the connection; parked calls are replayed.
-    pub fn attach(&mut self, end: OwnedFd) {
-        self.daemon = Some(end);
-        self.undecided = None;
-        for p in &mut self.pending {
-            if let Some(f) = &p.frame {
-                self.to_daemon.out.extend_from_slice(f);
-            }
-            if let Some(f) = &p.init {
-                self.to_daemon.out.extend_from_slice(f);
-                p.swallow = true;
-            }
+    fn set(&mut self, flag: u16, on: bool) {
+        if on {
+            self.flags |= flag;
+        } else {
+            self.flags &= !flag;
         }
     }
 
-    /// The daemon is dead: answers what cannot be parked, mends a frame that was cut off.
+    /// Whether it can be offered to a daemon.
+    pub fn is_free_for_daemon(&self) -> bool {
+        !self.daemon.is_some()
+    }
+
+    /// Whether the daemon hung up on it at least [`GRACE_MS`] ago.
+    pub fn hung_up(&self, now: u32) -> bool {
+        self.is(flag::UNDECIDED) && now.wrapping_sub(self.since) >= GRACE_MS
+    }
+
+    /// A daemon takes the connection.
+    pub fn attach(&mut self, end: Fd) {
+        self.daemon = end;
+        self.set(flag::REPLAY, true);
+    }
+
+    /// The daemon is dead or has been replaced.
     pub fn orphan(&mut self) {
-        self.daemon = None;
-        self.undecided = None;
-        self.to_daemon.out = Vec::new();
-        if self.to_daemon.passing > 0 {
-            self.to_daemon.discard = true;
+        if self.daemon.is_some() {
+            // An older daemon that still lives must not go on with it; what it has written stays.
+            sys::shutdown(self.daemon, libc::SHUT_RDWR);
+            self.set(flag::ORPHANED, true);
+            self.set(flag::UNDECIDED, false);
         }
-        let cut = std::mem::take(&mut self.to_client.passing);
-        if cut > 0 && !self.to_client.discard {
-            let filled = self.to_client.out.len() + cut;
-            self.to_client.out.resize(filled, 0);
-        }
-        self.to_client.partial = Vec::new();
-        let out = &mut self.to_client.out;
-        self.pending.retain(|p| {
-            let parked = p.frame.is_some() && !p.daemon_closed && (!p.streaming || p.init.is_some());
-            if !parked && !p.streaming {
-                unavailable(p.stream, out);
-            }
-            parked
-        });
     }
 
-    /// The client's side is ready.
-    pub fn client_event(&mut self, events: u32, buf: &mut [u8]) -> Fate {
-        if events & libc::EPOLLIN as u32 != 0 {
-            match sys::read(self.client.as_raw_fd(), buf) {
-                Ok(0) => return Fate::Ends,
-                Ok(n) => {
-                    if !self.take_client(buf.get(..n).unwrap_or_default()) {
-                        return Fate::Ends;
-                    }
+    /// Closes everything.
+    pub fn close(&mut self, store: &mut Store) {
+        while let Some(i) = self.first.checked_sub(1) {
+            self.drop_pending(store, usize::from(i));
+        }
+        self.client.close();
+        self.daemon.close();
+    }
+
+    /// Passes on what can be passed on.
+    pub fn turn(&mut self, store: &mut Store, buf: &mut [u8]) -> Fate {
+        self.set(flag::AGAIN | flag::STARVED, false);
+        for _ in 0..TURN {
+            let mut moved = false;
+            for step in [Self::down, Self::answer, Self::replay, Self::up] {
+                match step(self, store, buf) {
+                    Step::Moved => moved = true,
+                    Step::Waits => {}
+                    Step::Ends => return Fate::Ends,
                 }
-                Err(libc::EAGAIN | libc::EINTR) => {}
-                Err(_) => return Fate::Ends,
             }
-        } else if events & (libc::EPOLLHUP | libc::EPOLLERR) as u32 != 0 {
-            return Fate::Ends;
-        }
-        self.flush()
-    }
-
-    /// The daemon's side is ready.
-    pub fn daemon_event(&mut self, events: u32, buf: &mut [u8]) -> Fate {
-        let Some(fd) = self.daemon.as_ref().map(AsRawFd::as_raw_fd) else { return Fate::Lives };
-        let mut closed = false;
-        if events & (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR) as u32 != 0 {
-            match sys::read(fd, buf) {
-                Ok(0) => closed = true,
-                Ok(n) => self.take_daemon(buf.get(..n).unwrap_or_default()),
-                Err(libc::EAGAIN | libc::EINTR) => {}
-                Err(_) => closed = true,
+            if !moved {
+                return Fate::Lives;
             }
         }
-        if closed {
-            self.daemon = None;
-            self.undecided = Some(sys::now_ms());
-            return Fate::Lives;
-        }
-        self.flush()
-    }
-
-    /// Writes what can be written.
-    pub fn flush(&mut self) -> Fate {
-        if push(self.client.as_raw_fd(), &mut self.to_client.out).is_err() {
-            return Fate::Ends;
-        }
-        if let Some(d) = &self.daemon {
-            // An error shows as a closed end when it is read.
-            let _ = push(d.as_raw_fd(), &mut self.to_daemon.out);
-        }
+        self.set(flag::AGAIN, true);
         Fate::Lives
     }
 
-    /// Goes on with a frame that was held while no daemon was there.
-    pub fn resume(&mut self) -> bool {
-        let held = std::mem::take(&mut self.to_daemon.partial);
-        held.is_empty() || self.take_client(&held)
+    /// Daemon to client.
+    fn down(&mut self, store: &mut Store, buf: &mut [u8]) -> Step {
+        if !self.daemon.is_some() {
+            return self.fill_up(buf);
+        }
+        if self.is(flag::UNDECIDED) {
+            return Step::Waits;
+        }
+        let want = if self.down.left == 0 {
+            CHUNK
+        } else {
+            (self.down.left as usize).min(CHUNK)
+        };
+        let Some(buf) = buf.get_mut(..want) else {
+            return Step::Ends;
+        };
+        let n = match sys::peek(self.daemon, buf) {
+            Ok(0) => return self.daemon_closed(store),
+            Ok(n) => n,
+            Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
+            Err(_) => return self.daemon_closed(store),
+        };
+        if self.down.left == 0 {
+            let head = buf.get(..n).unwrap_or_default();
+            let Some(h) = Header::parse(head) else {
+                return self.incomplete_down(store);
+            };
+            let total = HEADER + h.len;
+            if h.len > MAX_BODY {
+                return Step::Ends;
+            }
+            if n < total && total <= WHOLE && sys::queued(self.daemon) < total {
+                return self.incomplete_down(store);
+            }
+            let swallow = self.daemon_frame(store, &h);
+            self.down.left = total as u32;
+            self.set(flag::DISCARD_DOWN, swallow);
+        }
+        let n = n.min(self.down.left as usize);
+        let sent = if self.is(flag::DISCARD_DOWN) {
+            n
+        } else {
+            match sys::send(self.client, buf.get(..n).unwrap_or_default()) {
+                Ok(sent) => sent,
+                Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
+                Err(_) => return Step::Ends,
+            }
+        };
+        self.down.left -= sent as u32;
+        consume(self.daemon, buf, sent)
     }
 
-    fn take_client(&mut self, mut data: &[u8]) -> bool {
-        while !data.is_empty() {
-            if self.to_daemon.passing > 0 {
-                let n = self.to_daemon.passing.min(data.len());
-                let (now, rest) = data.split_at(n);
-                if !self.to_daemon.discard {
-                    self.to_daemon.out.extend_from_slice(now);
-                }
-                self.to_daemon.passing -= n;
-                if self.to_daemon.passing == 0 {
-                    self.to_daemon.discard = false;
-                }
-                data = rest;
-                continue;
+    /// The daemon has died within a long frame.
+    fn fill_up(&mut self, buf: &mut [u8]) -> Step {
+        if self.down.left == 0 {
+            return Step::Waits;
+        }
+        let n = (self.down.left as usize).min(CHUNK);
+        let Some(zeros) = buf.get_mut(..n) else {
+            return Step::Ends;
+        };
+        zeros.fill(0);
+        match sys::send(self.client, zeros) {
+            Ok(sent) => {
+                self.down.left -= sent as u32;
+                Step::Moved
             }
-            data = gather(&mut self.to_daemon.partial, data, PARKABLE);
-            let Some((len, stream, kind, flags)) = header(&self.to_daemon.partial) else { return true };
-            if len > MAX_BODY {
-                return false;
-            }
-            if !self.attached() && kind == DATA {
-                // Keep it here until there is a daemon: it may be a container's input.
-                self.to_daemon.partial.extend_from_slice(data);
-                return true;
-            }
-            let have = self.to_daemon.partial.len();
-            let small = len <= PARKABLE;
-            if small && have < HEADER + len {
-                return true;
-            }
-            let frame = std::mem::take(&mut self.to_daemon.partial);
-            if !small {
-                // Header and a first part are here; the rest is passed on as it comes.
-                self.to_daemon.passing = HEADER + len - have;
-            }
-            let forwarded = self.client_frame(&frame, stream, kind, flags, small);
-            if forwarded {
-                self.to_daemon.out.extend_from_slice(&frame);
+            Err(libc::EAGAIN | libc::EINTR) => Step::Waits,
+            Err(_) => Step::Ends,
+        }
+    }
+
+    /// A frame's end is missing: will it come?
+    fn incomplete_down(&mut self, store: &mut Store) -> Step {
+        if self.is(flag::ORPHANED) || sys::peer_closed(self.daemon) {
+            return self.daemon_closed(store);
+        }
+        Step::Waits
+    }
+
+    fn daemon_closed(&mut self, store: &mut Store) -> Step {
+        if !self.is(flag::ORPHANED) {
+            self.set(flag::UNDECIDED, true);
+            self.since = sys::now_ms();
+            return Step::Waits;
+        }
+        // All that it has written is with the client. Now what it owes is settled.
+        self.daemon.close();
+        self.set(flag::ORPHANED | flag::REPLAY, false);
+        if self.up.left > 0 {
+            self.set(flag::DISCARD_UP, true);
+        }
+        if self.is(flag::DISCARD_DOWN) {
+            self.down.left = 0;
+            self.set(flag::DISCARD_DOWN, false);
+        }
+        let mut at = self.first;
+        while let Some(i) = at.checked_sub(1) {
+            let i = usize::from(i);
+            let Some(p) = store.pending.get_mut(i) else {
+                break;
+            };
+            at = p.next;
+            let streaming = p.flags & pending::STREAMING != 0;
+            let parkable = p.flags & pending::PARKABLE != 0 && (!streaming || !p.init.is_empty());
+            if p.flags & pending::DAEMON_CLOSED != 0 {
+                self.drop_pending(store, i);
+            } else if parkable {
+                p.flags = (p.flags | pending::PARKED) & !pending::SWALLOW;
             } else {
-                self.to_daemon.discard = self.to_daemon.passing > 0;
+                p.flags |= pending::OWED;
+                self.set(flag::OWED, true);
             }
         }
-        true
+        Step::Moved
     }
 
-    /// Books a client's frame; says whether it goes to the daemon now.
-    fn client_frame(&mut self, frame: &[u8], stream: u32, kind: u8, flags: u8, small: bool) -> bool {
-        match kind {
-            REQUEST => {
-                let name = if small { method(frame.get(HEADER..).unwrap_or_default()) } else { None };
-                let streaming = name == Some(b"Stream");
-                let parkable = streaming || matches!(name, Some(b"Wait" | b"WaitSandbox"));
-                if !self.attached() && !parkable {
-                    unavailable(stream, &mut self.to_client.out);
-                    return false;
-                }
-                self.pending.push(Pending {
-                    stream,
-                    frame: parkable.then(|| frame.into()),
-                    init: None,
-                    streaming,
-                    client_closed: false,
-                    daemon_closed: false,
-                    swallow: false,
-                });
-                self.attached()
+    /// Books a frame of the daemon; says whether it is dropped.
+    fn daemon_frame(&mut self, store: &mut Store, h: &Header) -> bool {
+        let Some(i) = self.find(store, h.stream) else {
+            return false;
+        };
+        let Some(p) = store.pending.get_mut(i) else {
+            return false;
+        };
+        if h.kind == frame::RESPONSE {
+            self.drop_pending(store, i);
+            return false;
+        }
+        let closes = h.flags & frame::REMOTE_CLOSED != 0;
+        let swallow = p.flags & pending::SWALLOW != 0 && !closes;
+        p.flags = (p.flags | pending::ACKNOWLEDGED) & !pending::SWALLOW;
+        if closes {
+            p.flags |= pending::DAEMON_CLOSED;
+            if p.flags & pending::CLIENT_CLOSED != 0 {
+                self.drop_pending(store, i);
             }
-            DATA => {
-                if let Some(p) = self.pending.iter_mut().find(|p| p.stream == stream) {
-                    if p.init.is_none() && small && flags & NO_DATA == 0 {
-                        p.init = Some(frame.into());
-                    }
-                    p.client_closed |= flags & REMOTE_CLOSED != 0;
+        }
+        swallow
+    }
+
+    /// Answers Unavailable where it is owed.
+    fn answer(&mut self, store: &mut Store, buf: &mut [u8]) -> Step {
+        // Never into the middle of another frame.
+        if !self.is(flag::OWED) || self.down.left > 0 {
+            return Step::Waits;
+        }
+        let mut at = self.first;
+        while let Some(i) = at.checked_sub(1) {
+            let i = usize::from(i);
+            let Some(p) = store.pending.get(i) else { break };
+            at = p.next;
+            if p.flags & pending::OWED == 0 {
+                continue;
+            }
+            let n = frame::unavailable(p.stream, buf);
+            match sys::send(self.client, buf.get(..n).unwrap_or_default()) {
+                // So small a message is taken whole or not at all (one socket buffer).
+                Ok(_) => self.drop_pending(store, i),
+                Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
+                Err(_) => return Step::Ends,
+            }
+        }
+        self.set(flag::OWED, false);
+        Step::Moved
+    }
+
+    /// Puts parked calls to the daemon.
+    fn replay(&mut self, store: &mut Store, buf: &mut [u8]) -> Step {
+        if !self.is(flag::REPLAY) || !self.daemon.is_some() {
+            return Step::Waits;
+        }
+        let mut at = self.first;
+        while let Some(i) = at.checked_sub(1) {
+            let Some(p) = store.pending.get(usize::from(i)) else {
+                break;
+            };
+            at = p.next;
+            if p.flags & pending::PARKED == 0 {
+                continue;
+            }
+            let (request, init) = (store.get(p.frame), store.get(p.init));
+            // The client has closed its side, and its first data frame did not say so.
+            let closed = init.get(9).is_some_and(|f| f & frame::REMOTE_CLOSED == 0)
+                && p.flags & pending::CLIENT_CLOSED != 0;
+            let closing = frame::closing(p.stream);
+            let closing: &[u8] = if closed { &closing } else { &[] };
+            let n = request.len() + init.len() + closing.len();
+            let Some(out) = buf.get_mut(..n) else {
+                return Step::Ends;
+            };
+            for (to, from) in out
+                .iter_mut()
+                .zip(request.iter().chain(init).chain(closing))
+            {
+                *to = *from;
+            }
+            match sys::send(self.daemon, out) {
+                Ok(_) => {}
+                // A closed end shows when it is read.
+                Err(_) => return Step::Waits,
+            }
+            if let Some(p) = store.pending.get_mut(usize::from(i)) {
+                p.flags &= !pending::PARKED;
+                if p.flags & pending::ACKNOWLEDGED != 0 {
+                    p.flags |= pending::SWALLOW;
                 }
-                self.settle(stream);
+            }
+        }
+        self.set(flag::REPLAY, false);
+        if self.is(flag::CLIENT_DONE) {
+            sys::shutdown(self.daemon, libc::SHUT_WR);
+        }
+        Step::Moved
+    }
+
+    /// Client to daemon.
+    fn up(&mut self, store: &mut Store, buf: &mut [u8]) -> Step {
+        if self.is(flag::CLIENT_DONE) {
+            return if sys::peer_gone(self.client) {
+                Step::Ends
+            } else {
+                Step::Waits
+            };
+        }
+        let discard = self.up.left > 0 && self.is(flag::DISCARD_UP);
+        let busy = self.is(flag::UNDECIDED | flag::ORPHANED | flag::REPLAY);
+        if busy && !discard {
+            // A client that is gone altogether ends its connection all the same.
+            return if sys::peer_gone(self.client) {
+                Step::Ends
+            } else {
+                Step::Waits
+            };
+        }
+        let want = if self.up.left == 0 {
+            CHUNK
+        } else {
+            (self.up.left as usize).min(CHUNK)
+        };
+        let Some(buf) = buf.get_mut(..want) else {
+            return Step::Ends;
+        };
+        let n = match sys::peek(self.client, buf) {
+            Ok(0) => return self.client_done(),
+            Ok(n) => n,
+            Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
+            Err(_) => return Step::Ends,
+        };
+        if self.up.left == 0 {
+            let head = buf.get(..n).unwrap_or_default();
+            let Some(h) = Header::parse(head) else {
+                return self.incomplete_up();
+            };
+            if h.len > MAX_BODY {
+                return Step::Ends;
+            }
+            let small = h.len <= PARKABLE;
+            let whole = head.get(..HEADER + h.len);
+            if small && whole.is_none() {
+                return self.incomplete_up();
+            }
+            let way = self.client_frame(store, &h, whole.filter(|_| small));
+            match way {
+                Way::Forward => self.set(flag::DISCARD_UP, false),
+                Way::Discard => self.set(flag::DISCARD_UP, true),
+                Way::Hold => {
+                    return if sys::peer_gone(self.client) {
+                        Step::Ends
+                    } else {
+                        Step::Waits
+                    };
+                }
+            }
+            self.up.left = (HEADER + h.len) as u32;
+        }
+        let n = n.min(self.up.left as usize);
+        let sent = if self.is(flag::DISCARD_UP) {
+            n
+        } else {
+            match sys::send(self.daemon, buf.get(..n).unwrap_or_default()) {
+                Ok(sent) => sent,
+                Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
+                Err(_) => {
+                    // It is closed; why, `down` finds out.
+                    self.set(flag::DISCARD_UP, true);
+                    return Step::Moved;
+                }
+            }
+        };
+        self.up.left -= sent as u32;
+        consume(self.client, buf, sent)
+    }
+
+    fn incomplete_up(&self) -> Step {
+        if sys::peer_closed(self.client) {
+            Step::Ends
+        } else {
+            Step::Waits
+        }
+    }
+
+    fn client_done(&mut self) -> Step {
+        if sys::peer_gone(self.client) {
+            return Step::Ends;
+        }
+        self.set(flag::CLIENT_DONE, true);
+        if self.daemon.is_some() {
+            sys::shutdown(self.daemon, libc::SHUT_WR);
+        }
+        Step::Waits
+    }
+
+    /// Books a frame of the client, whole if it is small; says where it goes.
+    fn client_frame(&mut self, store: &mut Store, h: &Header, whole: Option<&[u8]>) -> Way {
+        let attached = self.daemon.is_some();
+        match h.kind {
+            frame::REQUEST => {
+                let body = whole.and_then(|w| w.get(HEADER..)).unwrap_or_default();
+                let call = Call::of(body, h.flags);
+                let mut flags = pending::USED;
+                if h.flags & frame::REMOTE_OPEN != 0 {
+                    flags |= pending::STREAMING;
+                }
+                let parked = if call == Call::Other { None } else { whole };
+                if parked.is_some() {
+                    flags |= pending::PARKABLE;
+                }
+                if !attached {
+                    flags |= if parked.is_some() {
+                        pending::PARKED
+                    } else {
+                        pending::OWED
+                    };
+                }
+                if !self.add_pending(store, h.stream, flags, parked) {
+                    self.set(flag::STARVED, true);
+                    return Way::Hold;
+                }
+                if flags & pending::OWED != 0 {
+                    self.set(flag::OWED, true);
+                }
+            }
+            frame::DATA => {
+                let found = self.find(store, h.stream);
+                let Some((i, p)) = found.and_then(|i| Some((i, *store.pending.get(i)?))) else {
+                    return if attached { Way::Forward } else { Way::Discard };
+                };
+                if p.flags & pending::OWED != 0 {
+                    return Way::Discard;
+                }
+                let first = p.init.is_empty() && p.flags & pending::PARKABLE != 0;
+                let init = whole.filter(|_| first && h.flags & frame::NO_DATA == 0);
+                if init.is_none() && !attached {
+                    // It may be a container's input: it stays here until there is a daemon.
+                    return Way::Hold;
+                }
+                let mut text = None;
+                if let Some(init) = init {
+                    text = store.text(init);
+                    if text.is_none() && !attached {
+                        return Way::Hold;
+                    }
+                }
+                if let Some(p) = store.pending.get_mut(i) {
+                    p.init = text.unwrap_or(p.init);
+                    if h.flags & frame::REMOTE_CLOSED != 0 {
+                        p.flags |= pending::CLIENT_CLOSED;
+                        if p.flags & pending::DAEMON_CLOSED != 0 {
+                            self.drop_pending(store, i);
+                        }
+                    }
+                }
+            }
+            _ => {}
+        }
+        if attached { Way::Forward } else { Way::Discard }
+    }
+
+    fn add_pending(
+        &mut self,
+        store: &mut Store,
+        stream: u32,
+        flags: u16,
+        frame: Option<&[u8]>,
+    ) -> bool {
+        if let Some(old) = self.find(store, stream) {
+            // A client does not use a number twice; if it does, the newer call counts.
+            self.drop_pending(store, old);
+        }
+        let Some(frame) = store.text(frame.unwrap_or_default()) else {
+            return false;
+        };
+        let (init, next) = (Default::default(), self.first);
+        match store.pending.insert(Pending {
+            stream,
+            frame,
+            init,
+            next,
+            flags,
+        }) {
+            Some(i) => {
+                self.first = i as u16 + 1;
                 true
             }
-            _ => true,
-        }
-    }
-
-    fn settle(&mut self, stream: u32) {
-        self.pending.retain(|p| p.stream != stream || !(p.client_closed && p.daemon_closed));
-    }
-
-    fn take_daemon(&mut self, mut data: &[u8]) {
-        while !data.is_empty() {
-            if self.to_client.passing > 0 {
-                let n = self.to_client.passing.min(data.len());
-                let (now, rest) = data.split_at(n);
-                self.to_client.out.extend_from_slice(now);
-                self.to_client.passing -= n;
-                data = rest;
-                continue;
-            }
-            data = gather(&mut self.to_client.partial, data, WHOLE);
-            let Some((len, stream, kind, flags)) = header(&self.to_client.partial) else { return };
-            let have = self.to_client.partial.len();
-            if len <= WHOLE && have < HEADER + len {
-                return;
-            }
-            let frame = std::mem::take(&mut self.to_client.partial);
-            if len > WHOLE {
-                self.to_client.passing = HEADER + len - have;
-            }
-            let mut swallow = false;
-            if kind == RESPONSE {
-                self.pending.retain(|p| p.stream != stream);
-            } else if let Some(p) = self.pending.iter_mut().find(|p| p.stream == stream) {
-                swallow = std::mem::take(&mut p.swallow) && flags & REMOTE_CLOSED == 0;
-                p.daemon_closed |= flags & REMOTE_CLOSED != 0;
-                self.settle(stream);
-            }
-            if !swallow {
-                self.to_client.out.extend_from_slice(&frame);
+            None => {
+                store.release(frame);
+                false
             }
         }
     }
-}
 
-/// Moves bytes of one frame from `data` to `partial`: the header first, then the body up to
-/// `limit` bytes of it (a longer body only begins). Answers what is left of `data`.
-fn gather<'a>(partial: &mut Vec<u8>, mut data: &'a [u8], limit: usize) -> &'a [u8] {
-    let mut take = |want: usize, partial: &mut Vec<u8>| {
-        let n = want.saturating_sub(partial.len()).min(data.len());
-        let (now, rest) = data.split_at(n);
-        partial.extend_from_slice(now);
-        data = rest;
-    };
-    take(HEADER, partial);
-    if let Some((len, ..)) = header(partial)
-        && len <= limit
-    {
-        take(HEADER + len, partial);
+    fn drop_pending(&mut self, store: &mut Store, i: usize) {
+        let Some(mut p) = store.pending.remove(i) else {
+            self.first = 0;
+            return;
+        };
+        let this = i as u16 + 1;
+        if self.first == this {
+            self.first = p.next;
+        } else {
+            let mut at = self.first;
+            while let Some(before) = at.checked_sub(1) {
+                let Some(q) = store.pending.get_mut(usize::from(before)) else {
+                    break;
+                };
+                at = q.next;
+                if q.next == this {
+                    q.next = p.next;
+                    break;
+                }
+            }
+        }
+        store.release(p.frame);
+        p.init.shift(p.frame);
+        store.release(p.init);
     }
-    data
+
+    fn find(&self, store: &Store, stream: u32) -> Option<usize> {
+        let mut at = self.first;
+        while let Some(i) = at.checked_sub(1) {
+            let p = store.pending.get(usize::from(i))?;
+            if p.stream == stream {
+                return Some(usize::from(i));
+            }
+            at = p.next;
+        }
+        None
+    }
+
+    /// Pending calls with a flag.
+    pub fn count(&self, store: &Store, flag: u16) -> usize {
+        let (mut at, mut n) = (self.first, 0);
+        while let Some(p) = at
+            .checked_sub(1)
+            .and_then(|i| store.pending.get(usize::from(i)))
+        {
+            n += usize::from(p.flags & flag != 0);
+            at = p.next;
+        }
+        n
+    }
 }
 
-fn push(fd: RawFd, out: &mut Vec<u8>) -> Result<(), i32> {
-    let mut sent = 0;
-    while let Some(rest) = out.get(sent..).filter(|r| !r.is_empty()) {
-        match sys::send(fd, rest) {
-            Ok(n) => sent += n,
-            Err(libc::EAGAIN) => break,
+/// Takes `n` bytes that have been looked at and sent on.
+fn consume(fd: Fd, buf: &mut [u8], mut n: usize) -> Step {
+    while n > 0 {
+        let Some(part) = buf.get_mut(..n) else {
+            return Step::Ends;
+        };
+        match sys::take(fd, part) {
+            Ok(0) => return Step::Ends,
+            Ok(got) => n -= got.min(n),
             Err(libc::EINTR) => {}
-            Err(e) => return Err(e),
+            Err(_) => return Step::Ends,
         }
     }
-    if sent >= out.len() {
-        *out = Vec::new();
-    } else {
-        out.drain(..sent);
-    }
-    Ok(())
+    Step::Moved
 }
