@@ -96,7 +96,7 @@ pub async fn run(places: Places, config: Config) -> anyhow::Result<()> {
         (parent.clone(), fresh),
         engines,
         cgroups,
-        Phases::default(),
+        Phases,
         places.dir.clone(),
         events,
     ));

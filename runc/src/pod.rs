@@ -1,6 +1,6 @@
 //! A pod as the daemon holds it: its namespaces by descriptor, and where its files are.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kuasar_protos::cri::{NamespaceMode, PodSandboxConfig};
@@ -127,12 +127,6 @@ impl Pod {
             files,
             shm,
         }
-    }
-
-    /// Raw descriptors that stay valid as long as this pod.
-    pub fn descriptors(&self) -> impl Iterator<Item = RawFd> + '_ {
-        let ns = &self.namespaces;
-        [&ns.ipc, &ns.uts, &ns.user, &ns.pid].into_iter().flatten().map(|fd| fd.as_raw_fd())
     }
 }
 

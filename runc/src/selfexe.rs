@@ -24,17 +24,16 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 #[derive(Debug)]
 pub struct SelfExe {
     fd: OwnedFd,
-    sealed_copy: bool,
 }
 
 impl SelfExe {
     /// Makes an unwritable handle of the program that runs now.
     pub fn open() -> io::Result<Self> {
         match read_only_clone() {
-            Ok(fd) => Ok(Self { fd, sealed_copy: false }),
+            Ok(fd) => Ok(Self { fd }),
             Err(error) => {
                 tracing::info!(%error, "no read-only clone of the executable: copying it once");
-                Ok(Self { fd: sealed_copy()?, sealed_copy: true })
+                Ok(Self { fd: sealed_copy()? })
             }
         }
     }
@@ -42,11 +41,6 @@ impl SelfExe {
     /// Path by which another process of this host can exec it while we live.
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.fd.as_raw_fd())
-    }
-
-    /// Whether memory had to be spent on a copy.
-    pub fn is_copy(&self) -> bool {
-        self.sealed_copy
     }
 }
 
@@ -92,11 +86,12 @@ fn read_only_clone() -> io::Result<OwnedFd> {
     if (clone.dev(), clone.ino()) != (running.dev(), running.ino()) {
         return Err(io::Error::other("the installed file has been replaced since start"));
     }
-    match std::fs::OpenOptions::new().append(true).open(&own_path) {
-        Err(error) if error.raw_os_error() == Some(libc::EROFS) => Ok(tree),
-        Err(error) => Err(error),
-        Ok(_) => Err(io::Error::other("the clone can be written")),
+    // Opening it for writing would say ETXTBSY for as long as we run: ask the mount.
+    let mount = nix::sys::statvfs::fstatvfs(&tree)?;
+    if !mount.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
+        return Err(io::Error::other("the clone of the mount can be written"));
     }
+    Ok(tree)
 }
 
 fn sealed_copy() -> io::Result<OwnedFd> {
