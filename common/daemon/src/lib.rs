@@ -1,1 +1,11 @@
-//! kuasar-daemon
+//! What every sandboxer's `main()` shares: arguments, configuration with drop-ins, logs, metrics,
+//! systemd's notify protocol, the listening socket, failpoints.
+
+pub mod args;
+pub mod config;
+pub mod failpoint;
+pub mod listen;
+pub mod logging;
+pub mod memory;
+pub mod metrics;
+pub mod notify;
