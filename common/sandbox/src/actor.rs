@@ -21,6 +21,7 @@ use crate::controller::Core;
 use crate::error::{Error, Result};
 use crate::handle::{HandleSink, SandboxHandle};
 use crate::sandboxer::{SandboxContext, SandboxExit, SandboxSpec};
+use crate::server::turned_on;
 use crate::store::{Phase, Record, Store};
 use crate::wire::panic_text;
 
@@ -197,7 +198,7 @@ impl Actor {
         loop {
             let job = tokio::select! {
                 biased;
-                _ = stopping.wait_for(|s| *s) => return,
+                () = turned_on(&mut stopping) => return,
                 Ok(()) = died.changed() => {
                     let exit = *died.borrow_and_update();
                     self.died(exit);

@@ -67,7 +67,7 @@ impl Controller {
         loop {
             let stream = tokio::select! {
                 biased;
-                _ = shutdown.wait_for(|s| *s) => break,
+                () = turned_on(&mut shutdown) => break,
                 _ = tick.tick() => {
                     let controller = self.clone();
                     tokio::spawn(async move { controller.collect().await });
@@ -119,6 +119,11 @@ impl Controller {
     }
 }
 
+/// Waits until a switch is on; one that is gone counts as on.
+pub(crate) async fn turned_on(switch: &mut watch::Receiver<bool>) {
+    drop(switch.wait_for(|on| *on).await);
+}
+
 /// Most time between two looks for what nobody came back for.
 const TICK: std::time::Duration = std::time::Duration::from_secs(30);
 
@@ -144,7 +149,7 @@ impl Connection {
         let first = tokio::select! {
             first = first_byte(&self.stream) => first,
             () = tokio::time::sleep(options.hello_timeout) => None,
-            _ = self.cut.wait_for(|c| *c) => None,
+            () = turned_on(&mut self.cut) => None,
         };
         match first {
             Some(b'P') => {
@@ -152,7 +157,7 @@ impl Connection {
                 tokio::select! {
                     // Dropping the connection is abrupt on purpose: an orderly HTTP/2 end would
                     // reset each Wait, which engines read as its answer.
-                    _ = cut.wait_for(|c| *c) => {}
+                    () = turned_on(&mut cut) => {}
                     ended = grpc::serve(self.controller, self.stream) => {
                         if let Err(e) = ended {
                             tracing::debug!("a gRPC connection ended: {e}");

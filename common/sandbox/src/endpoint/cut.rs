@@ -13,6 +13,8 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 
+use crate::server::turned_on;
+
 /// See the module text.
 pub(crate) struct Cut<S> {
     io: S,
@@ -22,8 +24,7 @@ pub(crate) struct Cut<S> {
 
 impl<S> Cut<S> {
     pub(crate) fn new(io: S, mut switch: watch::Receiver<bool>) -> Self {
-        // An error means that the switch itself is gone, which is the end as well.
-        let switch = Box::pin(async move { drop(switch.wait_for(|cut| *cut).await) });
+        let switch = Box::pin(async move { turned_on(&mut switch).await });
         Self { io, switch, off: false }
     }
 }
