@@ -1,8 +1,10 @@
 //! The event loop: who may talk to this process, and when everybody has their turn.
 
+use std::ops::Range;
+
 use sandbox_parent::protocol::{MAX_MESSAGE, Reader, Writer, op};
 
-use super::memory::{Buffer, Table};
+use super::memory::{self, Buffer, Table};
 use super::reap::Reaper;
 use super::relay::{CHUNK, Connection, Fate, GRACE_MS, flag};
 use super::store::{Limits, Store};
@@ -15,6 +17,12 @@ const CONTROL: u64 = 3;
 const POD: u64 = 4;
 const CLIENT: u64 = 5;
 const PIDFD: u64 = 6;
+
+/// A request; a reply; bytes that are being passed on. All in one mapping, which an idle process
+/// gives back with one call.
+const INPUT: Range<usize> = 0..MAX_MESSAGE;
+const OUTPUT: Range<usize> = INPUT.end..INPUT.end + MAX_MESSAGE;
+const PASSING: Range<usize> = OUTPUT.end..OUTPUT.end + CHUNK;
 
 /// Control connections at the same time: the daemon and some that only look.
 const CONTROLS: usize = 4;
@@ -58,9 +66,8 @@ pub struct Parent {
     again: bool,
     starved: bool,
     used: bool,
-    input: Buffer,
-    output: Buffer,
-    chunk: Buffer,
+    /// [`INPUT`], [`OUTPUT`] and [`PASSING`].
+    scratch: Buffer,
 }
 
 /// Descriptors that go with a reply.
@@ -139,10 +146,9 @@ impl Parent {
             undecided: false,
             again: false,
             starved: false,
-            used: false,
-            input: Buffer::new(MAX_MESSAGE)?,
-            output: Buffer::new(MAX_MESSAGE)?,
-            chunk: Buffer::new(CHUNK)?,
+            // The start has left its traces on the stack.
+            used: true,
+            scratch: Buffer::new(PASSING.end)?,
         })
     }
 
@@ -166,10 +172,9 @@ impl Parent {
                 // Nothing to do: an idle process keeps no buffers.
                 self.used = false;
                 if self.stuck.is_none() {
-                    self.output.trim();
+                    self.scratch.trim(0..PASSING.end);
                 }
-                self.input.trim();
-                self.chunk.trim();
+                memory::trim_stack();
             }
             for ev in events.iter().take(n.max(0) as usize) {
                 let (kind, generation) = (ev.u64 >> 48, (ev.u64 >> 32) as u16);
@@ -316,13 +321,13 @@ impl Parent {
         if events & !(libc::EPOLLOUT as u32) == 0 {
             return;
         }
+        self.used = true;
         // SAFETY: the only slice of this buffer; it is not kept beyond this call.
-        let buf = unsafe { self.input.bytes() };
+        let buf = unsafe { self.scratch.part(&INPUT) };
         let mut passed = Passed::default();
         match sys::receive_packet(fd, buf, &mut passed) {
             Ok(0) => self.close_control(i),
             Ok(n) => {
-                self.used |= n > 4096;
                 let mut m = Reader(buf.get(..n).unwrap_or_default());
                 if let (Some(code), Some(seq)) = (m.u8(), m.u32()) {
                     self.request(i, code, seq, m, passed);
@@ -339,7 +344,7 @@ impl Parent {
             return self.close_control(i);
         }
         // SAFETY: the only slice of this buffer; nothing is stuck in it.
-        let out = unsafe { self.output.bytes() };
+        let out = unsafe { self.scratch.part(&OUTPUT) };
         let mut w = Writer::fixed(out, op::REPLY, seq);
         let outcome = self.perform(i, code, m, passed, &mut w);
         if code == op::ACK {
@@ -355,7 +360,6 @@ impl Parent {
             w.u32(errno as u32).u8(stage);
         }
         let n = w.len();
-        self.used |= n > 4096;
         let Some(fd) = self.controls.get(i).copied() else {
             return;
         };
@@ -378,7 +382,7 @@ impl Parent {
             return;
         };
         // SAFETY: the only slice of this buffer.
-        let out = unsafe { self.output.bytes() };
+        let out = unsafe { self.scratch.part(&OUTPUT) };
         let sent = sys::send_packet(fd, out.get(..n).unwrap_or_default(), self.outgoing.list());
         if sent != Err(libc::EAGAIN) {
             self.stuck = None;
@@ -488,7 +492,7 @@ impl Parent {
     /// Gives a connection its turn.
     fn turn(&mut self, i: usize) {
         // SAFETY: the only slice of this buffer; it is not kept beyond this call.
-        let buf = unsafe { self.chunk.bytes() };
+        let buf = unsafe { self.scratch.part(&PASSING) };
         self.used = true;
         let Some(c) = self.connections.get_mut(i) else {
             return;

@@ -6,6 +6,7 @@
 //! without gaps. Both give whole pages back when they shrink.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 const PAGE: usize = 4096;
@@ -80,21 +81,36 @@ impl Buffer {
         })
     }
 
-    /// The bytes. The borrow is independent of `self`, so that a buffer may be filled from other
-    /// parts of the structure that holds it.
+    /// A part of it. The borrow is independent of `self`, so that a buffer may be filled from
+    /// other parts of the structure that holds it.
     ///
     /// # Safety
-    /// No other slice of the same buffer may be alive.
-    pub unsafe fn bytes(&self) -> &'static mut [u8] {
-        // SAFETY: the mapping has `len` bytes and stays until the process ends; exclusive by
+    /// No other slice of this part may be alive.
+    pub unsafe fn part(&self, part: &Range<usize>) -> &'static mut [u8] {
+        if part.start > part.end || part.end > self.len {
+            return &mut [];
+        }
+        // SAFETY: it lies in the mapping, which stays until the process ends; exclusive by
         // contract.
-        unsafe { std::slice::from_raw_parts_mut(self.base, self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(part.start), part.len()) }
     }
 
-    /// Gives all pages behind the first one back.
-    pub fn trim(&self) {
-        give_back(self.base, PAGE, self.len);
+    /// Gives the pages of a part back.
+    pub fn trim(&self, part: Range<usize>) {
+        give_back(self.base, part.start, part.end.min(self.len));
     }
+}
+
+/// Gives back what deeper calls have left below the stack pointer.
+#[inline(never)]
+pub fn trim_stack() {
+    let here = 0u8;
+    let here = std::hint::black_box(&raw const here) as usize;
+    // One page of distance covers this frame, the red zone and the call below.
+    let (from, to) = (here.saturating_sub(64 * PAGE) & !(PAGE - 1), (here & !(PAGE - 1)) - PAGE);
+    // SAFETY: nothing below the stack pointer is in use: one thread, no signal handlers. What is
+    // not mapped in the range is left out by the kernel.
+    unsafe { libc::madvise(from as *mut _, to - from, libc::MADV_DONTNEED) };
 }
 
 /// Rows in one mapping; the lowest free one is used first.
@@ -140,7 +156,7 @@ impl<T: Row> Table<T> {
     }
 
     /// Indices of all rows that may be in use.
-    pub fn indices(&self) -> std::ops::Range<usize> {
+    pub fn indices(&self) -> Range<usize> {
         0..self.high
     }
 
@@ -210,6 +226,16 @@ pub struct Text {
 }
 
 impl Text {
+    /// From position and length.
+    pub fn new(at: u32, len: u16) -> Self {
+        Self { at, len }
+    }
+
+    /// Position and length.
+    pub fn parts(self) -> (u32, u16) {
+        (self.at, self.len)
+    }
+
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0

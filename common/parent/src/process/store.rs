@@ -22,9 +22,22 @@ pub struct Group {
 #[repr(C)]
 pub struct Kept {
     fd: Fd,
-    /// Rest of the name, behind the group.
-    rest: Text,
+    /// Rest of the name, behind the group. [`Text`] in two halves: together with `group` that is
+    /// a quarter less than it would be otherwise.
+    at: u32,
+    len: u16,
     group: u16,
+}
+
+impl Kept {
+    fn new(fd: Fd, group: u16, rest: Text) -> Self {
+        let (at, len) = rest.parts();
+        Self { fd, at, len, group }
+    }
+
+    fn rest(&self) -> Text {
+        Text::new(self.at, self.len)
+    }
 }
 
 /// A pod's listening socket.
@@ -149,7 +162,11 @@ impl Store {
         }
         self.arena.remove(text);
         self.groups.iter_mut().for_each(|(_, g)| g.text.shift(text));
-        self.kept.iter_mut().for_each(|(_, k)| k.rest.shift(text));
+        self.kept.iter_mut().for_each(|(_, k)| {
+            let mut rest = k.rest();
+            rest.shift(text);
+            k.at = rest.parts().0;
+        });
         self.pending.iter_mut().for_each(|(_, p)| {
             p.frame.shift(text);
             p.init.shift(text);
@@ -220,7 +237,7 @@ impl Store {
             self.drop_group(group);
             return Err(fd);
         };
-        if self.kept.insert(Kept { fd, rest, group }).is_none() {
+        if self.kept.insert(Kept::new(fd, group, rest)).is_none() {
             self.release(rest);
             self.drop_group(group);
             return Err(fd);
@@ -231,7 +248,7 @@ impl Store {
     fn find_kept(&self, name: &[u8]) -> Option<usize> {
         let (first, rest) = split(name);
         let group = self.find_group(first)?;
-        let same = |k: &Kept| usize::from(k.group) == group && self.get(k.rest) == rest;
+        let same = |k: &Kept| usize::from(k.group) == group && self.get(k.rest()) == rest;
         self.kept.iter().find(|(_, k)| same(k)).map(|(i, _)| i)
     }
 
@@ -245,7 +262,7 @@ impl Store {
         let (first, rest) = split(prefix);
         for i in self.kept.indices().rev() {
             let Some(k) = self.kept.get(i) else { continue };
-            let (group, tail) = (self.group(k.group), self.get(k.rest));
+            let (group, tail) = (self.group(k.group), self.get(k.rest()));
             let hit = if rest.is_empty() {
                 group.starts_with(first)
             } else {
@@ -253,7 +270,7 @@ impl Store {
             };
             if hit && let Some(mut k) = self.kept.remove(i) {
                 k.fd.close();
-                self.release(k.rest);
+                self.release(k.rest());
                 self.drop_group(k.group);
             }
         }
@@ -269,7 +286,7 @@ impl Store {
         self.kept
             .iter()
             .skip_while(move |(i, _)| *i < from)
-            .map(|(i, k)| (i, self.group(k.group), self.get(k.rest)))
+            .map(|(i, k)| (i, self.group(k.group), self.get(k.rest())))
     }
 
     /// Adds a pod, or answers the one that has this name.
