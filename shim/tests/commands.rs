@@ -1,5 +1,7 @@
 //! The program as containerd runs it, against a daemon's Endpoint service.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // helpers of tests
+
 use std::collections::HashMap;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};

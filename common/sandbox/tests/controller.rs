@@ -1,5 +1,7 @@
 //! The rules of engine-contract §1.3, over gRPC on a real socket.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // helpers of tests
+
 mod support;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! `sandboxer = "shim"`: containerd without a proxy plugin (engine-contract §8.2).
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // helpers of tests
+
 mod support;
 
 use std::time::Duration;
@@ -120,6 +122,16 @@ async fn a_restarted_daemon_answers_for_sandbox_and_tasks() {
     };
     let endpoint = EndpointClient::new(bed.ttrpc().await);
     assert_eq!(endpoint.open(ctx(), &existing).await.unwrap().address, address);
+}
+
+#[tokio::test]
+async fn a_socket_that_was_opened_and_not_used_does_not_outlive_the_daemon() {
+    let bed = bed().await;
+    let endpoint = EndpointClient::new(bed.ttrpc().await);
+    let address = endpoint.open(ctx(), &open("pod")).await.unwrap().address;
+    let bed = bed.restart(|_, _| {}).await;
+    assert!(bed.sockets.pods().is_empty());
+    assert!(!std::path::Path::new(address.strip_prefix("unix://").unwrap()).exists());
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! One socket for gRPC and ttrpc, and what bad clients do to it: nothing.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // helpers of tests
+
 mod support;
 
 use std::time::Duration;

@@ -297,8 +297,14 @@ impl Endpoints {
         let used: Vec<PathBuf> =
             self.pods().values().filter_map(|p| p.path.parent().map(Into::into)).collect();
         for entry in std::fs::read_dir(&self.0.dir).into_iter().flatten().flatten() {
-            if !used.contains(&entry.path()) {
-                socket::remove(&entry.path().join(socket::NAME));
+            if used.contains(&entry.path()) {
+                continue;
+            }
+            socket::remove(&entry.path().join(socket::NAME));
+            // The directory is mostly named for the pod. Who holds its socket may not be able to
+            // list them, but can be told.
+            if let Some(pod) = entry.file_name().to_str() {
+                self.0.sockets.unlisten(pod).await.map_err(wrap)?;
             }
         }
         self.0.sockets.ready().await.map_err(wrap)
