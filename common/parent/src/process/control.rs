@@ -219,7 +219,7 @@ impl Parent {
 
     /// Whether nothing depends on this process.
     pub fn idle(&self) -> bool {
-        self.store.kept() == 0 && self.store.pods.len() == 0 && !self.reaper.busy()
+        self.store.kept() == 0 && self.store.pods().next().is_none() && !self.reaper.busy()
     }
 
     /// Accepts a connection of our own user; anything else is refused and counted.
@@ -413,18 +413,13 @@ impl Parent {
     pub fn listen(&mut self, pod: usize, listener: Fd) {
         // SAFETY: sets O_NONBLOCK on a descriptor of ours.
         unsafe { libc::fcntl(listener.get(), libc::F_SETFL, libc::O_NONBLOCK) };
-        if let Some(p) = self.store.pods.get_mut(pod) {
-            p.listener.close();
-            p.listener = listener;
-            sys::epoll_add(self.epoll, listener, libc::EPOLLIN, token(POD, 0, pod));
-        }
+        self.store.set_listener(pod, listener);
+        sys::epoll_add(self.epoll, listener, libc::EPOLLIN, token(POD, 0, pod));
     }
 
     /// Stops listening; closes the pod's connections too, unless they may come to their end.
     pub fn unlisten(&mut self, pod: usize, drain: bool) {
-        if let Some(p) = self.store.pods.get_mut(pod) {
-            p.listener.close();
-        }
+        self.store.set_listener(pod, Fd::NONE);
         if !drain {
             for i in self.connections.indices() {
                 if self
@@ -440,11 +435,7 @@ impl Parent {
     }
 
     fn drop_if_unused(&mut self, pod: usize) {
-        let listens = self
-            .store
-            .pods
-            .get(pod)
-            .is_some_and(|p| p.listener.is_some());
+        let listens = self.store.listener(pod).is_some();
         if !listens
             && !self
                 .connections
@@ -468,7 +459,7 @@ impl Parent {
     }
 
     fn accept_client(&mut self, pod: usize) {
-        let Some(listener) = self.store.pods.get(pod).map(|p| p.listener) else {
+        let Some(listener) = self.store.listener(pod) else {
             return;
         };
         let Some(mut fd) = self.accept(listener) else {
@@ -514,12 +505,7 @@ impl Parent {
         };
         c.close(&mut self.store);
         let pod = usize::from(c.pod);
-        if self
-            .store
-            .pods
-            .get(pod)
-            .is_some_and(|p| !p.listener.is_some())
-        {
+        if self.store.listener(pod).is_none() {
             self.drop_if_unused(pod);
         }
     }

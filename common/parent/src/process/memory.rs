@@ -106,8 +106,11 @@ impl Buffer {
 pub fn trim_stack() {
     let here = 0u8;
     let here = std::hint::black_box(&raw const here) as usize;
-    // One page of distance covers this frame, the red zone and the call below.
-    let (from, to) = (here.saturating_sub(64 * PAGE) & !(PAGE - 1), (here & !(PAGE - 1)) - PAGE);
+    // The distance covers this frame, the red zone and the call below.
+    let (from, to) = (
+        (here - 64 * PAGE) & !(PAGE - 1),
+        (here - 1024) & !(PAGE - 1),
+    );
     // SAFETY: nothing below the stack pointer is in use: one thread, no signal handlers. What is
     // not mapped in the range is left out by the kernel.
     unsafe { libc::madvise(from as *mut _, to - from, libc::MADV_DONTNEED) };

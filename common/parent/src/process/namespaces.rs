@@ -287,6 +287,7 @@ fn pod_init(id: &str) -> ! {
         set_title(&[b"[sandbox-", id.as_bytes(), b"]"]);
         libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0);
         super::memory::give_up();
+        super::memory::trim_stack();
         loop {
             while libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) > 0 {}
             let s = libc::sigwaitinfo(&set, ptr::null_mut());

@@ -87,8 +87,8 @@ impl Parent {
             }
             op::LIST_PODS => {
                 let from = m.u32().ok_or(BAD)? as usize;
-                let pods = self.store.pods.iter().skip_while(|(i, _)| *i < from);
-                list(w, pods.map(|(i, _)| (i, self.store.pod_name(i), &[][..])));
+                let pods = self.store.pods().skip_while(|i| *i < from);
+                list(w, pods.map(|i| (i, self.store.pod_name(i), &[][..])));
             }
             op::LISTEN => {
                 let name = name(m)?;
@@ -116,7 +116,7 @@ impl Parent {
                     .sum();
                 w.u32(self.store.kept() as u32)
                     .u32(self.reaper.watched.len() as u32)
-                    .u32(self.store.pods.len() as u32)
+                    .u32(self.store.pods().count() as u32)
                     .u32(self.connections.len() as u32)
                     .u32(parked as u32)
                     .u64(self.refused);

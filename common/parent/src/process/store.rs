@@ -9,12 +9,15 @@ use sandbox_parent::protocol::MAX_NAME;
 use super::memory::{Arena, Row, Table, Text};
 use super::sys::Fd;
 
-/// First part of a name, counted.
+/// First part of a name, counted; and the pod of that name, if there is one.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Group {
     text: Text,
     users: u32,
+    /// Of the pod; none while it is drained.
+    listener: Fd,
+    is_pod: bool,
 }
 
 /// A kept descriptor.
@@ -38,16 +41,6 @@ impl Kept {
     fn rest(&self) -> Text {
         Text::new(self.at, self.len)
     }
-}
-
-/// A pod's listening socket.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct Pod {
-    /// None while it is drained: no new connections.
-    pub listener: Fd,
-    group: u16,
-    used: bool,
 }
 
 /// A call that the client waits for.
@@ -84,7 +77,7 @@ pub mod pending {
     pub const PARKABLE: u16 = 256;
 }
 
-// SAFETY: plain integers; a group without users is free.
+// SAFETY: plain integers and a bool, for which zero is `false`; a group without users is free.
 unsafe impl Row for Group {
     fn is_free(&self) -> bool {
         self.users == 0
@@ -94,12 +87,6 @@ unsafe impl Row for Group {
 unsafe impl Row for Kept {
     fn is_free(&self) -> bool {
         !self.fd.is_some()
-    }
-}
-// SAFETY: plain integers and a bool, for which zero is `false`.
-unsafe impl Row for Pod {
-    fn is_free(&self) -> bool {
-        !self.used
     }
 }
 // SAFETY: plain integers.
@@ -124,8 +111,8 @@ pub struct Store {
     arena: Arena,
     groups: Table<Group>,
     kept: Table<Kept>,
-    pub pods: Table<Pod>,
     pub pending: Table<Pending>,
+    max_pods: usize,
 }
 
 fn split(name: &[u8]) -> (&[u8], &[u8]) {
@@ -140,8 +127,8 @@ impl Store {
             arena: Arena::new(bytes.max(1 << 20))?,
             groups: Table::new((limits.pods + limits.kept).min(60_000))?,
             kept: Table::new(limits.kept)?,
-            pods: Table::new(limits.pods.min(60_000))?,
             pending: Table::new(limits.pending.min(60_000))?,
+            max_pods: limits.pods,
         })
     }
 
@@ -188,7 +175,12 @@ impl Store {
             }
             None => {
                 let text = self.arena.store(name)?;
-                match self.groups.insert(Group { text, users: 1 }) {
+                match self.groups.insert(Group {
+                    text,
+                    users: 1,
+                    listener: Fd::NONE,
+                    is_pod: false,
+                }) {
                     Some(i) => i,
                     None => {
                         self.release(text);
@@ -297,37 +289,54 @@ impl Store {
         if let Some(i) = self.find_pod(name) {
             return Some(i);
         }
-        let group = self.hold_group(name)?;
-        let added = self.pods.insert(Pod {
-            listener: Fd::NONE,
-            group,
-            used: true,
-        });
-        if added.is_none() {
-            self.drop_group(group);
+        if self.pods().count() >= self.max_pods {
+            return None;
         }
-        added
+        let i = usize::from(self.hold_group(name)?);
+        self.groups.get_mut(i)?.is_pod = true;
+        Some(i)
     }
 
     /// The pod with this name.
     pub fn find_pod(&self, name: &[u8]) -> Option<usize> {
-        let group = self.find_group(name)?;
-        self.pods
-            .iter()
-            .find(|(_, p)| usize::from(p.group) == group)
-            .map(|(i, _)| i)
+        self.find_group(name)
+            .filter(|i| self.groups.get(*i).is_some_and(|g| g.is_pod))
+    }
+
+    /// All pods.
+    pub fn pods(&self) -> impl Iterator<Item = usize> {
+        self.groups.iter().filter(|(_, g)| g.is_pod).map(|(i, _)| i)
     }
 
     /// A pod's name.
     pub fn pod_name(&self, pod: usize) -> &[u8] {
-        self.pods.get(pod).map_or(&[], |p| self.group(p.group))
+        self.groups.get(pod).map_or(&[], |g| self.get(g.text))
+    }
+
+    /// A pod's listening socket, unless it is drained.
+    pub fn listener(&self, pod: usize) -> Option<Fd> {
+        self.groups
+            .get(pod)
+            .map(|g| g.listener)
+            .filter(|f| f.is_some())
+    }
+
+    /// Gives a pod another listening socket, or none, and closes the one it had.
+    pub fn set_listener(&mut self, pod: usize, listener: Fd) {
+        if let Some(g) = self.groups.get_mut(pod).filter(|g| g.is_pod) {
+            g.listener.close();
+            g.listener = listener;
+        }
     }
 
     /// Removes a pod and closes its listener.
     pub fn remove_pod(&mut self, pod: usize) {
-        if let Some(mut p) = self.pods.remove(pod) {
-            p.listener.close();
-            self.drop_group(p.group);
+        self.set_listener(pod, Fd::NONE);
+        if let Some(g) = self.groups.get_mut(pod).filter(|g| g.is_pod) {
+            g.is_pod = false;
+            if let Ok(group) = u16::try_from(pod) {
+                self.drop_group(group);
+            }
         }
     }
 }
