@@ -4,12 +4,14 @@
 //! by cookie until someone asks ([`Parent::exit_of`]); connections of containerd arrive on the
 //! [`Connections`] queue.
 
+mod launch;
+mod transport;
+
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -17,7 +19,7 @@ use std::time::{Duration, SystemTime};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::protocol::{MAX_FDS, MAX_MESSAGE, Reader, VERSION, Writer, ns, op, spawn, stage};
+use crate::protocol::{MAX_MESSAGE, Reader, VERSION, Writer, ns, op, spawn, stage};
 
 /// Why a request to sandbox-parent failed.
 #[derive(Debug, thiserror::Error)]
@@ -250,61 +252,15 @@ impl Parent {
         options: &ParentOptions,
         cgroups: &[PathBuf],
     ) -> Result<(Self, Connections, bool)> {
-        let path = options.dir.join("parent.sock");
-        if let Ok(socket) = reach(&path, options.timeout).await {
-            let (parent, events) = Self::over(socket, options.timeout).await?;
-            return Ok((parent, events, false));
-        }
-        let start = |what: &str, source| ParentError::Start {
-            what: what.into(),
-            source,
-        };
-        let what = format!("start {}", options.binary.display());
-        // The padding gives its title room for `[sandbox-<64 digits>]`.
-        let mut command = tokio::process::Command::new(&options.binary);
-        command
-            .arg(&options.dir)
-            .arg(format!("connections={}", options.max_connections));
-        for cgroup in cgroups {
-            let mut argument = std::ffi::OsString::from("cgroup=");
-            argument.push(cgroup);
-            command.arg(argument);
-        }
-        command
-            .arg(format!("title={}", "-".repeat(90)))
-            .env_clear()
-            .stdin(Stdio::null());
-        let output = tokio::time::timeout(options.timeout, command.output())
-            .await
-            .map_err(|_| ParentError::Timeout(options.timeout))?
-            .map_err(|e| start(&what, e))?;
-        if !output.status.success() {
-            // Another daemon of this directory may have been faster.
-            if let Ok(socket) = reach(&path, options.timeout).await {
-                let (parent, events) = Self::over(socket, options.timeout).await?;
-                return Ok((parent, events, false));
-            }
-            let text = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(start(&what, io::Error::other(text)));
-        }
-        let socket = reach(&path, options.timeout)
-            .await
-            .map_err(|e| start("connect to sandbox-parent", e))?;
-        let (parent, events) = Self::over(socket, options.timeout).await?;
-        Ok((parent, events, true))
+        launch::connect_or_spawn(options, cgroups).await
     }
 
     /// Connects to a running sandbox-parent only.
     pub async fn connect(dir: &Path, timeout: Duration) -> Result<(Self, Connections)> {
-        let reached = reach(&dir.join("parent.sock"), timeout).await;
-        let socket = reached.map_err(|source| ParentError::Start {
-            what: format!("connect to the sandbox-parent of {}", dir.display()),
-            source,
-        })?;
-        Self::over(socket, timeout).await
+        launch::over(&dir.join("parent.sock"), timeout).await
     }
 
-    async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
+    pub(crate) async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
         let wrap = |source| ParentError::Start {
             what: "use the control socket".into(),
             source,
@@ -712,97 +668,4 @@ impl Shared {
             _ => None,
         }
     }
-}
-
-impl Inner {
-    async fn send(&self, data: &[u8], fds: &[RawFd]) -> Result<()> {
-        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-        loop {
-            let mut guard = self
-                .socket
-                .writable()
-                .await
-                .map_err(|_| ParentError::Lost)?;
-            let sent = guard.try_io(|s| {
-                let control = [ControlMessage::ScmRights(fds)];
-                let control: &[_] = if fds.is_empty() { &[] } else { &control };
-                let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-                let iov = [io::IoSlice::new(data)];
-                sendmsg::<()>(s.as_raw_fd(), &iov, control, flags, None).map_err(io::Error::from)
-            });
-            match sent {
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(e)) if e.raw_os_error() == Some(libc::EMSGSIZE) => {
-                    return Err(ParentError::TooLarge);
-                }
-                Ok(Err(_)) => return Err(ParentError::Lost),
-                Err(_would_block) => {}
-            }
-        }
-    }
-
-    async fn receive(&self) -> Result<Answer> {
-        use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-        loop {
-            let mut guard = self
-                .socket
-                .readable()
-                .await
-                .map_err(|_| ParentError::Lost)?;
-            let got = guard.try_io(|s| {
-                // Ask for the size first: a buffer of the largest size per event would be waste.
-                let peek = (libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT) as libc::c_int;
-                // SAFETY: a null buffer of length 0 is allowed.
-                let n = unsafe { libc::recv(s.as_raw_fd(), std::ptr::null_mut(), 0, peek) };
-                if n < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                let mut data = vec![0u8; (n as usize).min(MAX_MESSAGE)];
-                let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-                let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-                let mut iov = [io::IoSliceMut::new(&mut data)];
-                let m = recvmsg::<()>(s.as_raw_fd(), &mut iov, Some(&mut space), flags)?;
-                let mut fds = Vec::new();
-                for c in m.cmsgs()? {
-                    if let ControlMessageOwned::ScmRights(raw) = c {
-                        // SAFETY: the kernel has just installed these descriptors for us.
-                        fds.extend(
-                            raw.into_iter()
-                                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                        );
-                    }
-                }
-                Ok((data, fds))
-            });
-            match got {
-                Ok(Ok((data, _))) if data.is_empty() => return Err(ParentError::Lost),
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(_)) => return Err(ParentError::Lost),
-                Err(_would_block) => {}
-            }
-        }
-    }
-}
-
-/// Connects; a full queue of the listener is waited for.
-async fn reach(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
-    let end = tokio::time::Instant::now() + timeout;
-    loop {
-        match connect(path) {
-            Err(e)
-                if e.kind() == io::ErrorKind::WouldBlock && tokio::time::Instant::now() < end =>
-            {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-            other => return other,
-        }
-    }
-}
-
-fn connect(path: &Path) -> io::Result<OwnedFd> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(fd)
 }

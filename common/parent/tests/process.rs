@@ -446,3 +446,28 @@ fn the_init_of_a_shared_pid_namespace_reaps_and_ends_when_told() {
         .unwrap();
     assert_eq!(daemon.run(daemon.parent.exit_of(cookie)).unwrap().status, 0);
 }
+
+#[test]
+fn a_new_one_starts_right_after_the_old_one_was_told_to_end() {
+    let home = Home::new();
+    let mut pids = Vec::new();
+    for _ in 0..5 {
+        let daemon = home.daemon();
+        assert!(daemon.fresh);
+        pids.push(daemon.parent.pid());
+        daemon.run(daemon.parent.shutdown(false)).unwrap();
+    }
+    pids.dedup();
+    assert_eq!(pids.len(), 5);
+}
+
+#[test]
+fn a_program_that_is_not_there_is_named_in_the_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = sandbox_parent::client::ParentOptions::new(dir.path(), "/no/sandbox-parent");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let error = runtime
+        .block_on(Parent::connect_or_spawn(&options))
+        .unwrap_err();
+    assert_eq!(error.to_string(), "cannot start /no/sandbox-parent");
+}

@@ -184,15 +184,7 @@ impl Parent {
                     SIGNALS => self.signal(),
                     CONTROL => self.control_event(row, ev.events),
                     POD => self.accept_client(row),
-                    CLIENT => {
-                        if self
-                            .connections
-                            .get(row)
-                            .is_some_and(|c| c.generation == generation)
-                        {
-                            self.turn(row);
-                        }
-                    }
+                    CLIENT => self.client_event(row, generation),
                     PIDFD => self.reaper.ended(row),
                     _ => {}
                 }
@@ -477,6 +469,17 @@ impl Parent {
                 fd.close();
                 self.refused += 1;
             }
+        }
+    }
+
+    /// An event of a connection, unless its row has been taken by another one since.
+    fn client_event(&mut self, i: usize, generation: u16) {
+        if self
+            .connections
+            .get(i)
+            .is_some_and(|c| c.generation == generation)
+        {
+            self.turn(i);
         }
     }
 
