@@ -1,1 +1,67 @@
-//! End-to-end tests.
+//! Harness of the end-to-end suites and of the benchmark: a CRI client, pods and containers as
+//! values, and the switch of the test bed (`tests/bed/bed.sh`).
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)] // test code: a failure is to stop the test at its place
+
+pub mod cri;
+pub mod leaks;
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Where the test bed is.
+pub fn bed() -> PathBuf {
+    let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap();
+    std::env::var_os("BED").map_or_else(|| top.join("target/bed"), PathBuf::from)
+}
+
+/// Runtime handler under test.
+pub fn handler() -> String {
+    std::env::var("KUASAR_HANDLER").unwrap_or_else(|_| "kuasar-runc".into())
+}
+
+/// Runs `tests/bed/bed.sh` with arguments; panics when it fails.
+pub fn switch(args: &[&str], env: &[(&str, &str)]) {
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bed/bed.sh");
+    let out = Command::new(script).args(args).envs(env.iter().copied()).output().unwrap();
+    assert!(out.status.success(), "bed.sh {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// A command inside the bed's namespaces.
+pub fn inside(args: &[&str]) -> Output {
+    let ns = std::fs::read_to_string(bed().join("run/ns.pid")).unwrap();
+    Command::new("nsenter")
+        .args(["-t", ns.trim(), "-n", "-m", "--"])
+        .args(args)
+        .env("CRI_CONFIG_FILE", bed().join("etc/crictl.yaml"))
+        .output()
+        .unwrap()
+}
+
+/// Waits until `ok` answers true; panics after the deadline.
+pub fn wait_for(what: &str, deadline: Duration, mut ok: impl FnMut() -> bool) {
+    let until = Instant::now() + deadline;
+    while !ok() {
+        assert!(Instant::now() < until, "not within {deadline:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Pid of the daemon under test.
+pub fn daemon_pid() -> u32 {
+    std::fs::read_to_string(bed().join("run/daemon.pid")).unwrap().trim().parse().unwrap()
+}
+
+/// Notes a test that cannot run here: printed, and counted by `tests/run.sh`.
+pub fn skip(reason: &str) {
+    println!("skipped: {reason}");
+    let path = bed().join("run/skipped");
+    let old = std::fs::read_to_string(&path).unwrap_or_default();
+    std::fs::write(path, format!("{old}{reason}\n")).unwrap();
+}

@@ -1,0 +1,59 @@
+# Kuasar. `make help` lists the targets.
+SHELL := /bin/bash
+HANDLER ?= kuasar-runc
+PREFIX ?= /usr/local
+DESTDIR ?=
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+BIN := target/release
+PROGRAMS := runc-sandboxer sandbox-parent containerd-shim-kuasar-runc-v1
+
+.PHONY: help build deps demo test unit check conformance bench install clean bed
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+deps: ## installs the Debian packages that building needs (root)
+	@dpkg -s libseccomp-dev pkg-config protobuf-compiler gcc libc6-dev >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends libseccomp-dev pkg-config protobuf-compiler gcc libc6-dev >/dev/null; }
+
+build: deps ## all programs, optimised, into target/release
+	cargo build --release -p runc-sandboxer -p containerd-shim-kuasar
+	@# sandbox-parent is static and never relocated: it is to touch as little memory as can be
+	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --profile parent \
+	  --target $(HOST) -p sandbox-parent --no-default-features --bin sandbox-parent --target-dir target/static
+	cp target/static/$(HOST)/parent/sandbox-parent $(BIN)/sandbox-parent
+	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
+
+bed:
+	tests/bed/setup.sh
+
+unit: deps ## unit and component tests; need neither root nor containerd
+	cargo test --workspace
+
+test: build bed ## everything: unit tests, end-to-end suites on real containerd, critest
+	tests/run.sh all
+
+demo: build bed ## a pod on stock runc and on each sandboxer, with timings; cleans up
+	tests/demo.sh
+
+conformance: build bed ## critest on stock runc and HANDLER, and what differs
+	tests/run.sh conformance $(HANDLER)
+
+bench: build bed ## figures beside stock runc, under target/bench/
+	tests/run.sh bench
+
+check: deps ## format, lints, licences, documentation, shell scripts
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --features kuasar-tests/e2e -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --document-private-items
+	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
+	shellcheck tests/*.sh tests/bed/*.sh .ci/run
+	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
+	target/tools/bin/cargo-deny check
+
+install: build ## programs into $(DESTDIR)$(PREFIX)/bin
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 $(BIN)/runc-sandboxer $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-runc-v1
+
+clean: ## removes target/
+	cargo clean

@@ -1,0 +1,94 @@
+#!/bin/bash
+# The test bed's switch: bed.sh up | down | daemon start|stop|kill|wait | containerd start|kill | run CMD…
+# Everything lives below target/bed, in a private network and mount namespace.
+set -euo pipefail
+SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+TOP=$(cd "$SRC/../.." && pwd)
+B=${BED:-$TOP/target/bed}
+K=${KUASAR_BIN_DIR:-$TOP/target/release}
+export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
+export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
+export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock
+
+pid_of() { cat "$B/run/$1.pid" 2>/dev/null || true; }
+alive() { [ -n "$1" ] && readlink "/proc/$1/exe" >/dev/null 2>&1; }
+inside() { nsenter -t "$(pid_of ns)" -n -m -- "$@"; }
+# wait_for SECONDS COMMAND…: until it succeeds
+wait_for() {
+  local until=$(($(date +%s) + $1)); shift
+  until "$@" >/dev/null 2>&1; do
+    [ "$(date +%s)" -lt "$until" ] || { echo "timed out: $*" >&2; return 1; }
+    sleep 0.02
+  done
+}
+start() { # NAME LOG COMMAND…
+  local name=$1 log=$2; shift 2
+  nsenter -t "$(pid_of ns)" -n -m -- setsid "$@" </dev/null >>"$B/run/$log" 2>&1 &
+  echo $! > "$B/run/$name.pid"
+}
+gone() { ! alive "$1"; }
+end() { # NAME SIGNAL
+  local p; p=$(pid_of "$1")
+  alive "$p" || return 0
+  kill "-$2" "$p"
+  wait_for 20 gone "$p"
+}
+answers() { [ -S "$B/run/kuasar-runc.sock" ] && python3 -c 'import socket,sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])' "$B/run/kuasar-runc.sock"; }
+daemon() {
+  case $1 in
+    start)
+      alive "$(pid_of daemon)" && return 0
+      start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
+        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" --log-level "${LOG:-info}"
+      wait_for 30 answers ;;
+    stop) end daemon TERM ;;
+    kill) end daemon KILL ;;
+    died) wait_for 30 gone "$(pid_of daemon)" ;;
+  esac
+}
+containerd_() {
+  case $1 in
+    start)
+      alive "$(pid_of containerd)" && return 0
+      start containerd containerd.log containerd --config "$B/etc/config.toml"
+      wait_for 60 ctr version ;;
+    stop) end containerd TERM ;;
+    kill) end containerd KILL ;;
+  esac
+}
+up() {
+  mkdir -p "$B/run"
+  if ! alive "$(pid_of ns)"; then
+    rm -rf "$B/run/kuasar-runc" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
+    setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &
+    echo $! > "$B/run/ns.pid"
+    wait_for 5 inside ip link set lo up
+    # its own tmpfs, so that a full disk can be tried without harm
+    inside mkdir -p "$B/run/kuasar-runc"
+    inside mount -t tmpfs -o mode=0700,size=64m tmpfs "$B/run/kuasar-runc"
+  fi
+  alive "$(pid_of registry)" || start registry registry.log python3 "$SRC/registry.py" "$B/images" 5055
+  daemon start
+  containerd_ start
+  ctr -n k8s.io images ls -q | grep -q pause:3.10 ||
+    inside ctr -a "$CONTAINERD_ADDRESS" -n k8s.io images import "$B/images/base.tar" >/dev/null
+}
+down() {
+  if alive "$(pid_of ns)"; then
+    alive "$(pid_of containerd)" && timeout 120 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1
+    end containerd TERM || end containerd KILL || true
+    end daemon TERM || end daemon KILL || true
+    inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true
+    end registry TERM || true
+    end ns KILL || true
+  fi
+  rm -f "$B"/run/*.pid
+}
+case ${1:-} in
+  up) up ;;
+  down) down ;;
+  daemon) daemon "$2" ;;
+  containerd) containerd_ "$2" ;;
+  run) shift; inside "$@" ;;
+  *) echo "usage: bed.sh up|down|daemon start|stop|kill|containerd start|stop|kill|run CMD" >&2; exit 2 ;;
+esac

@@ -1,0 +1,37 @@
+#!/bin/bash
+# A pod on stock runc and on each sandboxer that runs here, with timings. Cleans up behind itself.
+set -euo pipefail
+TOP=$(cd "$(dirname "$0")/.." && pwd)
+B=${BED:-$TOP/target/bed}
+BED_SH=$TOP/tests/bed/bed.sh
+K=${KUASAR_BIN_DIR:-$TOP/target/release}
+trap '"$BED_SH" down || true' EXIT
+"$BED_SH" up
+T=$(mktemp -d "$B/run/demo.XXXXXX")
+crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"; }
+ms() { echo $(($(date +%s%N) / 1000000)); }
+for handler in runc kuasar-runc; do
+  cat > "$T/pod.json" <<EOF
+{ "metadata": { "name": "demo", "namespace": "demo", "uid": "$handler", "attempt": 1 },
+  "hostname": "demo", "log_directory": "$T/logs",
+  "linux": { "security_context": { "namespace_options": { "pid": 1 } } } }
+EOF
+  cat > "$T/container.json" <<EOF
+{ "metadata": { "name": "hello" }, "image": { "image": "localhost/busybox:latest" },
+  "command": ["sh", "-c", "echo hello from \$(hostname); exec sleep 1000"], "log_path": "hello.log", "linux": {} }
+EOF
+  a=$(ms)
+  if [ "$handler" = runc ]; then pod=$(crictl runp "$T/pod.json"); else pod=$(crictl runp --runtime "$handler" "$T/pod.json"); fi
+  b=$(ms)
+  container=$(crictl create "$pod" "$T/container.json" "$T/pod.json")
+  crictl start "$container" >/dev/null
+  c=$(ms)
+  out=$(crictl exec "$container" hostname)
+  d=$(ms)
+  if [ "$handler" = runc ]; then processes=$(pgrep -fc "containerd-shim.*$pod|^/pause" || true); else processes=$(pgrep -fc "^\[sandbox-${pod:0:8}" || true); fi
+  crictl rmp -f "$pod" >/dev/null
+  printf '%-12s pod %4d ms   container %4d ms   exec %4d ms (%s)   remove %4d ms   processes of its own: %s\n' \
+    "$handler" $((b - a)) $((c - b)) $((d - c)) "$out" $(($(ms) - d)) "$processes"
+done
+echo "times include one crictl command each (about 20 ms); see 'make bench' for the daemon's own share"
+echo "daemon: $("$K/runc-sandboxer" --version); sandbox-parent: private memory $(awk '/^Anonymous/ { print $2, $3 }' "/proc/$(pgrep -x sandbox-parent -n || pgrep -f '^\[sandbox-parent' | head -1)/smaps_rollup")"

@@ -1,0 +1,63 @@
+#!/bin/bash
+# Runs the tests: run.sh all | unit | e2e [NAME] | conformance HANDLER | bench
+# Counts what passed, failed and was skipped, and says so in its last line.
+set -euo pipefail
+TOP=$(cd "$(dirname "$0")/.." && pwd)
+cd "$TOP"
+B=${BED:-$TOP/target/bed}
+BED_SH=$TOP/tests/bed/bed.sh
+LOG=$TOP/target/test.log
+mkdir -p "$TOP/target"
+: > "$LOG"
+failed=0
+extra=0
+trap '"$BED_SH" down || true' EXIT
+
+unit() { cargo test --workspace 2>&1 | tee -a "$LOG" || failed=1; }
+e2e() {
+  [ "$(id -u)" = 0 ] || { echo "the end-to-end suites need root" >&2; exit 1; }
+  rm -f "$B/run/skipped"
+  "$BED_SH" up
+  # One at a time: some kill the daemon or containerd under everybody.
+  timeout "${LIMIT:-1500}" cargo test -p kuasar-tests --features e2e --test e2e -- --test-threads=1 "$@" 2>&1 | tee -a "$LOG" || failed=1
+  "$BED_SH" down
+}
+conformance() {
+  "$TOP/tests/conformance.sh" "$1" 2>&1 | tee -a "$LOG" || extra=1
+  "$BED_SH" down
+}
+case ${1:-all} in
+  all)
+    unit
+    e2e
+    conformance kuasar-runc
+    ;;
+  unit) unit ;;
+  e2e) shift; e2e "$@" ;;
+  conformance) conformance "${2:-kuasar-runc}" ;;
+  bench)
+    "$BED_SH" up
+    cargo run -q --release -p kuasar-tests --features e2e --bin kuasar-bench
+    exit 0
+    ;;
+  *) echo "usage: run.sh all|unit|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
+esac
+left=$(pgrep -f "$B/|^\[sandbox-" || true)
+if [ -n "$left" ]; then
+  echo "left running:"
+  # shellcheck disable=SC2086 # a list of numbers
+  ps -o pid,args -p $left || true
+  failed=1
+fi
+sum() { { grep -E '^test result:' "$LOG" || true; } | sed -E "s/.* ([0-9]+) $1.*/\1/" | paste -sd+ - | sed 's/^$/0/' | bc; }
+skipped=$(($(sum ignored) + $(cat "$B/run/skipped" 2>/dev/null | wc -l)))
+passed=$(sum passed)
+bad=$(sum failed)
+[ "$extra" = 0 ] || bad=$((bad + 1))
+[ "$failed" = 0 ] || [ "$bad" != 0 ] || bad=1
+if [ -s "$B/run/skipped" ]; then
+  echo "skipped:"
+  sort "$B/run/skipped" | uniq -c
+fi
+echo "$passed passed, $bad failed, $skipped skipped"
+[ "$bad" = 0 ]

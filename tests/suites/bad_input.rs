@@ -1,0 +1,134 @@
+//! Bad input gets the right answer, and everybody else goes on.
+
+use kuasar_tests::cri::*;
+use kuasar_tests::{bed, handler, inside, leaks, skip, switch};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+fn ours() -> bool {
+    if handler() == "runc" {
+        skip("a matter of kuasar-runc");
+        return false;
+    }
+    true
+}
+
+fn still_works() {
+    let pod = Pod::run(pod_config("works"));
+    assert_eq!(pod.start(&["sh", "-c", "exit 2"]).wait(), 2);
+}
+
+#[test]
+fn an_unknown_engine_is_named_with_those_that_there_are() {
+    if !ours() {
+        return;
+    }
+    let before = leaks::snapshot();
+    let mut config = pod_config("engine");
+    config.annotations = annotations(&[("io.kuasar.runc.engine", "podman")]);
+    let e = Pod::try_run(config, &handler()).err().unwrap();
+    assert!(e.message().contains("podman") && e.message().contains("builtin"), "{e}");
+    leaks::assert_none(&before);
+    still_works();
+}
+
+#[test]
+fn a_command_that_does_not_exist_is_explained() {
+    let before = leaks::snapshot();
+    {
+        let pod = Pod::run(pod_config("nothing"));
+        let c = pod.create_with(&["/no/such/program"], |_| {}).unwrap();
+        let e = c.start().unwrap_err();
+        assert!(e.message().contains("no such file"), "{e}");
+        let c = pod.start(&["sleep", "1000"]);
+        let q = ExecSyncRequest {
+            container_id: c.id.clone(),
+            cmd: vec!["no-such-program".into()],
+            timeout: 5,
+        };
+        let e = kuasar_tests::cri!(exec_sync, q);
+        assert!(e.is_err() || e.unwrap().exit_code != 0);
+    }
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn silent_and_idle_connections_do_no_harm() {
+    if !ours() {
+        return;
+    }
+    let socket = bed().join("run/kuasar-runc.sock");
+    let idle: Vec<UnixStream> =
+        (0..1000).filter_map(|_| UnixStream::connect(&socket).ok()).collect();
+    assert!(idle.len() > 900);
+    still_works();
+    drop(idle);
+    still_works();
+}
+
+#[test]
+fn rubbish_on_the_socket_ends_that_connection_alone() {
+    if !ours() {
+        return;
+    }
+    let socket = bed().join("run/kuasar-runc.sock");
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64][..], &[0, 0, 0, 4, 0, 0, 0, 1, 1, 0, 9, 9, 9, 9][..]] {
+        let mut s = UnixStream::connect(&socket).unwrap();
+        s.write_all(bytes).unwrap();
+        s.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
+        // An answer, an end or silence: all are fine, as long as the daemon goes on.
+        let _ = s.read(&mut [0; 64]);
+    }
+    still_works();
+}
+
+#[test]
+fn a_full_disk_fails_the_new_pod_and_no_other() {
+    if !ours() {
+        return;
+    }
+    let before = leaks::snapshot();
+    {
+        let pod = Pod::run(pod_config("before"));
+        let c = pod.start(&["sleep", "1000"]);
+        let filler = bed().join("run/kuasar-runc/filler");
+        let filler = filler.to_string_lossy();
+        inside(&["dd", "if=/dev/zero", &format!("of={filler}"), "bs=64k"]);
+        let e = Pod::try_run(pod_config("full"), &handler()).err();
+        inside(&["rm", "-f", &filler]);
+        let e = e.expect("no room, and yet a pod");
+        assert!(e.message().contains("No space") || e.message().contains("room"), "{e}");
+        assert!(c.is_running());
+        assert_eq!(c.sh("echo on"), "on");
+    }
+    still_works();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_torn_record_costs_one_pod() {
+    if !ours() {
+        return;
+    }
+    let (good, bad) = (Pod::run(pod_config("good")), Pod::run(pod_config("torn")));
+    let c = good.start(&["sleep", "1000"]);
+    switch(&["daemon", "kill"], &[]);
+    let record = bed().join("run/kuasar-runc/sandboxes").join(&bad.id).join("sandbox.json");
+    inside(&["truncate", "-s", "20", &record.to_string_lossy()]);
+    switch(&["daemon", "start"], &[]);
+    assert!(c.is_running());
+    assert_eq!(c.sh("echo on"), "on");
+    bad.remove().unwrap();
+    still_works();
+}
+
+#[test]
+fn a_fifo_that_nobody_reads_holds_up_its_writer_only() {
+    let pod = Pod::run(pod_config("writer"));
+    // containerd reads slowly at best: the container may block, others must not.
+    let noisy = pod.start(&["sh", "-c", "yes | head -c 50000000 >&2; sleep 1000"]);
+    let quiet = pod.start(&["sleep", "1000"]);
+    assert_eq!(quiet.sh("echo free"), "free");
+    noisy.stop(0).unwrap();
+    assert_eq!(noisy.wait(), 137);
+}

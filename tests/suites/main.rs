@@ -1,0 +1,9 @@
+//! End-to-end suites on real containerd; `tests/run.sh` brings the bed up and runs them one by one.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // tests
+
+mod bad_input;
+mod features;
+mod kill9;
+mod lifecycle;
+mod restart;
+mod stdio;
