@@ -14,13 +14,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use containerd_sandbox::{Controller, ControllerOptions};
 use containerd_task::events::EventSender;
+use kuasar_daemon::logging::LevelHandle;
 use kuasar_host::cgroup::Layout;
 use sandbox_parent::client::{Parent, ParentOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::engine::Engines;
-use crate::metrics::Phases;
 use crate::sandboxer::RuncSandboxer;
 use crate::selfexe::SelfExe;
 use crate::sockets::{ParentSockets, pump};
@@ -40,13 +40,7 @@ pub struct Places {
 
 /// Reads and checks the configuration.
 pub fn load(places: &Places) -> anyhow::Result<Config> {
-    let config = match &places.config {
-        Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-            toml::from_str(&text).with_context(|| path.display().to_string())?
-        }
-        None => Config::default(),
-    };
+    let config: Config = kuasar_daemon::config::load(places.config.as_deref())?;
     if let Err(reason) = config.check() {
         bail!("configuration: {reason}");
     }
@@ -67,7 +61,7 @@ fn parent_binary(config: &Config) -> anyhow::Result<PathBuf> {
 }
 
 /// Runs the daemon until it is told to end.
-pub async fn run(places: Places, config: Config) -> anyhow::Result<()> {
+pub async fn run(places: Places, config: Config, level: LevelHandle) -> anyhow::Result<()> {
     kuasar_host::record::private_dir(&places.dir).context("state directory")?;
     let options = ParentOptions {
         dir: places.dir.clone(),
@@ -90,27 +84,39 @@ pub async fn run(places: Places, config: Config) -> anyhow::Result<()> {
         EventSender::containerd(PathBuf::from(&config.events_address), 4096)
     };
     let cgroups = Arc::new(Layout::detect()?);
+    let metrics_address = config.metrics_address.clone();
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let sandboxer = Arc::new(RuncSandboxer::new(
         shared.clone(),
         (parent.clone(), fresh),
         engines,
         cgroups,
-        Phases,
         places.dir.clone(),
         events,
     ));
     let options = ControllerOptions {
         dir: places.dir.clone(),
         socket: places.listen.clone(),
+        failpoint: Some(Arc::new(kuasar_daemon::failpoint::hit)),
+        observer: Some(Arc::new(|rpc, _code, took| kuasar_daemon::metrics::observe(rpc, took))),
         ..ControllerOptions::default()
     };
     let sockets = Arc::new(ParentSockets::new(parent, fresh));
     let controller = Controller::new(options, sandboxer.clone(), sockets)?;
     tokio::spawn(pump(connections, controller.endpoints(), sandboxer));
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    tokio::spawn(signals(places, shared, stop));
-    controller.serve(|| tracing::info!("ready"), stopped).await?;
+    if !metrics_address.is_empty() {
+        serve_metrics(&metrics_address, controller.clone()).await.context("metrics_address")?;
+    }
+    tokio::spawn(signals(places, shared, level, stop));
+    tokio::spawn(kuasar_daemon::notify::watchdog(|| async { true }));
+    let ready = || {
+        tracing::info!("ready");
+        kuasar_daemon::notify::send("READY=1");
+        kuasar_daemon::memory::trim();
+    };
+    controller.serve(ready, stopped).await?;
+    kuasar_daemon::notify::send("STOPPING=1");
     // Holds the engine's executable until nobody can ask for it.
     drop(exe);
     Ok(())
@@ -119,6 +125,7 @@ pub async fn run(places: Places, config: Config) -> anyhow::Result<()> {
 async fn signals(
     places: Places,
     config: Arc<RwLock<Arc<Config>>>,
+    level: LevelHandle,
     stop: tokio::sync::watch::Sender<bool>,
 ) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
@@ -130,13 +137,50 @@ async fn signals(
             _ = interrupt.recv() => break,
             _ = reload.recv() => match load(&places) {
                 Ok(new) => {
+                    kuasar_daemon::notify::reloading();
+                    let wanted = places.log_level.as_deref().unwrap_or(&new.log_level);
+                    if let Err(error) = level.set(wanted) {
+                        tracing::error!(error, "keeping the old log level");
+                    }
                     *config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
                     tracing::info!("configuration read again");
+                    kuasar_daemon::notify::send("READY=1");
                 }
                 Err(error) => tracing::error!("keeping the old configuration: {error:#}"),
             },
         }
     }
     stop.send_replace(true);
+    Ok(())
+}
+
+/// Serves Prometheus metrics on a socket path or a loopback address.
+async fn serve_metrics(address: &str, controller: Controller) -> anyhow::Result<()> {
+    let text = move || {
+        let sandboxes = controller.sandboxes().len() as u64;
+        kuasar_daemon::metrics::render("runc", &[("kuasar_sandboxes", sandboxes)])
+    };
+    if address.starts_with('/') {
+        let fd = kuasar_daemon::listen::bind(Path::new(address))?;
+        let listener = std::os::unix::net::UnixListener::from(fd);
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                kuasar_daemon::metrics::answer(socket, text()).await;
+            }
+        });
+        return Ok(());
+    }
+    let address: std::net::SocketAddr = address.parse().context("neither a path nor address:port")?;
+    if !address.ip().is_loopback() {
+        bail!("{address} is not a loopback address");
+    }
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            kuasar_daemon::metrics::answer(socket, text()).await;
+        }
+    });
     Ok(())
 }

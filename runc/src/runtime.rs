@@ -27,7 +27,6 @@ use serde_json::{Value, json};
 
 use crate::console::Console;
 use crate::engine::{Engine, Engines, Left, Streams};
-use crate::metrics::Phases;
 use crate::pod::Pod;
 use crate::spec;
 
@@ -49,7 +48,6 @@ pub struct Containers {
     pod: Arc<Pod>,
     parent: Parent,
     engines: Arc<Engines>,
-    phases: Phases,
     cgroups: Arc<Layout>,
 }
 
@@ -76,10 +74,9 @@ impl Containers {
         pod: Arc<Pod>,
         parent: Parent,
         engines: Arc<Engines>,
-        phases: Phases,
-        cgroups: Arc<Layout>,
+            cgroups: Arc<Layout>,
     ) -> Self {
-        Self { pod, parent, engines, phases, cgroups }
+        Self { pod, parent, engines, cgroups }
     }
 
     fn engine(&self, name: &str) -> Result<Engine> {
@@ -115,7 +112,6 @@ impl Containers {
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-        phases: &Phases,
     ) -> Result<(Meta, Vec<i32>)> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir).map_err(internal("make the container's directory"))?;
@@ -152,7 +148,7 @@ impl Containers {
                 })
                 .collect();
             kuasar_host::mount::mount_all(&mounts, &rootfs).map_err(internal("mount the rootfs"))?;
-            phases.observe("rootfs", begun.elapsed());
+            kuasar_daemon::metrics::observe("rootfs", begun.elapsed());
         }
         make_cwd(&value, &rootfs);
         let text = serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
@@ -169,11 +165,11 @@ impl Containers {
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let engine = self.engine(&self.pod.engine)?;
-        let (pod, phases, wanted) = (self.pod.clone(), self.phases.clone(), request.clone());
+        let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let engine_too = engine.clone();
         let (mut meta, passed) =
-            blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal, &phases)).await?;
+            blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal)).await?;
         let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
         let passed: Vec<_> = passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
@@ -190,7 +186,7 @@ impl Containers {
                 (left, Some(console.master(*size)?))
             }
         };
-        self.phases.observe("engine_create", begun.elapsed());
+        kuasar_daemon::metrics::observe("engine_create", begun.elapsed());
         meta.pid = left.pid;
         save(&dir, &meta)?;
         let (handle, exit) = self.follow(left).await?;
@@ -307,7 +303,7 @@ impl Runtime for Containers {
         let begun = Instant::now();
         let engine = self.engine(&meta.engine)?;
         engine.start(&self.pod.container(container), container, meta.hooks).await?;
-        self.phases.observe("engine_start", begun.elapsed());
+        kuasar_daemon::metrics::observe("engine_start", begun.elapsed());
         Ok(())
     }
 
@@ -340,7 +336,7 @@ impl Runtime for Containers {
         .await;
         let _ = std::fs::remove_file(&file);
         let (left, terminal) = result?;
-        self.phases.observe("engine_exec", begun.elapsed());
+        kuasar_daemon::metrics::observe("engine_exec", begun.elapsed());
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal, exit })
     }

@@ -75,7 +75,7 @@ async fn bed(engine: &str) -> Option<Bed> {
     pod.modes.host_network = false;
     pod.netns = format!("/proc/{}/ns/net", std::process::id());
     let layout = Arc::new(Layout::detect().unwrap());
-    let runtime = Containers::new(Arc::new(pod), parent.clone(), engines, Phases, layout);
+    let runtime = Containers::new(Arc::new(pod), parent.clone(), engines, layout);
     Some(Bed { dir, parent, runtime })
 }
 

@@ -27,7 +27,6 @@ use sandbox_parent::protocol::stage;
 use crate::config::Config;
 use crate::engine::Engines;
 use crate::files::{self, host};
-use crate::metrics::Phases;
 use crate::pod::{Modes, Namespaces, Pod, PodState};
 use crate::runtime::Containers;
 use crate::tasks::Tasks;
@@ -40,16 +39,9 @@ pub struct RuncSandboxer {
     fresh: bool,
     engines: Arc<Engines>,
     cgroups: Arc<Layout>,
-    phases: Phases,
     dir: PathBuf,
     events: EventSender,
-    pods: Mutex<HashMap<String, Entry>>,
-}
-
-#[derive(Clone)]
-struct Entry {
-    pod: Arc<Pod>,
-    tasks: Tasks,
+    pods: Mutex<HashMap<String, Tasks>>,
 }
 
 impl RuncSandboxer {
@@ -59,46 +51,38 @@ impl RuncSandboxer {
         (parent, fresh): (Parent, bool),
         engines: Arc<Engines>,
         cgroups: Arc<Layout>,
-        phases: Phases,
-        dir: PathBuf,
+            dir: PathBuf,
         events: EventSender,
     ) -> Self {
-        Self { config, parent, fresh, engines, cgroups, phases, dir, events, pods: Mutex::default() }
+        Self { config, parent, fresh, engines, cgroups, dir, events, pods: Mutex::default() }
     }
 
     /// The Task server of a running pod.
     pub fn tasks(&self, id: &str) -> Option<Tasks> {
-        self.entry(id).map(|entry| entry.tasks)
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
 
     fn config(&self) -> Arc<Config> {
         self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn entry(&self, id: &str) -> Option<Entry> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
-    }
-
-    fn take(&self, id: &str) -> Option<Entry> {
+    fn take(&self, id: &str) -> Option<Tasks> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
     }
 
-    fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Entry> {
-        let pod = Arc::new(pod);
+    fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Tasks> {
         let runtime = Containers::new(
-            pod.clone(),
+            Arc::new(pod),
             self.parent.clone(),
             self.engines.clone(),
-            self.phases.clone(),
             self.cgroups.clone(),
         );
         let tasks = Tasks::new(ctx, runtime, self.parent.clone(), self.events.clone())?;
-        let entry = Entry { pod, tasks };
         self.pods
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(ctx.spec.id.clone(), entry.clone());
-        Ok(entry)
+            .insert(ctx.spec.id.clone(), tasks.clone());
+        Ok(tasks)
     }
 
     async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
@@ -220,7 +204,7 @@ impl Sandboxer for RuncSandboxer {
             })
         })
         .await?;
-        self.phases.observe("pod_files", begun.elapsed());
+        kuasar_daemon::metrics::observe("pod_files", begun.elapsed());
         let state = PodState {
             engine: engine.to_owned(),
             own_cgroup: made.then(|| spec.config.linux.cgroup_parent.clone()),
@@ -273,7 +257,7 @@ impl Sandboxer for RuncSandboxer {
             self.keep(&spec.id, "init", pidfd.as_ref()),
             self.save(ctx, &state),
         )?;
-        self.phases.observe("pod_namespaces", begun.elapsed());
+        kuasar_daemon::metrics::observe("pod_namespaces", begun.elapsed());
         let pod = Pod {
             id: spec.id.clone(),
             dir: ctx.dir.clone(),
@@ -291,16 +275,16 @@ impl Sandboxer for RuncSandboxer {
     }
 
     async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
-        match self.entry(&ctx.spec.id) {
-            Some(entry) => Ok(entry.tasks.0.services()),
+        match self.tasks(&ctx.spec.id) {
+            Some(tasks) => Ok(tasks.0.services()),
             None => Err(Error::NotFound(format!("sandbox {} is not running", ctx.spec.id))),
         }
     }
 
     async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()> {
         let state = state(ctx);
-        if let Some(entry) = self.entry(&ctx.spec.id) {
-            entry.tasks.stop(timeout).await;
+        if let Some(tasks) = self.tasks(&ctx.spec.id) {
+            tasks.stop(timeout).await;
         }
         self.kill_leftovers(&ctx.dir, &state).await;
         self.parent
@@ -311,10 +295,10 @@ impl Sandboxer for RuncSandboxer {
 
     async fn remove(&self, ctx: &SandboxContext) -> Result<()> {
         let state = state(ctx);
-        let entry = self.take(&ctx.spec.id);
+        let tasks = self.take(&ctx.spec.id);
         self.kill_leftovers(&ctx.dir, &state).await;
-        if let Some(entry) = &entry {
-            entry.tasks.remove().await;
+        if let Some(tasks) = &tasks {
+            tasks.remove().await;
         }
         let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
         blocking(move || {
@@ -378,8 +362,8 @@ impl Sandboxer for RuncSandboxer {
             namespaces,
         };
         let started = self.started(ctx, &pod);
-        let entry = self.insert(ctx, pod)?;
-        entry.tasks.0.recover().await;
+        let tasks = self.insert(ctx, pod)?;
+        tasks.0.recover().await;
         if let Some(pidfd) = init {
             Self::watch_init(ctx, pidfd);
         }

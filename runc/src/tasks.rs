@@ -28,7 +28,11 @@ impl Tasks {
     /// directory.
     pub fn new(ctx: &SandboxContext, runtime: Containers, parent: Parent, events: EventSender) -> Result<Self> {
         let journal = FileJournal::new(&ctx.dir.join("tasks")).map_err(internal("open the pod's journal"))?;
-        let mut options = TaskOptions { sandbox_id: ctx.spec.id.clone(), ..TaskOptions::default() };
+        let mut options = TaskOptions {
+            sandbox_id: ctx.spec.id.clone(),
+            failpoint: kuasar_daemon::failpoint::hit,
+            ..TaskOptions::default()
+        };
         if !ctx.spec.namespace.is_empty() {
             options.namespace = ctx.spec.namespace.clone();
         }
