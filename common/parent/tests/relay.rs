@@ -309,7 +309,7 @@ fn a_thousand_idle_connections_do_no_harm_and_more_are_refused() {
     assert_eq!((counts.connections, counts.refused), (1000, 1));
     let mut last = clients.last().unwrap();
     last.write_all(&request(1, "State", 0, 3)).unwrap();
-    let found = ends.iter_mut().any(|e| {
+    let found = ends.iter_mut().rev().any(|e| {
         e.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
         e.read(&mut [0; 64]).is_ok()
     });

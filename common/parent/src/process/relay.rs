@@ -86,6 +86,10 @@ pub mod flag {
     pub const STARVED: u16 = 128;
     /// Answers are owed.
     pub const OWED: u16 = 256;
+    /// The client's frame is stream data that nothing else holds, and nothing of it is sent yet.
+    pub const UNTOUCHED: u16 = 512;
+    /// The daemon takes nothing more; why, shows when its end is read.
+    pub const BROKEN: u16 = 1024;
 }
 
 // SAFETY: plain integers; a connection has a client.
@@ -294,7 +298,7 @@ impl Connection {
         }
         // All that it has written is with the client. Now what it owes is settled.
         self.daemon.close();
-        self.set(flag::ORPHANED | flag::REPLAY, false);
+        self.set(flag::ORPHANED | flag::REPLAY | flag::BROKEN, false);
         if self.up.left > 0 {
             self.set(flag::DISCARD_UP, true);
         }
@@ -432,7 +436,7 @@ impl Connection {
             };
         }
         let discard = self.up.left > 0 && self.is(flag::DISCARD_UP);
-        let busy = self.is(flag::UNDECIDED | flag::ORPHANED | flag::REPLAY);
+        let busy = self.is(flag::UNDECIDED | flag::ORPHANED | flag::REPLAY | flag::BROKEN);
         if busy && !discard {
             // A client that is gone altogether ends its connection all the same.
             return if sys::peer_gone(self.client) {
@@ -468,6 +472,7 @@ impl Connection {
             if small && whole.is_none() {
                 return self.incomplete_up();
             }
+            self.set(flag::UNTOUCHED, false);
             let way = self.client_frame(store, &h, whole.filter(|_| small));
             match way {
                 Way::Forward => self.set(flag::DISCARD_UP, false),
@@ -490,14 +495,30 @@ impl Connection {
                 Ok(sent) => sent,
                 Err(libc::EAGAIN | libc::EINTR) => return Step::Waits,
                 Err(_) => {
-                    // It is closed; why, `down` finds out.
-                    self.set(flag::DISCARD_UP, true);
+                    self.broken_up(store, buf);
                     return Step::Moved;
                 }
             }
         };
+        self.set(flag::UNTOUCHED, false);
         self.up.left -= sent as u32;
         consume(self.client, buf, sent)
+    }
+
+    /// The daemon's end is closed. Calls are settled when it is known why; of them all that has
+    /// to be known is known. Stream data goes back to where it was, for the next daemon.
+    fn broken_up(&mut self, store: &mut Store, frame: &[u8]) {
+        self.set(flag::BROKEN, true);
+        if !self.is(flag::UNTOUCHED) {
+            self.set(flag::DISCARD_UP, true);
+            return;
+        }
+        self.up.left = 0;
+        self.set(flag::UNTOUCHED, false);
+        let found = Header::parse(frame).and_then(|h| self.find(store, h.stream));
+        if let Some(p) = found.and_then(|i| store.pending.get_mut(i)) {
+            p.flags &= !pending::CLIENT_CLOSED;
+        }
     }
 
     fn incomplete_up(&self) -> Step {
@@ -563,6 +584,7 @@ impl Connection {
                     // It may be a container's input: it stays here until there is a daemon.
                     return Way::Hold;
                 }
+                self.set(flag::UNTOUCHED, init.is_none());
                 let mut text = None;
                 if let Some(init) = init {
                     text = store.text(init);
