@@ -189,6 +189,7 @@ fn exits_and_descriptors_survive_the_daemon() {
     let home = Home::new();
     let first = home.daemon();
     let cookie = Parent::new_cookie();
+    let begun = SystemTime::now();
     first
         .run(first.parent.spawn(shell("sleep 0.2; exit 9", cookie)))
         .unwrap();
@@ -204,7 +205,6 @@ fn exits_and_descriptors_survive_the_daemon() {
     });
     drop(w);
     let pid = first.parent.pid();
-    let begun = SystemTime::now();
     first.kill();
     std::thread::sleep(Duration::from_millis(400));
 
