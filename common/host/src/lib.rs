@@ -6,10 +6,13 @@ pub mod dns;
 pub mod id;
 pub mod mount;
 pub mod namespace;
+pub mod netlink;
 pub mod process;
 pub mod record;
 pub mod safe_path;
 pub mod spec;
+
+use std::path::PathBuf;
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -29,12 +32,75 @@ pub enum Error {
     /// A value from outside is not acceptable; the text says what would be.
     #[error("{0}")]
     Invalid(String),
-    /// A record is torn, of another kind, or of a newer version.
+    /// A value from outside asks for something that this host or this program does not do.
     #[error("{0}")]
-    Record(String),
+    Unsupported(String),
+    /// A record is cut off or no JSON: quarantine it.
+    #[error("{0} is torn: {1}")]
+    Torn(PathBuf, String),
+    /// A record is whole but not of the kind that is expected here: quarantine it.
+    #[error("{0} is foreign: {1}")]
+    Foreign(PathBuf, String),
+    /// A record was written by a newer program: leave it where it is.
+    #[error("{path} is a record of version {found}; this program knows {known} and older")]
+    TooNew {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The newest version that this program reads.
+        known: u32,
+    },
+    /// Something outside did not happen in time.
+    #[error("{0}")]
+    Deadline(String),
+}
+
+/// What a caller can do about an [`Error`]: the kinds that map onto gRPC codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The request is wrong.
+    Invalid,
+    /// What was named does not exist.
+    NotFound,
+    /// It exists already.
+    Exists,
+    /// This program may not.
+    Denied,
+    /// Memory, disk, descriptors or another limit is used up.
+    Exhausted,
+    /// This host or this program cannot.
+    Unsupported,
+    /// It did not happen in time.
+    Deadline,
+    /// Stored data is damaged or not ours.
+    DataLoss,
+    /// Anything else.
+    Internal,
 }
 
 impl Error {
+    /// What a caller can do about it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Invalid(_) => Kind::Invalid,
+            Self::Unsupported(_) => Kind::Unsupported,
+            Self::Torn(..) | Self::Foreign(..) | Self::TooNew { .. } => Kind::DataLoss,
+            Self::Deadline(_) => Kind::Deadline,
+            Self::Io { source, .. } => match source.raw_os_error() {
+                Some(libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::ENXIO) => Kind::NotFound,
+                Some(libc::EEXIST) => Kind::Exists,
+                Some(libc::EPERM | libc::EACCES | libc::EROFS) => Kind::Denied,
+                Some(libc::ENOSPC | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::EDQUOT) => {
+                    Kind::Exhausted
+                }
+                Some(libc::ENOSYS | libc::EOPNOTSUPP) => Kind::Unsupported,
+                Some(libc::EINVAL | libc::ELOOP | libc::EXDEV | libc::ENAMETOOLONG) => Kind::Invalid,
+                _ => Kind::Internal,
+            },
+        }
+    }
+
     /// `errno`, where a system call failed.
     pub fn errno(&self) -> Option<i32> {
         match self {

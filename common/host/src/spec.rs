@@ -11,8 +11,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{Context, Error, Result};
 
-/// Largest spec that is read, in bytes.
-pub const MAX_SPEC: u64 = 8 << 20;
+/// Largest spec that is read by default, in bytes. Its depth is bounded by the parser (128).
+pub const MAX_SPEC: u64 = 4 << 20;
 
 /// An OCI runtime spec.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,13 +28,21 @@ impl Spec {
     /// # Errors
     /// [`Error::Io`], or [`Error::Invalid`] when it is no JSON object or too large.
     pub fn load(path: &Path) -> Result<Self> {
+        Self::load_bounded(path, MAX_SPEC)
+    }
+
+    /// As [`Self::load`], with another bound in bytes.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_bounded(path: &Path, max: u64) -> Result<Self> {
         let context = || format!("cannot read {}", path.display());
         let mut text = Vec::new();
         let file = std::fs::File::open(path).context(context)?;
-        file.take(MAX_SPEC + 1).read_to_end(&mut text).context(context)?;
-        if text.len() as u64 > MAX_SPEC {
+        file.take(max.saturating_add(1)).read_to_end(&mut text).context(context)?;
+        if text.len() as u64 > max {
             return Err(Error::Invalid(format!(
-                "{} is larger than {MAX_SPEC} bytes",
+                "{} is larger than {max} bytes",
                 path.display()
             )));
         }
@@ -68,7 +76,31 @@ impl Spec {
         for p in ["/root/path", "/linux/cgroupsPath", "/hostname"] {
             expect(p, Value::is_string, "a string")?;
         }
+        for (list, keys) in [
+            ("/mounts", &["destination", "type", "source"][..]),
+            ("/linux/namespaces", &["type", "path"][..]),
+        ] {
+            let entries = spec.get(list).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+            for (i, entry) in entries.iter().enumerate() {
+                let Some(entry) = entry.as_object() else {
+                    return Err(Error::Invalid(format!("{list}/{i}: expected an object")));
+                };
+                for key in keys {
+                    if entry.get(*key).is_some_and(|v| !v.is_string() && !v.is_null()) {
+                        return Err(Error::Invalid(format!("{list}/{i}/{key}: expected a string")));
+                    }
+                }
+            }
+        }
         Ok(spec)
+    }
+
+    /// Writes `config.json` by rename, mode 0600.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        crate::record::write_file(path, &self.to_vec(), 0o600)
     }
 
     /// The JSON text.
@@ -108,7 +140,7 @@ impl Spec {
 
     /// Sets `root.path`, keeping `readonly`.
     pub fn set_root(&mut self, path: &str) {
-        self.object("root").insert("path".into(), json!(path));
+        edit_object(&mut self.0, "root", |r| r.insert("path".into(), json!(path)));
     }
 
     /// Sets `hostname`; an empty one removes it.
@@ -120,17 +152,81 @@ impl Spec {
         }
     }
 
-    fn object(&mut self, key: &str) -> &mut Map<String, Value> {
-        let slot = self.0.entry(key).or_insert(Value::Null);
-        as_object(slot)
+    /// All annotations that are strings.
+    pub fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let map = self.get("/annotations").and_then(Value::as_object);
+        map.into_iter().flatten().filter_map(|(k, v)| Some((k.as_str(), v.as_str()?)))
     }
 
-    fn namespaces(&mut self) -> &mut Vec<Value> {
-        as_array(self.object("linux").entry("namespaces").or_insert(Value::Null))
+    /// Sets an annotation.
+    pub fn set_annotation(&mut self, key: &str, value: &str) {
+        edit_object(&mut self.0, "annotations", |a| a.insert(key.into(), json!(value)));
     }
 
-    fn mounts(&mut self) -> &mut Vec<Value> {
-        as_array(self.0.entry("mounts").or_insert(Value::Null))
+    /// `process`.
+    pub fn process(&self) -> Option<&Map<String, Value>> {
+        self.get("/process")?.as_object()
+    }
+
+    /// `linux.resources`.
+    pub fn resources(&self) -> Option<&Map<String, Value>> {
+        self.get("/linux/resources")?.as_object()
+    }
+
+    /// `mounts`, in order.
+    pub fn mounts(&self) -> &[Value] {
+        self.get("/mounts").and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether `root.readonly` is set.
+    pub fn root_readonly(&self) -> bool {
+        self.get("/root/readonly").and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// Sets `linux.cgroupsPath`.
+    pub fn set_cgroups_path(&mut self, path: &str) {
+        edit_object(&mut self.0, "linux", |l| l.insert("cgroupsPath".into(), json!(path)));
+    }
+
+    /// Sets the value at a JSON pointer, making the objects on the way to it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names the pointer where something else than an object is on the way.
+    pub fn set(&mut self, pointer: &str, value: Value) -> Result<()> {
+        let (mut map, mut at) = (&mut self.0, String::new());
+        let mut keys = pointer.trim_start_matches('/').split('/').peekable();
+        while let Some(key) = keys.next() {
+            let key = key.replace("~1", "/").replace("~0", "~");
+            at = format!("{at}/{key}");
+            if keys.peek().is_none() {
+                map.insert(key, value);
+                return Ok(());
+            }
+            let slot = map.entry(key).or_insert_with(|| Value::Object(Map::new()));
+            if slot.is_null() {
+                *slot = Value::Object(Map::new());
+            }
+            map = slot
+                .as_object_mut()
+                .ok_or_else(|| Error::Invalid(format!("{at}: expected an object")))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the value at a JSON pointer and answers it.
+    pub fn remove(&mut self, pointer: &str) -> Option<Value> {
+        let (parent, key) = pointer.rsplit_once('/')?;
+        let key = key.replace("~1", "/").replace("~0", "~");
+        if parent.is_empty() {
+            return self.0.remove(&key);
+        }
+        let mut parts = parent.strip_prefix('/')?.splitn(2, '/');
+        let first = self.0.get_mut(parts.next()?)?;
+        let holder = match parts.next() {
+            Some(rest) => first.pointer_mut(&format!("/{rest}"))?,
+            None => first,
+        };
+        holder.as_object_mut()?.remove(&key)
     }
 
     /// Path of a namespace: `None` when the spec does not list it, `Some("")` for a new one.
@@ -148,12 +244,13 @@ impl Spec {
         } else {
             json!({ "type": kind, "path": path })
         };
-        self.namespaces().push(ns);
+        edit_object(&mut self.0, "linux", |l| edit_array(l, "namespaces", |a| a.push(ns)));
     }
 
     /// Unlists the namespace: the container stays in the engine's.
     pub fn remove_namespace(&mut self, kind: &str) {
-        self.namespaces().retain(|n| n.get("type").and_then(Value::as_str) != Some(kind));
+        let other = |n: &Value| n.get("type").and_then(Value::as_str) != Some(kind);
+        edit_object(&mut self.0, "linux", |l| edit_array(l, "namespaces", |a| a.retain(other)));
     }
 
     /// The mount at a destination.
@@ -162,23 +259,31 @@ impl Spec {
         self.get("/mounts")?.as_array()?.iter().find(at)
     }
 
+    /// Whether something is mounted at a destination.
+    pub fn has_mount(&self, destination: &str) -> bool {
+        self.mount(destination).is_some()
+    }
+
     /// Adds a mount behind the others.
     pub fn add_mount(&mut self, kind: &str, source: &str, destination: &str, options: &[&str]) {
-        self.mounts().push(json!({
-            "destination": destination, "type": kind, "source": source, "options": options,
-        }));
+        let new = mount_value(kind, source, destination, options);
+        edit_array(&mut self.0, "mounts", |mounts| mounts.push(new));
     }
 
     /// Puts another mount in place of the one at `destination`, or adds it.
     pub fn replace_mount(&mut self, kind: &str, source: &str, destination: &str, options: &[&str]) {
-        let new = json!({
-            "destination": destination, "type": kind, "source": source, "options": options,
-        });
+        let new = mount_value(kind, source, destination, options);
         let at = |m: &Value| m.get("destination").and_then(Value::as_str) == Some(destination);
-        match self.mounts().iter_mut().find(|m| at(m)) {
+        edit_array(&mut self.0, "mounts", |mounts| match mounts.iter_mut().find(|m| at(m)) {
             Some(m) => *m = new,
-            None => self.mounts().push(new),
-        }
+            None => mounts.push(new),
+        });
+    }
+
+    /// Removes the mounts at a destination.
+    pub fn remove_mount(&mut self, destination: &str) {
+        let other = |m: &Value| m.get("destination").and_then(Value::as_str) != Some(destination);
+        edit_array(&mut self.0, "mounts", |mounts| mounts.retain(other));
     }
 
     /// Mutable access for edits that have no method of their own.
@@ -187,26 +292,36 @@ impl Spec {
     }
 }
 
-fn as_object(v: &mut Value) -> &mut Map<String, Value> {
-    if !v.is_object() {
-        *v = Value::Object(Map::new());
-    }
-    match v {
-        Value::Object(m) => m,
-        // Made one above; an unreachable arm that needs no panic.
-        _ => Box::leak(Box::new(Map::new())),
-    }
+fn mount_value(kind: &str, source: &str, destination: &str, options: &[&str]) -> Value {
+    json!({ "destination": destination, "type": kind, "source": source, "options": options })
 }
 
-fn as_array(v: &mut Value) -> &mut Vec<Value> {
-    if !v.is_array() {
-        *v = Value::Array(Vec::new());
-    }
-    match v {
-        Value::Array(a) => a,
-        // Made one above; an unreachable arm that needs no panic.
-        _ => Box::leak(Box::new(Vec::new())),
-    }
+/// Edits the object at `key`, making one where there is none.
+fn edit_object<R>(
+    map: &mut Map<String, Value>,
+    key: &str,
+    edit: impl FnOnce(&mut Map<String, Value>) -> R,
+) {
+    let mut inner = match map.get_mut(key).map(Value::take) {
+        Some(Value::Object(inner)) => inner,
+        _ => Map::new(),
+    };
+    edit(&mut inner);
+    map.insert(key.into(), Value::Object(inner));
+}
+
+/// Edits the array at `key`, making one where there is none.
+fn edit_array<R>(
+    map: &mut Map<String, Value>,
+    key: &str,
+    edit: impl FnOnce(&mut Vec<Value>) -> R,
+) {
+    let mut inner = match map.get_mut(key).map(Value::take) {
+        Some(Value::Array(inner)) => inner,
+        _ => Vec::new(),
+    };
+    edit(&mut inner);
+    map.insert(key.into(), Value::Array(inner));
 }
 
 #[cfg(test)]
@@ -240,5 +355,37 @@ mod tests {
         assert!(e.contains("/linux/namespaces"), "{e}");
         assert!(Spec::parse(b"[]").is_err());
         assert!(Spec::parse(b"{").is_err());
+    }
+
+    #[test]
+    fn a_wrong_entry_of_a_list_is_named_too() {
+        for (text, pointer) in [
+            (&br#"{"mounts":[{},7]}"#[..], "/mounts/1"),
+            (br#"{"linux":{"namespaces":[{"type":1}]}}"#, "/linux/namespaces/0/type"),
+        ] {
+            let e = Spec::parse(text).unwrap_err().to_string();
+            assert!(e.contains(pointer), "{e}");
+        }
+    }
+
+    #[test]
+    fn values_are_set_and_removed_by_pointer() {
+        let mut s = Spec::parse(TEXT.as_bytes()).unwrap();
+        s.set("/linux/sysctl/net.a~1b", json!("1")).unwrap();
+        assert_eq!(s.get("/linux/sysctl").unwrap()["net.a/b"], "1");
+        assert!(s.set("/hostname/x", json!(1)).unwrap_err().to_string().contains("/hostname"));
+        assert_eq!(s.remove("/root/new"), Some(json!(1)));
+        assert_eq!(s.remove("/hostname"), Some(json!("x")));
+        assert_eq!(s.remove("/nothing/here"), None);
+        s.remove_mount("/dev/shm");
+        assert!(!s.has_mount("/dev/shm"));
+        s.set_annotation("a", "b");
+        assert_eq!(s.annotations().collect::<Vec<_>>(), [("a", "b")]);
+    }
+
+    #[test]
+    fn deep_nesting_is_refused_and_does_not_overflow() {
+        let deep = format!("{{\"a\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(matches!(Spec::parse(deep.as_bytes()), Err(Error::Invalid(_))));
     }
 }

@@ -4,19 +4,27 @@
 //! The engine makes a container's group and writes its first limits; this module reads, updates,
 //! freezes, kills and removes. A controller that the host lacks is skipped, never an error.
 
+mod oom;
 mod stats;
 mod update;
+mod wait;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::{Context, Error, Result};
 
+pub use oom::OomWatch;
 pub use stats::{V1_TYPE, V2_TYPE};
+
+/// Controllers of v1. Mount options that are none of them are not mistaken for one.
+const CONTROLLERS: [&str; 14] = [
+    "cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb",
+    "net_cls", "net_prio", "perf_event", "rdma", "misc",
+];
 
 /// Where control groups are mounted on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,18 +51,17 @@ impl Layout {
         let (mut v1, mut v2) = (BTreeMap::new(), None);
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
-            let Some(at) = left.split(' ').nth(4).map(PathBuf::from) else { continue };
+            let Some(at) = left.split(' ').nth(4).map(crate::mount::unescape) else { continue };
             let mut right = right.split(' ');
             let (kind, options) = (right.next(), right.nth(1).unwrap_or_default());
             match kind {
                 Some("cgroup2") => v2 = v2.or(Some(at)),
                 Some("cgroup") => {
                     for o in options.split(',') {
-                        let name = o.strip_prefix("name=").unwrap_or(o);
-                        if !matches!(name, "rw" | "ro" | "xattr" | "clone_children")
-                            && !name.contains('=')
-                        {
-                            v1.entry(name.to_owned()).or_insert_with(|| at.clone());
+                        let named = o.strip_prefix("name=");
+                        if named.is_some() || CONTROLLERS.contains(&o) {
+                            let name = named.unwrap_or(o).to_owned();
+                            v1.entry(name).or_insert_with(|| at.clone());
                         }
                     }
                 }
@@ -141,8 +148,43 @@ impl Cgroup {
             Layout::V1(c) => c.values().map(|m| m.join(&self.path)).collect(),
             Layout::V2(m) => vec![m.join(&self.path)],
         };
+        dirs.sort();
         dirs.dedup();
         dirs
+    }
+
+    /// The group at a cgroupfs path or systemd name, on this host's layout.
+    ///
+    /// # Errors
+    /// As [`Layout::detect`] and [`Layout::group`].
+    pub fn open(path: &str) -> Result<Self> {
+        Layout::detect()?.group(path)
+    }
+
+    /// Path of the group below the roots of the hierarchies, without a leading slash.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the hierarchies are.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Moves a process, with all its threads, into the group.
+    ///
+    /// # Errors
+    /// [`Error::Io`], `ESRCH` when it has ended; [`Error::Invalid`] when the group does not exist.
+    pub fn add_process(&self, pid: u32) -> Result<()> {
+        let mut moved = false;
+        for dir in self.dirs().iter().filter(|d| d.is_dir()) {
+            write(dir, "cgroup.procs", &pid.to_string())?;
+            moved = true;
+        }
+        if moved {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!("cgroup {} does not exist", self.path.display())))
     }
 
     /// The group below this one.
@@ -168,6 +210,9 @@ impl Cgroup {
             }
             fs::create_dir_all(&d).context(|| format!("cannot make {}", d.display()))?;
             made = true;
+            if let Layout::V2(root) = &self.layout {
+                delegate(root, &self.path);
+            }
             if let Layout::V1(c) = &self.layout
                 && c.get("cpuset").is_some_and(|m| d.starts_with(m))
             {
@@ -220,14 +265,14 @@ impl Cgroup {
     /// Freezes every process and waits until they stand, or `deadline` passes.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Invalid`] after the deadline (the group is thawed again).
+    /// [`Error::Io`]; [`Error::Deadline`] after the deadline (the group is thawed again).
     pub fn freeze(&self, deadline: Duration) -> Result<()> {
         let (file, value, state, frozen) = match self.layout {
             Layout::V1(_) => ("freezer.state", "FROZEN", "freezer.state", "FROZEN"),
             Layout::V2(_) => ("cgroup.freeze", "1", "cgroup.events", "frozen 1"),
         };
         let dir = self.need("freezer")?;
-        let until = Instant::now() + deadline;
+        let mut wait = wait::Wait::new(&dir.join(state), deadline);
         loop {
             // v1 may miss a process that is just being forked: write again until it holds.
             write(&dir, file, value)?;
@@ -235,11 +280,11 @@ impl Cgroup {
             if text.contains(frozen) {
                 return Ok(());
             }
-            if Instant::now() >= until {
+            if !wait.more() {
                 self.thaw()?;
-                return Err(Error::Invalid(format!("not frozen within {deadline:?}")));
+                let text = format!("{} did not freeze within {deadline:?}", self.path.display());
+                return Err(Error::Deadline(text));
             }
-            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -264,28 +309,47 @@ impl Cgroup {
         })
     }
 
-    /// Sends a signal to every process of the group, again until no new one appears.
+    /// Kills every process of the group and those below it, frozen ones too.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn kill(&self) -> Result<()> {
+        self.signal_all(libc::SIGKILL)
+    }
+
+    /// Sends a signal to every process of the group and those below it, again until no new one
+    /// appears. SIGKILL reaches also processes that fork all the time: v2 has a file for it; on v1
+    /// the group is frozen meanwhile.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn signal_all(&self, signal: i32) -> Result<()> {
-        if signal == libc::SIGKILL
+        let kill = signal == libc::SIGKILL;
+        if kill
             && let Layout::V2(m) = &self.layout
             && fs::write(m.join(&self.path).join("cgroup.kill"), "1").is_ok()
         {
             return Ok(());
         }
         let mut done = std::collections::BTreeSet::new();
-        for _ in 0..16 {
+        // Most groups are gone after the first rounds; the freezer is for those that are not.
+        for round in 0..16 {
+            let frozen = kill && round >= 2 && self.freeze(Duration::from_millis(500)).is_ok();
             let mut found = false;
             for pid in self.pids()? {
-                if done.insert(pid) {
+                // While the group stands still a pid cannot be reused: kill it again then.
+                if done.insert(pid) || frozen {
                     found = true;
                     // SAFETY: kill takes integers; a process that has just ended is no error.
                     unsafe { libc::kill(pid as i32, signal) };
                 }
             }
-            if !found {
+            if kill {
+                // A process that is frozen dies only when it is thawed; without a freezer
+                // there is nothing to thaw.
+                let _ = self.thaw();
+            }
+            if !found || frozen {
                 break;
             }
         }
@@ -299,41 +363,24 @@ impl Cgroup {
     pub fn remove(&self, deadline: Duration) -> Result<()> {
         let until = Instant::now() + deadline;
         for dir in self.dirs() {
+            let left = until.saturating_duration_since(Instant::now());
+            let mut wait = None;
             loop {
                 match remove_tree(&dir) {
                     Ok(()) => break,
-                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
-                        std::thread::sleep(Duration::from_millis(2));
+                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                        let events = || wait::Wait::new(&dir.join("cgroup.events"), left);
+                        if !wait.get_or_insert_with(events).more() {
+                            return Err(e).context(|| {
+                                format!("{} still has processes after {deadline:?}", dir.display())
+                            });
+                        }
                     }
                     Err(e) => return Err(e).context(|| format!("cannot remove {}", dir.display())),
                 }
             }
         }
         Ok(())
-    }
-
-    /// A descriptor that becomes readable when the group has had an out-of-memory kill: an
-    /// eventfd (v1) or an inotify descriptor (v2). `None` without the memory controller.
-    pub fn oom_watch(&self) -> Option<OwnedFd> {
-        let dir = self.dir("memory").filter(|d| d.is_dir())?;
-        match self.layout {
-            Layout::V1(_) => {
-                use nix::sys::eventfd::{EfdFlags, EventFd};
-                use std::os::fd::{AsFd, AsRawFd};
-                let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-                let event = EventFd::from_value_and_flags(0, flags).ok()?;
-                let control = fs::File::open(dir.join("memory.oom_control")).ok()?;
-                let line = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
-                fs::write(dir.join("cgroup.event_control"), line).ok()?;
-                Some(event.into())
-            }
-            Layout::V2(_) => {
-                use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-                let i = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
-                i.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY).ok()?;
-                Some(i.into())
-            }
-        }
     }
 
     /// How many processes of the group the kernel has killed for want of memory.
@@ -375,6 +422,21 @@ fn remove_tree(dir: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Hands every controller that the parents have down to the group at `path` (v2). A controller
+/// that cannot be had (a parent with processes of its own, or not delegated) is done without.
+fn delegate(root: &Path, path: &Path) {
+    let mut dir = root.to_path_buf();
+    for part in path.components() {
+        let have = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+        let on = fs::read_to_string(dir.join("cgroup.subtree_control")).unwrap_or_default();
+        for c in have.split_whitespace().filter(|c| !on.split_whitespace().any(|o| o == *c)) {
+            // One by one: a single one that is refused must not keep the others away.
+            let _ = fs::write(dir.join("cgroup.subtree_control"), format!("+{c}"));
+        }
+        dir.push(part);
+    }
+}
+
 fn write(dir: &Path, file: &str, value: &str) -> Result<()> {
     fs::write(dir.join(file), value)
         .context(|| format!("cannot write {value:?} to {}", dir.join(file).display()))
@@ -386,11 +448,13 @@ mod tests {
 
     #[test]
     fn layouts_are_told_apart() {
-        let v1 = "30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct\n\
+        let v1 = "29 25 0:25 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset,noprefix,release_agent=/x\n\
+                  30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct\n\
                   31 25 0:27 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
                   32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         let Layout::V1(c) = Layout::parse(v1).unwrap() else { panic!("v1 expected") };
         assert_eq!(c["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
+        assert!(!c.contains_key("noprefix") && !c.contains_key("release_agent=/x"));
         assert_eq!(c["systemd"], Path::new("/sys/fs/cgroup/systemd"));
         let v2 = "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(Layout::parse(v2).unwrap(), Layout::V2("/sys/fs/cgroup".into()));
