@@ -4,8 +4,9 @@
 //! the page that `mount(2)` copies, so overlay goes through `fsopen`/`fsconfig`, where each
 //! layer is a call of its own, and falls back to `mount(2)` on kernels without.
 
-use std::ffi::CString;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+mod overlay;
+
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags};
@@ -25,7 +26,13 @@ pub struct Mount {
     pub options: Vec<String>,
 }
 
-/// Flags and data of a list of options.
+/// `MS_NOSYMFOLLOW` of linux/mount.h, Linux 5.10.
+const NOSYMFOLLOW: MsFlags = MsFlags::from_bits_retain(256);
+
+/// Most bytes of data that `mount(2)` copies, its null byte included.
+const PAGE: usize = 4096;
+
+/// Flags, propagation and data of a list of options.
 fn parse_options(options: &[String]) -> (MsFlags, MsFlags, Vec<&str>) {
     let (mut flags, mut propagation, mut data) = (MsFlags::empty(), MsFlags::empty(), Vec::new());
     for o in options {
@@ -44,7 +51,16 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, Vec<&str>) {
             "noatime" => (true, MsFlags::MS_NOATIME),
             "atime" => (false, MsFlags::MS_NOATIME),
             "nodiratime" => (true, MsFlags::MS_NODIRATIME),
+            "diratime" => (false, MsFlags::MS_NODIRATIME),
             "relatime" => (true, MsFlags::MS_RELATIME),
+            "norelatime" => (false, MsFlags::MS_RELATIME),
+            "nostrictatime" => (false, MsFlags::MS_STRICTATIME),
+            "lazytime" => (true, MsFlags::MS_LAZYTIME),
+            "nolazytime" => (false, MsFlags::MS_LAZYTIME),
+            "nosymfollow" => (true, NOSYMFOLLOW),
+            "symfollow" => (false, NOSYMFOLLOW),
+            "silent" => (true, MsFlags::MS_SILENT),
+            "loud" => (false, MsFlags::MS_SILENT),
             "strictatime" => (true, MsFlags::MS_STRICTATIME),
             "bind" => (true, MsFlags::MS_BIND),
             "rbind" => (true, MsFlags::MS_BIND | MsFlags::MS_REC),
@@ -75,14 +91,14 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, Vec<&str>) {
 /// Mounts a list in order on (or below) `dir`. When one fails, those before it are undone.
 ///
 /// # Errors
-/// [`Error::Io`] naming the mount, [`Error::Invalid`] for a target outside `dir` or an option
-/// that needs a mount helper.
+/// [`Error::Io`] naming the mount, [`Error::Invalid`] for a target outside `dir`,
+/// [`Error::Unsupported`] for an option that needs a mount helper.
 pub fn mount_all(mounts: &[Mount], dir: &Path) -> Result<()> {
     for (i, m) in mounts.iter().enumerate() {
         if let Err(e) = mount_one(m, dir) {
-            if i > 0 {
+            for m in mounts.iter().take(i).rev() {
                 // Undo what was mounted; the first error is the one to report.
-                let _ = unmount_below(dir);
+                let _ = unmount(&dir.join(m.target.trim_start_matches('/')));
             }
             return Err(e);
         }
@@ -90,114 +106,116 @@ pub fn mount_all(mounts: &[Mount], dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn mount_one(m: &Mount, dir: &Path) -> Result<()> {
-    if let Some(o) = m.options.iter().find(|o| *o == "loop" || o.starts_with("X-containerd.")) {
-        return Err(Error::Invalid(format!(
-            "mount option {o:?} needs a mount manager; let containerd 2.2 or later do this mount"
-        )));
-    }
-    let mut target = dir.to_path_buf();
-    if !m.target.is_empty() {
-        let rel = Path::new(m.target.trim_start_matches('/'));
-        if rel.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
-            return Err(Error::Invalid(format!("mount target {:?} leaves the rootfs", m.target)));
+/// Refuses what only containerd's mount manager or a mount helper can do.
+fn check_options(m: &Mount) -> Result<()> {
+    let help = "let containerd 2.2 or later do this mount, or use another snapshotter";
+    for o in &m.options {
+        let key = o.split('=').next().unwrap_or_default();
+        if matches!(key, "loop" | "offset" | "sizelimit") || key.starts_with("X-containerd.") {
+            return Err(Error::Unsupported(format!("mount option {o:?} needs a helper: {help}")));
         }
-        target.push(rel);
-    }
-    let (flags, propagation, data) = parse_options(&m.options);
-    let what = || format!("cannot mount {} {} on {}", m.kind, m.source, target.display());
-    if m.kind == "overlay" {
-        match overlay(&target, flags, &data) {
-            Ok(()) => return Ok(()),
-            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {}
-            Err(e) => return Err(e).context(what),
+        if matches!(key, "idmap" | "ridmap" | "uidmap" | "gidmap" | "uidmapping" | "gidmapping") {
+            return Err(Error::Unsupported(format!(
+                "mount option {o:?}: id-mapped mounts are not made here: use a snapshotter that \
+                 changes owners, or a pod without a user namespace"
+            )));
         }
     }
-    let data = data.join(",");
-    let source = Some(m.source.as_str()).filter(|s| !s.is_empty());
-    let kind = (!flags.contains(MsFlags::MS_BIND)).then_some(m.kind.as_str());
-    let text = (!data.is_empty()).then_some(data.as_str());
-    nix::mount::mount(source, &target, kind, flags, text).context(what)?;
-    // The kernel ignores other flags on the first bind.
-    let extra = flags - MsFlags::MS_BIND - MsFlags::MS_REC;
-    if flags.contains(MsFlags::MS_BIND) && !extra.is_empty() {
-        let flags = flags | MsFlags::MS_REMOUNT;
-        let none = None::<&str>;
-        nix::mount::mount(none, &target, none, flags - MsFlags::MS_REC, none).context(what)?;
+    let kind = m.kind.as_str();
+    if kind.contains('/') || kind.starts_with("fuse.") || kind.starts_with("fuse3.") {
+        return Err(Error::Unsupported(format!("mount type {kind:?} needs a helper: {help}")));
     }
-    if !propagation.is_empty() {
-        let none = None::<&str>;
-        nix::mount::mount(none, &target, none, propagation, none).context(what)?;
+    if m.source.contains('\0') || m.options.iter().any(|o| o.contains('\0')) {
+        return Err(Error::Invalid("a mount contains a null byte".into()));
     }
     Ok(())
 }
 
-/// Mounts an overlay through the file-descriptor based API.
-fn overlay(target: &Path, flags: MsFlags, data: &[&str]) -> std::io::Result<()> {
-    const FSCONFIG_SET_FLAG: u32 = 0;
-    const FSCONFIG_SET_STRING: u32 = 1;
-    const FSCONFIG_CMD_CREATE: u32 = 6;
-    const MOVE_MOUNT_F_EMPTY_PATH: u32 = 4;
-    let own = |fd: libc::c_long| {
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
+/// The mount point of `m`, resolved inside `dir` and kept by descriptor: a link in a container's
+/// tree cannot turn it elsewhere (CVE-2021-30465).
+fn target(m: &Mount, dir: &Path) -> Result<OwnedFd> {
+    let rel = Path::new(m.target.trim_start_matches('/'));
+    if rel.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+        return Err(Error::Invalid(format!("mount target {:?} leaves the rootfs", m.target)));
+    }
+    let flags = nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_CLOEXEC;
+    let root = nix::fcntl::open(dir, flags, nix::sys::stat::Mode::empty())
+        .context(|| format!("cannot open mount point {}", dir.display()))?;
+    if rel.as_os_str().is_empty() {
+        return Ok(root);
+    }
+    crate::safe_path::open_in_root(root.as_fd(), rel, libc::O_PATH)
+}
+
+fn mount_one(m: &Mount, dir: &Path) -> Result<()> {
+    check_options(m)?;
+    let at = target(m, dir)?;
+    let path = crate::safe_path::proc_path(at.as_fd());
+    let (flags, propagation, data) = parse_options(&m.options);
+    let shown = dir.join(m.target.trim_start_matches('/'));
+    let what = || format!("cannot mount {} {} on {}", m.kind, m.source, shown.display());
+    let made = m.kind == "overlay" && {
+        match overlay::mount(at.as_fd(), &m.source, flags, &data) {
+            Ok(()) => true,
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => false,
+            Err(e) => return Err(e).context(what),
         }
-        // SAFETY: the kernel has just given us this descriptor.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     };
-    // SAFETY: a valid string; FSOPEN_CLOEXEC is 1.
-    let fs = own(unsafe { libc::syscall(libc::SYS_fsopen, c"overlay".as_ptr(), 1) })?;
-    let set = |cmd: u32, key: Option<&str>, value: Option<&str>| {
-        let c = |s: &str| CString::new(s).map_err(|_| std::io::Error::from_raw_os_error(libc::EINVAL));
-        let (key, value) = (key.map(c).transpose()?, value.map(c).transpose()?);
-        let p = |s: &Option<CString>| s.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
-        // SAFETY: null or valid strings that live across the call.
-        let r = unsafe {
-            libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), cmd, p(&key), p(&value), 0)
-        };
-        if r < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-    };
-    set(FSCONFIG_SET_STRING, Some("source"), Some("overlay"))?;
-    for option in data {
-        match option.split_once('=') {
-            // From Linux 6.5 layers are added one by one; before, they are one string, and
-            // a string of fsconfig is at most 255 bytes: then mount(2) has to do.
-            Some(("lowerdir", value)) => {
-                for layer in value.split(':') {
-                    if set(FSCONFIG_SET_STRING, Some("lowerdir+"), Some(layer)).is_err() {
-                        return Err(std::io::Error::from_raw_os_error(libc::ENOSYS));
-                    }
-                }
-            }
-            Some((key, value)) => set(FSCONFIG_SET_STRING, Some(key), Some(value))?,
-            None => set(FSCONFIG_SET_FLAG, Some(option), None)?,
+    if !made {
+        let bind = flags.contains(MsFlags::MS_BIND);
+        let text = data.join(",");
+        if text.len() >= PAGE && m.kind == "overlay" {
+            overlay::mount_relative(at.as_fd(), &m.source, flags, &data).context(what)?;
+        } else {
+            let source = Some(m.source.as_str()).filter(|s| !s.is_empty());
+            let kind = (!bind).then_some(m.kind.as_str());
+            let text = (!bind && !text.is_empty()).then_some(text.as_str());
+            nix::mount::mount(source, &path, kind, flags, text).context(what)?;
         }
     }
-    set(FSCONFIG_CMD_CREATE, None, None)?;
-    let attr = [
-        (MsFlags::MS_RDONLY, 1u32),
-        (MsFlags::MS_NOSUID, 2),
-        (MsFlags::MS_NODEV, 4),
-        (MsFlags::MS_NOEXEC, 8),
-        (MsFlags::MS_NOATIME, 0x10),
-    ];
-    let attr = attr.iter().filter(|(f, _)| flags.contains(*f)).fold(0, |a, (_, b)| a | b);
-    // SAFETY: integer arguments; FSMOUNT_CLOEXEC is 1.
-    let mount = own(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), 1, attr) })?;
-    let path = CString::new(target.as_os_str().as_encoded_bytes())
-        .map_err(|_| std::io::Error::from_raw_os_error(libc::EINVAL))?;
-    // SAFETY: valid strings and descriptors.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH,
-        )
-    };
-    if r < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    // `at` is what lies below the new mount; from now on the top is meant.
+    let top = if m.target.is_empty() { at_path(dir) } else { target(m, dir) };
+    let finished = top.and_then(|top| {
+        let path = crate::safe_path::proc_path(top.as_fd());
+        finish(&path, flags, propagation).context(what)
+    });
+    if finished.is_err() {
+        // Half of a mount must not stay (a volume would be writable that was asked for read-only).
+        let _ = unmount(&shown);
+    }
+    finished
+}
+
+fn at_path(dir: &Path) -> Result<OwnedFd> {
+    target(&Mount::default(), dir)
+}
+
+/// What takes calls of its own: flags of a bind mount, and propagation.
+fn finish(path: &Path, flags: MsFlags, propagation: MsFlags) -> nix::Result<()> {
+    let none = None::<&str>;
+    // The kernel ignores other flags on the first bind.
+    let extra = flags - MsFlags::MS_BIND - MsFlags::MS_REC;
+    if flags.contains(MsFlags::MS_BIND) && !extra.is_empty() {
+        let again = (flags | MsFlags::MS_REMOUNT) - MsFlags::MS_REC;
+        match nix::mount::mount(none, path, none, again, none) {
+            // In a user namespace flags of the source are locked: they must be given again.
+            Err(nix::Error::EPERM) => {
+                let kept = MsFlags::from_bits_truncate(nix::sys::statvfs::statvfs(path)?.flags().bits())
+                    & (MsFlags::MS_RDONLY
+                        | MsFlags::MS_NOSUID
+                        | MsFlags::MS_NODEV
+                        | MsFlags::MS_NOEXEC
+                        | MsFlags::MS_NOATIME
+                        | MsFlags::MS_NODIRATIME);
+                nix::mount::mount(none, path, none, again | kept, none)?;
+            }
+            other => other?,
+        }
+    }
+    if !propagation.is_empty() {
+        nix::mount::mount(none, path, none, propagation, none)?;
+    }
+    Ok(())
 }
 
 /// A tmpfs of a fixed size, as for a pod's `/dev/shm`.
@@ -216,7 +234,7 @@ pub fn mount_shm(dir: &Path, bytes: u64) -> Result<()> {
 /// # Errors
 /// [`Error::Io`] when mountinfo cannot be read.
 pub fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").context(|| "cannot read mountinfo")?;
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").context(|| "cannot read mountinfo")?;
     let at = |line: &str| line.split(' ').nth(4).map(unescape);
     Ok(text.lines().filter_map(at).filter(|p| p.starts_with(dir)).collect())
 }
@@ -236,7 +254,6 @@ pub(crate) fn unescape(s: &str) -> PathBuf {
     }
     PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(out))
 }
-
 
 /// Unmounts `dir` alone, if it is a mount point.
 ///
@@ -283,5 +300,103 @@ mod tests {
     #[test]
     fn mountinfo_is_unescaped() {
         assert_eq!(unescape(r"/a\040b\134c"), Path::new("/a b\\c"));
+    }
+
+    #[test]
+    fn what_needs_a_helper_is_refused_with_the_way_out() {
+        for o in ["loop", "X-containerd.mkfs.size=1", "uidmapping=0:1:2", "ridmap"] {
+            let m = Mount { kind: "ext4".into(), options: vec![o.into()], ..Mount::default() };
+            assert!(matches!(mount_all(&[m], Path::new("/tmp")), Err(Error::Unsupported(_))), "{o}");
+        }
+    }
+
+    /// Runs `test` in a mount namespace of its own; not at all without root.
+    fn as_root_in_private_mounts(test: impl FnOnce() + Send + 'static) {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let thread = std::thread::spawn(|| {
+            use nix::sched::{CloneFlags, unshare};
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            nix::mount::mount(none, "/", none, flags, none).unwrap();
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    /// `/proc/self` is the process; a thread's own mounts are in `/proc/thread-self`.
+    fn mounted(path: &Path) -> bool {
+        let text = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        text.lines().any(|l| l.split(' ').nth(4).map(unescape).as_deref() == Some(path))
+    }
+
+    fn mount(kind: &str, source: &Path, target: &str, options: &[String]) -> Mount {
+        let source = source.to_str().unwrap().into();
+        Mount { kind: kind.into(), source, target: target.into(), options: options.into() }
+    }
+
+    #[test]
+    fn more_layers_than_a_page_of_options_are_mounted() {
+        as_root_in_private_mounts(|| {
+            let dir = tempfile::tempdir().unwrap();
+            mount_shm(dir.path(), 1 << 20).unwrap();
+            let at = |s: String| {
+                let p = dir.path().join(s);
+                std::fs::create_dir_all(&p).unwrap();
+                p.to_str().unwrap().to_owned()
+            };
+            // overlayfs stops at 500 layers; 120 long names are far beyond a page.
+            let lower: Vec<String> = (0..120).map(|i| at(format!("{}{i}", "l".repeat(60)))).collect();
+            std::fs::write(Path::new(&lower[119]).join("deep"), "x").unwrap();
+            let (upper, work, target) = (at("u".into()), at("w".into()), at("t".into()));
+            let options = [
+                format!("lowerdir={}", lower.join(":")),
+                format!("upperdir={upper}"),
+                format!("workdir={work}"),
+            ];
+            assert!(options[0].len() > PAGE);
+            let m = mount("overlay", Path::new("overlay"), "", &options);
+            mount_all(&[m], Path::new(&target)).unwrap();
+            assert_eq!(std::fs::read(Path::new(&target).join("deep")).unwrap(), b"x");
+            unmount_below(Path::new(&target)).unwrap();
+            assert!(!mounted(Path::new(&target)));
+            // The way of older kernels reads from a common directory. 30 layers of that fit.
+            let data = [format!("lowerdir={}", lower[90..].join(":"))];
+            let data: Vec<&str> = data.iter().map(String::as_str).collect();
+            let fd = at_path(Path::new(&target)).unwrap();
+            overlay::mount_relative(fd.as_fd(), "overlay", MsFlags::MS_RDONLY, &data).unwrap();
+            assert!(Path::new(&target).join("deep").exists());
+            unmount(Path::new(&target)).unwrap();
+            unmount(dir.path()).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_bind_is_read_only_and_a_failure_undoes_the_first_mounts() {
+        as_root_in_private_mounts(|| {
+            let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let ro = ["rbind".into(), "ro".into(), "rprivate".into()];
+            let bind = mount("bind", a.path(), "", &ro);
+            mount_all(std::slice::from_ref(&bind), b.path()).unwrap();
+            let e = std::fs::write(b.path().join("x"), "x").unwrap_err();
+            assert_eq!(e.raw_os_error(), Some(libc::EROFS));
+            unmount(b.path()).unwrap();
+            let bad = mount("bind", Path::new("/no/such"), "", &ro);
+            assert!(mount_all(&[bind, bad], b.path()).is_err());
+            assert!(!mounted(b.path()));
+        });
+    }
+
+    #[test]
+    fn a_planted_link_does_not_move_a_mount_out_of_the_rootfs() {
+        as_root_in_private_mounts(|| {
+            let (root, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            std::os::unix::fs::symlink(out.path(), root.path().join("data")).unwrap();
+            let tmpfs = mount("tmpfs", Path::new("tmpfs"), "/data", &[]);
+            assert!(mount_all(&[tmpfs], root.path()).is_err());
+            assert!(!mounted(out.path()));
+        });
     }
 }
