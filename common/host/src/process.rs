@@ -35,6 +35,48 @@ pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
     Ok(())
 }
 
+/// Whether the process has ended (a zombie has), waiting up to `patience`.
+///
+/// # Errors
+/// [`crate::Error::Io`] when the descriptor cannot be polled.
+pub fn pidfd_ended(pidfd: BorrowedFd<'_>, patience: std::time::Duration) -> Result<bool> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let until = std::time::Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(std::time::Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(n) => return Ok(n > 0),
+            Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e).context(|| "cannot poll a process"),
+        }
+    }
+}
+
+/// One process, told apart from a later one with the same pid: what a record keeps of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Identity {
+    /// Pid in our namespace.
+    pub pid: u32,
+    /// [`start_time`] of it.
+    pub start: u64,
+}
+
+impl Identity {
+    /// The identity of a living process.
+    pub fn of(pid: u32) -> Option<Self> {
+        Some(Self { pid, start: start_time(pid)? })
+    }
+
+    /// A pidfd of exactly this process, or `None` when it has ended.
+    pub fn open(self) -> Option<OwnedFd> {
+        // The descriptor first: what is then found under the pid is what it refers to.
+        let fd = pidfd_open(self.pid).ok()?;
+        (start_time(self.pid)? == self.start).then_some(fd)
+    }
+}
+
 /// Start time of a process in clock ticks since boot (`/proc/<pid>/stat`, field 22): with the pid
 /// it names one process for good. `None` when it has ended; zombies count as ended.
 pub fn start_time(pid: u32) -> Option<u64> {
@@ -61,5 +103,19 @@ mod tests {
         pidfd_signal(fd.as_fd(), 0).unwrap();
         assert!(pidfd_signal(fd.as_fd(), 9999).is_err());
         assert!(start_time(u32::MAX / 4).is_none());
+    }
+
+    #[test]
+    fn an_end_is_seen_and_a_reused_pid_is_not_mistaken() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        let id = Identity::of(child.id()).unwrap();
+        let fd = id.open().unwrap();
+        let patience = std::time::Duration::from_secs(10);
+        assert!(!pidfd_ended(fd.as_fd(), std::time::Duration::ZERO).unwrap());
+        pidfd_signal(fd.as_fd(), libc::SIGKILL).unwrap();
+        assert!(pidfd_ended(fd.as_fd(), patience).unwrap());
+        assert!(id.open().is_none());
+        child.wait().unwrap();
+        assert!(Identity { start: 1, ..Identity::of(std::process::id()).unwrap() }.open().is_none());
     }
 }

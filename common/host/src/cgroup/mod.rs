@@ -345,9 +345,11 @@ impl Cgroup {
                 }
             }
             if kill {
-                // A process that is frozen dies only when it is thawed; without a freezer
-                // there is nothing to thaw.
-                let _ = self.thaw();
+                // A frozen process dies only when it is thawed, and thawing a group does not
+                // thaw one below it that was frozen by itself.
+                if let Some(dir) = self.dir("freezer") {
+                    thaw_tree(&dir);
+                }
             }
             if !found || frozen {
                 break;
@@ -408,6 +410,17 @@ fn collect_pids(dir: &Path, pids: &mut Vec<u32>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Thaws a v1 group and those below it, as far as they exist and are frozen.
+fn thaw_tree(dir: &Path) {
+    // Best effort: the group may go at any moment, and without a freezer nothing is frozen.
+    let _ = fs::write(dir.join("freezer.state"), "THAWED");
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            thaw_tree(&entry.path());
+        }
+    }
 }
 
 fn remove_tree(dir: &Path) -> std::io::Result<()> {
@@ -477,5 +490,40 @@ mod tests {
         assert!(l.group("/../etc").is_err());
         assert!(l.group("/").is_err());
         assert!(l.group("/k8s/pod").is_ok());
+    }
+
+    /// Makes, fills, freezes, kills, measures and removes a group of this host.
+    #[test]
+    fn the_life_of_a_group() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let path = format!("/kuasar-host-test-{}", std::process::id());
+        let group = Cgroup::open(&path).unwrap();
+        if let Err(e) = group.create() {
+            eprintln!("skipped: cgroups are not writable here: {e}");
+            return;
+        }
+        let inner = group.child("inner");
+        inner.create().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "while :; do sleep 0.01 & wait; done"])
+            .spawn()
+            .unwrap();
+        inner.add_process(child.id()).unwrap();
+        assert!(group.pids().unwrap().contains(&child.id()));
+        group.update(br#"{"memory":{"limit":104857600},"cpu":{"quota":50000,"period":100000}}"#).unwrap();
+        let deadline = Duration::from_secs(5);
+        if inner.need("freezer").is_ok() {
+            inner.freeze(deadline).unwrap();
+        }
+        assert!(group.remove(Duration::from_millis(20)).is_err());
+        // Frozen processes are killed as well.
+        group.kill().unwrap();
+        child.wait().unwrap();
+        group.remove(deadline).unwrap();
+        assert!(!group.exists());
+        group.remove(Duration::ZERO).unwrap();
     }
 }
