@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
+use crate::common::CommonConfig;
+
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -29,8 +31,10 @@ pub enum ConfigError {
         message: String,
     },
     /// An unknown key.
-    #[error("unknown key `{key}`{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
+    #[error("{path}: unknown key `{key}`{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
     UnknownKey {
+        /// The file, with the line where it is known.
+        path: String,
         /// The key.
         key: String,
         /// The nearest known one.
@@ -43,31 +47,104 @@ pub enum ConfigError {
 /// # Errors
 /// See [`ConfigError`].
 pub fn load<T: DeserializeOwned>(file: Option<&Path>) -> Result<T, ConfigError> {
-    let mut merged = toml::Table::new();
-    let mut names = Vec::new();
-    if let Some(file) = file {
-        let mut files = vec![file.to_owned()];
-        let drop_ins = file.parent().unwrap_or(Path::new(".")).join("conf.d");
-        let mut more: Vec<PathBuf> = std::fs::read_dir(drop_ins)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|e| e.path())
-            .filter(|p| p.extension().is_some_and(|e| e == "toml"))
-            .collect();
-        more.sort();
-        files.extend(more);
-        for path in files {
-            let text = std::fs::read_to_string(&path)
-                .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-            let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-                ConfigError::Syntax { path: path.display().to_string(), message: e.to_string() }
-            })?;
-            merge(&mut merged, table);
-            names.push(path.display().to_string());
-        }
+    let files = read(file)?;
+    for (path, text) in &files {
+        check_alone::<T>(path, text, &[], false)?;
     }
-    T::deserialize(toml::Value::Table(merged)).map_err(|e| explain(&e, &names.join(", ")))
+    finish(merged(&files)?, &files)
+}
+
+/// As [`load`], for a configuration that has [`CommonConfig`]'s keys beside its own.
+///
+/// # Errors
+/// See [`ConfigError`].
+pub fn load_with_common<T: DeserializeOwned>(
+    file: Option<&Path>,
+) -> Result<(CommonConfig, T), ConfigError> {
+    let files = read(file)?;
+    for (path, text) in &files {
+        check_alone::<CommonConfig>(path, text, &CommonConfig::KEYS, true)?;
+        check_alone::<T>(path, text, &CommonConfig::KEYS, false)?;
+    }
+    let (mut common, mut own) = (toml::Table::new(), toml::Table::new());
+    for (key, value) in merged(&files)? {
+        let shared = CommonConfig::KEYS.contains(&key.as_str());
+        if shared { &mut common } else { &mut own }.insert(key, value);
+    }
+    Ok((finish(common, &files)?, finish(own, &files)?))
+}
+
+/// Paths and texts, in the order in which they count.
+fn read(file: Option<&Path>) -> Result<Vec<(PathBuf, String)>, ConfigError> {
+    let Some(file) = file else { return Ok(Vec::new()) };
+    let mut paths = vec![file.to_owned()];
+    let drop_ins = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+    match std::fs::read_dir(&drop_ins) {
+        Ok(entries) => {
+            let path = |e: std::io::Result<std::fs::DirEntry>| Some(e.ok()?.path());
+            let toml = |p: &PathBuf| p.extension().is_some_and(|e| e == "toml");
+            let mut more: Vec<PathBuf> = entries.filter_map(path).filter(toml).collect();
+            more.sort();
+            paths.extend(more);
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(source) => return Err(ConfigError::Read { path: drop_ins, source }),
+    }
+    let text = |path: PathBuf| match std::fs::read_to_string(&path) {
+        Ok(text) => Ok((path, text)),
+        Err(source) => Err(ConfigError::Read { path, source }),
+    };
+    paths.into_iter().map(text).collect()
+}
+
+/// Checks one file alone, while lines are still known. `shared` keys are looked at only, or left
+/// out, as `only` says. What is missing in one file may be in another.
+fn check_alone<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    shared: &[&str],
+    only: bool,
+) -> Result<(), ConfigError> {
+    let mut checked = toml::de::DeTable::parse(text).map(|mut table| {
+        let keys: Vec<String> = table.get_ref().keys().map(|k| k.get_ref().to_string()).collect();
+        for key in keys.iter().filter(|k| shared.contains(&k.as_str()) != only) {
+            table.get_mut().remove(key.as_str());
+        }
+        T::deserialize(toml::de::Deserializer::from(table))
+    });
+    let error = match &mut checked {
+        Ok(Ok(_)) => return Ok(()),
+        Ok(Err(e)) | Err(e) => e,
+    };
+    if error.message().starts_with("missing field") {
+        return Ok(());
+    }
+    error.set_input(Some(text));
+    let line = error.span().map(|s| 1 + text.get(..s.start).unwrap_or(text).matches('\n').count());
+    let at = match line {
+        Some(line) => format!("{}:{line}", path.display()),
+        None => path.display().to_string(),
+    };
+    Err(explain(error, &at, if only { &[] } else { shared }))
+}
+
+fn merged(files: &[(PathBuf, String)]) -> Result<toml::Table, ConfigError> {
+    let mut all = toml::Table::new();
+    for (path, text) in files {
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            ConfigError::Syntax { path: path.display().to_string(), message: e.to_string() }
+        })?;
+        merge(&mut all, table);
+    }
+    Ok(all)
+}
+
+fn finish<T: DeserializeOwned>(
+    table: toml::Table,
+    files: &[(PathBuf, String)],
+) -> Result<T, ConfigError> {
+    let names: Vec<String> = files.iter().map(|(p, _)| p.display().to_string()).collect();
+    T::deserialize(toml::Value::Table(table)).map_err(|e| explain(&e, &names.join(", "), &[]))
 }
 
 fn merge(into: &mut toml::Table, from: toml::Table) {
@@ -82,18 +159,19 @@ fn merge(into: &mut toml::Table, from: toml::Table) {
 }
 
 /// serde says ``unknown field `x`, expected one of `a`, `b` ``: the candidates are in the text.
-fn explain(e: &toml::de::Error, files: &str) -> ConfigError {
+fn explain(e: &toml::de::Error, files: &str, more: &[&str]) -> ConfigError {
     let message = e.message();
     let mut quoted = message.split('`').skip(1).step_by(2);
     if message.starts_with("unknown field")
         && let Some(key) = quoted.next()
     {
         let nearest = quoted
+            .chain(more.iter().copied())
             .map(|candidate| (distance(key, candidate), candidate))
             .min()
             .filter(|(d, candidate)| *d <= candidate.len().max(3) / 2)
             .map(|(_, candidate)| candidate.to_owned());
-        return ConfigError::UnknownKey { key: key.into(), nearest };
+        return ConfigError::UnknownKey { path: files.into(), key: key.into(), nearest };
     }
     ConfigError::Syntax { path: files.into(), message: e.to_string() }
 }
@@ -149,8 +227,40 @@ mod tests {
         let main = dir.path().join("c.toml");
         std::fs::write(&main, "shm_sise = 1").unwrap();
         let e = load::<Conf>(Some(&main)).unwrap_err().to_string();
-        assert_eq!(e, "unknown key `shm_sise`: did you mean `shm_size`?");
+        assert!(e.ends_with("c.toml:1: unknown key `shm_sise`: did you mean `shm_size`?"), "{e}");
         std::fs::write(&main, "shm_size = 'x'").unwrap();
         assert!(load::<Conf>(Some(&main)).unwrap_err().to_string().contains("c.toml"));
+    }
+
+    #[derive(Debug, Default, PartialEq, serde::Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Own {
+        shm_size: u64,
+    }
+
+    #[test]
+    fn shared_settings_stand_beside_a_daemons_own() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("conf.d")).unwrap();
+        let main = dir.path().join("c.toml");
+        std::fs::write(&main, "shm_size = 1\n[limits]\nmax_connections = 5\n").unwrap();
+        let drop_in = dir.path().join("conf.d/10.toml");
+        std::fs::write(&drop_in, "[limits]\nidle_header_timeout = '3s'\n").unwrap();
+        let (common, own): (_, Own) = load_with_common(Some(&main)).unwrap();
+        assert_eq!(own.shm_size, 1);
+        assert_eq!(common.limits.max_connections, 5);
+        assert_eq!(common.limits.idle_header_timeout.as_secs(), 3);
+        for (text, expected) in [
+            ("\nlog_levl = 'x'", "10.toml:2: unknown key `log_levl`: did you mean `log_level`?"),
+            ("shm_siz = 1", "10.toml:1: unknown key `shm_siz`: did you mean `shm_size`?"),
+            ("[limits]\nmax_conections = 1", "did you mean `max_connections`?"),
+            ("[timeouts]\nstop = '5'", "10.toml:2"),
+            ("\n\nshm_size = 'x'", "10.toml:3"),
+            ("x = [", "10.toml"),
+        ] {
+            std::fs::write(&drop_in, text).unwrap();
+            let e = load_with_common::<Own>(Some(&main)).unwrap_err().to_string();
+            assert!(e.contains(expected), "{text:?}: {e}");
+        }
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! `KUASAR_FAILPOINT=name:kill` makes the daemon send itself SIGKILL at that point, once: the
 //! stamp `<dir>/failpoint.done` keeps it from happening again after the restart.
-//! `KUASAR_FAILPOINT=name:error` makes the operation fail there, each time. Without the variable
-//! a point costs one load.
+//! `KUASAR_FAILPOINT=name:error` makes the operation fail there, each time. `name:delay=250` stops
+//! the thread there for that many milliseconds, each time. Without the variable a point costs one
+//! load.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -45,7 +46,13 @@ pub fn hit(name: &str) -> Result<(), String> {
             }
             Ok(())
         }
-        "error" => Err("armed to fail".into()),
-        _ => Ok(()),
+        "error" => Err(format!("failpoint {name} is armed to fail")),
+        other => {
+            let ms = other.strip_prefix("delay=").and_then(|v| v.parse().ok());
+            // At most ten minutes: a misprint must not look like a hang.
+            let ms: u64 = ms.unwrap_or(0).min(600_000);
+            std::thread::sleep(std::time::Duration::from_millis(ms));
+            Ok(())
+        }
     }
 }

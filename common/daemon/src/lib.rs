@@ -1,7 +1,8 @@
 //! What every sandboxer's `main()` shares: arguments, configuration with drop-ins, logs, metrics,
-//! systemd's notify protocol, the listening socket, failpoints.
+//! systemd's notify protocol, signals, the listening socket, failpoints.
 
 pub mod args;
+pub mod common;
 pub mod config;
 pub mod failpoint;
 pub mod listen;
@@ -9,3 +10,6 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod notify;
+pub mod peer;
+pub mod registry;
+pub mod signals;

@@ -1,38 +1,69 @@
 //! The daemon's own socket.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Binds a unix socket that only its owner may use (0600 from creation). A socket that nobody
-/// answers on is replaced.
+/// answers on is replaced; anything else at that path is left alone.
+///
+/// The socket is made in a private directory and renamed, so that nobody can connect before its
+/// mode is set. (A umask would do so too, but it belongs to all threads.)
 ///
 /// # Errors
-/// `AddrInUse` when another daemon answers there.
+/// `AddrInUse` when another daemon answers there; `AlreadyExists` when the path is no socket.
 pub fn bind(path: &Path) -> io::Result<OwnedFd> {
-    if let Some(dir) = path.parent()
-        && !dir.exists()
-    {
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !dir.exists() {
         std::fs::DirBuilder::new().mode(0o700).recursive(true).create(dir)?;
     }
-    if path.exists() {
-        if UnixStream::connect(path).is_ok() {
+    match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            let text = format!("{} exists and is no socket: remove it", path.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        Ok(_) if answers(path)? => {
             let text = format!("another daemon serves {}: stop it or use --listen", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
         }
-        std::fs::remove_file(path)?;
+        Ok(_) => {}
     }
-    // Bound under the umask and checked: nobody can connect in between.
-    let old = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let bound = UnixListener::bind(path);
-    nix::sys::stat::umask(old);
-    let listener = bound.map_err(|e| {
-        io::Error::new(e.kind(), format!("cannot listen on {}: {e}", path.display()))
-    })?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener.into())
+    let context =
+        |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {}: {e}", path.display()));
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    // Short: a socket's path holds 107 bytes.
+    let private = dir.join(format!(".{}.{number}", std::process::id()));
+    // Left by a daemon with the same pid that was killed just here.
+    let _ = std::fs::remove_dir_all(&private);
+    std::fs::DirBuilder::new().mode(0o700).create(&private).map_err(context)?;
+    let bound = (|| {
+        let new = private.join("s");
+        let listener = UnixListener::bind(&new)?;
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&new, path)?;
+        Ok(listener.into())
+    })();
+    // Empty after success; after a failure the error matters more.
+    let _ = std::fs::remove_dir_all(&private);
+    bound.map_err(context)
+}
+
+/// Whether somebody accepts connections; a full queue is an answer too. Never blocks.
+fn answers(path: &Path) -> io::Result<bool> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) | Err(nix::Error::EAGAIN) => Ok(true),
+        Err(nix::Error::ECONNREFUSED | nix::Error::ENOENT) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 #[cfg(test)]
@@ -48,5 +79,16 @@ mod tests {
         assert_eq!(bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(first);
         bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_in_the_sockets_place_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        std::fs::write(&path, "x").unwrap();
+        assert_eq!(bind(&path).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"x");
+        // Nothing of a failed attempt stays.
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -61,10 +62,94 @@ pub fn render(sandboxer: &str, gauges: &[(&str, u64)]) -> String {
         let _ = writeln!(out, "kuasar_phase_seconds_count{{{labels}}} {count}");
     }
     for (name, value) in gauges {
+        let name = name.strip_prefix("kuasar_").unwrap_or(name);
         let _ = writeln!(out, "# TYPE kuasar_{name} gauge");
         let _ = writeln!(out, "kuasar_{name}{{sandboxer=\"{sandboxer}\"}} {value}");
     }
+    out.push_str(&crate::registry::render());
     out
+}
+
+/// Books how long `work` took as `phase`, whatever came of it.
+pub async fn timed<T>(phase: &'static str, work: impl Future<Output = T>) -> T {
+    let begun = std::time::Instant::now();
+    let result = work.await;
+    observe(phase, begun.elapsed());
+    result
+}
+
+/// Memory of a process, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ProcessMemory {
+    /// Resident pages, shared ones counted whole.
+    pub rss: u64,
+    /// Resident pages, shared ones counted by their share.
+    pub pss: u64,
+    /// Resident pages that nobody shares.
+    pub private: u64,
+}
+
+/// Memory of a process (`/proc/<pid>/smaps_rollup`); `None` when it has ended or belongs to
+/// somebody else. Costs the kernel a walk over its pages: ask when metrics are asked for.
+pub fn process_memory(pid: u32) -> Option<ProcessMemory> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let field = |name: &str| -> u64 {
+        let line = text.lines().find_map(|l| l.strip_prefix(name));
+        let kib = line.and_then(|l| l.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+        kib.unwrap_or(0) * 1024
+    };
+    Some(ProcessMemory {
+        rss: field("Rss:"),
+        pss: field("Pss:"),
+        private: field("Private_Clean:") + field("Private_Dirty:"),
+    })
+}
+
+/// Connections that are answered at the same time.
+const MAX_CONNECTIONS: usize = 8;
+
+/// Serves metrics on a unix socket (an absolute path, 0600) or a loopback `address:port`, until
+/// the future is dropped. `text` is asked for each request.
+///
+/// # Errors
+/// When it cannot listen, or for an address that is not the loopback: metrics name pods.
+pub async fn serve<F>(address: &str, text: F) -> std::io::Result<()>
+where
+    F: Fn() -> String + Clone + Send + 'static,
+{
+    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
+    if address.starts_with('/') {
+        let fd = crate::listen::bind(std::path::Path::new(address))?;
+        let listener = std::os::unix::net::UnixListener::from(fd);
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        loop {
+            let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
+            let Ok((socket, _)) = listener.accept().await else {
+                // Out of descriptors, for example; others will give some back.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            tokio::spawn(async move { (answer(socket, text()).await, drop(slot)) });
+        }
+    }
+    let to: std::net::SocketAddr = address.parse().map_err(|_| {
+        let text = format!("metrics address {address:?}: use a path or 127.0.0.1:port");
+        std::io::Error::new(std::io::ErrorKind::InvalidInput, text)
+    })?;
+    if !to.ip().is_loopback() {
+        let text = format!("metrics address {address} is not the loopback");
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
+    }
+    let listener = tokio::net::TcpListener::bind(to).await?;
+    loop {
+        let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
+        let Ok((socket, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        tokio::spawn(async move { (answer(socket, text()).await, drop(slot)) });
+    }
 }
 
 /// Answers one HTTP/1 request with `text`; the request is bounded in size and time.
@@ -93,10 +178,13 @@ pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, text: Stri
          Connection: close\r\n\r\n",
         body.len()
     );
-    // A client that hangs up early has what it wanted.
-    let _ = socket.write_all(head.as_bytes()).await;
-    let _ = socket.write_all(body.as_bytes()).await;
-    let _ = socket.shutdown().await;
+    let write = async {
+        socket.write_all(head.as_bytes()).await?;
+        socket.write_all(body.as_bytes()).await?;
+        socket.shutdown().await
+    };
+    // A client that hangs up early has what it wanted; one that never reads is left.
+    let _ = tokio::time::timeout(Duration::from_secs(5), write).await;
 }
 
 #[cfg(test)]
@@ -112,5 +200,36 @@ mod tests {
         assert!(text.contains(&format!("_bucket{{{labels},le=\"0.002\"}} 1")));
         assert!(text.contains(&format!("_bucket{{{labels},le=\"+Inf\"}} 1")));
         assert!(text.contains("kuasar_sandboxes{sandboxer=\"x\"} 3"));
+    }
+
+    #[tokio::test]
+    async fn metrics_are_served_on_a_private_socket_and_nowhere_public() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.sock").to_str().unwrap().to_owned();
+        let at = path.clone();
+        let server = tokio::spawn(async move { serve(&at, || "a 1\n".into()).await });
+        let ask = async |request: &[u8]| {
+            for _ in 0..500 {
+                if let Ok(mut s) = tokio::net::UnixStream::connect(&path).await {
+                    s.write_all(request).await.unwrap();
+                    let mut text = String::new();
+                    s.read_to_string(&mut text).await.unwrap();
+                    return text;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            panic!("nobody listens");
+        };
+        let text = ask(b"GET /metrics HTTP/1.1\r\n\r\n").await;
+        assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("\r\n\r\na 1\n"), "{text}");
+        assert!(ask(b"GET /other HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
+        server.abort();
+        assert!(serve("0.0.0.0:0", String::new).await.is_err());
+    }
+
+    #[test]
+    fn our_own_memory_is_known() {
+        let m = process_memory(std::process::id()).unwrap();
+        assert!(m.rss >= m.pss && m.pss >= m.private && m.private > 0);
     }
 }

@@ -27,18 +27,35 @@ pub fn reloading() {
     send(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
 }
 
-/// Pings the watchdog at half its interval, but only while `alive` answers true in time: a daemon
-/// that hangs is to be restarted.
+/// Shows a line in `systemctl status`.
+pub fn status(text: &str) {
+    // The protocol is lines: a text of several would set other variables.
+    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    send(&format!("STATUS={line}"));
+}
+
+/// Half of the interval in which the service manager wants to hear from this process.
+fn watchdog_interval() -> Option<Duration> {
+    let var = |name| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    if var("WATCHDOG_PID").is_some_and(|pid| pid != u64::from(std::process::id())) {
+        return None;
+    }
+    var("WATCHDOG_USEC").filter(|u| *u > 0).map(|u| Duration::from_micros(u / 2))
+}
+
+/// Pings the watchdog at half its interval, but only while `alive` answers true within a quarter
+/// of it: a daemon that hangs is to be restarted. Runs on the runtime, so one that is stuck stops
+/// pinging by itself.
 pub async fn watchdog<F: Future<Output = bool>>(alive: impl Fn() -> F) {
-    let interval = std::env::var("WATCHDOG_USEC").ok().and_then(|v| v.parse::<u64>().ok());
-    let Some(usec) = interval.filter(|u| *u > 0) else { return };
-    let half = Duration::from_micros(usec / 2);
+    let Some(half) = watchdog_interval() else { return };
+    let mut ticks = tokio::time::interval(half);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        if matches!(tokio::time::timeout(half, alive()).await, Ok(true)) {
+        ticks.tick().await;
+        if matches!(tokio::time::timeout(half / 2, alive()).await, Ok(true)) {
             send("WATCHDOG=1");
         } else {
             tracing::error!("not alive: the watchdog is not told");
         }
-        tokio::time::sleep(half).await;
     }
 }
