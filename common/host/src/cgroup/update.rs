@@ -116,12 +116,13 @@ impl Cgroup {
         let burst = r.int("/cpu/burst").map(|v| v.to_string());
         let early = burst.as_deref().map(|b| self.set_if_there("cpu", "cpu.cfs_burst_us", b));
         let quota = r.set("/cpu/quota").map(|v| v.to_string());
-        if let Some(p) = r.set("/cpu/period").filter(|v| *v > 0).map(|v| v.to_string()) {
-            if let Err(e) = self.set("cpu", "cpu.cfs_period_us", &p) {
-                let Some(q) = &quota else { return Err(e) };
-                self.set("cpu", "cpu.cfs_quota_us", q)?;
-                self.set("cpu", "cpu.cfs_period_us", &p)?;
-            }
+        let period = r.set("/cpu/period").filter(|v| *v > 0).map(|v| v.to_string());
+        if let Some(p) = period
+            && let Err(e) = self.set("cpu", "cpu.cfs_period_us", &p)
+        {
+            let Some(q) = &quota else { return Err(e) };
+            self.set("cpu", "cpu.cfs_quota_us", q)?;
+            self.set("cpu", "cpu.cfs_period_us", &p)?;
         }
         if let Some(q) = quota {
             self.set("cpu", "cpu.cfs_quota_us", &q)?;
