@@ -1,1 +1,252 @@
-fn main() {}
+//! `kuasar-bench`: figures of a handler beside stock runc, taken interleaved in one run, so that
+//! the neighbours' load falls on both alike. Writes Markdown, JSON and pictures to `target/bench`.
+//!
+//! Environment: `BENCH_QUICK=1` for a run below two minutes; or each number by itself:
+//! `BENCH_N` (serial pods), `BENCH_EXECS`, `BENCH_REPS` (parallel rounds), `BENCH_PARALLEL`,
+//! `BENCH_PODS` (pods whose memory is weighed). `KUASAR_HANDLER` names the handler.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // as tests
+
+mod memory;
+mod report;
+
+use std::time::{Duration, Instant};
+
+use kuasar_tests::cri::*;
+use kuasar_tests::{daemon_pid, handler, spawn_daemon, switch, wait_for};
+use report::{Report, Row};
+
+fn number(name: &str, full: usize, quick: usize) -> usize {
+    let chosen = std::env::var(format!("BENCH_{name}")).ok().and_then(|v| v.parse().ok());
+    let is_quick = std::env::var_os("BENCH_QUICK").is_some_and(|v| v != "0");
+    chosen.unwrap_or(if is_quick { quick } else { full })
+}
+
+/// A pod with one sleeping container, made over a connection that stays open.
+struct Made {
+    pod: String,
+    container: String,
+    log_directory: String,
+    /// RunPodSandbox, CreateContainer, StartContainer.
+    took: [Duration; 3],
+}
+
+async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
+    let mut config = pod_config("bench");
+    if host_network {
+        let security = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+        security.namespace_options.as_mut().unwrap().network = NamespaceMode::Node as i32;
+    }
+    std::fs::create_dir_all(&config.log_directory).unwrap();
+    let run = RunPodSandboxRequest {
+        config: Some(config.clone()),
+        runtime_handler: if handler == "runc" { String::new() } else { handler.into() },
+    };
+    let start = Instant::now();
+    let pod = client.run_pod_sandbox(within(run, 120)).await.unwrap().into_inner().pod_sandbox_id;
+    let ran = Instant::now();
+    let create = CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(container_config(&config, &["sleep", "1000000"])),
+        sandbox_config: Some(config.clone()),
+    };
+    let container =
+        client.create_container(within(create, 120)).await.unwrap().into_inner().container_id;
+    let created = Instant::now();
+    let begin = StartContainerRequest { container_id: container.clone() };
+    client.start_container(within(begin, 120)).await.unwrap();
+    let took = [ran - start, created - ran, created.elapsed()];
+    Made { pod, container, log_directory: config.log_directory, took }
+}
+
+async fn unmake(client: &mut Client, made: &Made) -> Duration {
+    let start = Instant::now();
+    let id = made.pod.clone();
+    client.stop_pod_sandbox(within(StopPodSandboxRequest { pod_sandbox_id: id.clone() }, 120)).await.unwrap();
+    client.remove_pod_sandbox(within(RemovePodSandboxRequest { pod_sandbox_id: id }, 120)).await.unwrap();
+    let took = start.elapsed();
+    let _ = std::fs::remove_dir_all(&made.log_directory);
+    took
+}
+
+fn ms(d: Duration) -> f64 {
+    d.as_secs_f64() * 1e3
+}
+
+/// Both handlers, the order changing each round.
+fn order(round: usize, handlers: &[String; 2]) -> [usize; 2] {
+    let _ = handlers;
+    if round.is_multiple_of(2) { [0, 1] } else { [1, 0] }
+}
+
+async fn serial(report: &mut Report, client: &mut Client, handlers: &[String; 2], n: usize) {
+    let names = ["RunPodSandbox", "CreateContainer", "StartContainer", "run + create + start", "stop + remove"];
+    let mut samples: [[Vec<f64>; 5]; 2] = Default::default();
+    for h in handlers {
+        let warm = make(client, h, true).await;
+        unmake(client, &warm).await;
+    }
+    for round in 0..n {
+        for h in order(round, handlers) {
+            let made = make(client, &handlers[h], true).await;
+            for (phase, took) in made.took.iter().enumerate() {
+                samples[h][phase].push(ms(*took));
+            }
+            samples[h][3].push(ms(made.took.iter().sum()));
+            samples[h][4].push(ms(unmake(client, &made).await));
+        }
+    }
+    let [stock, ours] = samples;
+    for (name, (a, b)) in names.iter().zip(stock.into_iter().zip(ours)) {
+        report.row(Row::samples(&format!("{name}, host network"), "ms", a, b));
+    }
+}
+
+async fn execs(report: &mut Report, client: &mut Client, handlers: &[String; 2], n: usize) {
+    let pods = [make(client, &handlers[0], true).await, make(client, &handlers[1], true).await];
+    let mut samples: [Vec<f64>; 2] = Default::default();
+    for round in 0..n {
+        for h in order(round, handlers) {
+            let q = ExecSyncRequest {
+                container_id: pods[h].container.clone(),
+                cmd: vec!["true".into()],
+                timeout: 60,
+            };
+            let start = Instant::now();
+            let answer = client.exec_sync(within(q, 60)).await.unwrap().into_inner();
+            assert_eq!(answer.exit_code, 0);
+            samples[h].push(ms(start.elapsed()));
+        }
+    }
+    for pod in &pods {
+        unmake(client, pod).await;
+    }
+    let [stock, ours] = samples;
+    report.row(Row::samples("ExecSync of `true`", "ms", stock, ours));
+}
+
+/// Makes `n` pods, `width` at a time; answers them and the time it took.
+async fn make_many(handler: &str, host_network: bool, n: usize, width: usize) -> (Vec<Made>, Duration) {
+    let start = Instant::now();
+    let tasks: Vec<_> = (0..width)
+        .map(|lane| {
+            let handler = handler.to_owned();
+            tokio::spawn(async move {
+                let mut client = connect().await;
+                let mut made = Vec::new();
+                for _ in (lane..n).step_by(width) {
+                    made.push(make(&mut client, &handler, host_network).await);
+                }
+                made
+            })
+        })
+        .collect();
+    let mut all = Vec::new();
+    for task in tasks {
+        all.extend(task.await.unwrap());
+    }
+    (all, start.elapsed())
+}
+
+async fn unmake_many(client: &mut Client, all: Vec<Made>) {
+    for made in &all {
+        unmake(client, made).await;
+    }
+}
+
+async fn parallel(report: &mut Report, client: &mut Client, handlers: &[String; 2], reps: usize, n: usize) {
+    let mut samples: [Vec<f64>; 2] = Default::default();
+    for round in 0..reps {
+        for h in order(round, handlers) {
+            let (all, took) = make_many(&handlers[h], false, n, n).await;
+            samples[h].push(n as f64 / took.as_secs_f64());
+            unmake_many(client, all).await;
+        }
+    }
+    let [stock, ours] = samples;
+    report.row(Row::samples(&format!("{n} pods in parallel, bridge network"), "pods/s", stock, ours).more_is_better());
+}
+
+async fn weigh(report: &mut Report, client: &mut Client, handlers: &[String; 2], pods: usize) {
+    let mut weights = Vec::new();
+    for handler in handlers {
+        let is_stock = handler == &handlers[0];
+        let (all, _) = make_many(handler, true, pods, 4).await;
+        tokio::time::sleep(Duration::from_secs(2)).await; // memory settles
+        let weight = if is_stock { memory::stock() } else { memory::ours() };
+        println!("memory of {pods} pods on {handler}: {weight}");
+        report.note(&format!("{handler}, {pods} pods: {weight}"));
+        weights.push(weight.total() as f64 / 1024.0);
+        if !is_stock {
+            report.row(Row::one_sided("daemon killed and started again until every pod is READY", "ms", restart(client, &all).await));
+        }
+        unmake_many(client, all).await;
+    }
+    report.row(Row::samples(
+        &format!("management memory (PSS), {pods} pods of one container"),
+        "MiB",
+        vec![weights[0]],
+        vec![weights[1]],
+    ));
+}
+
+/// Kills the daemon, starts it, and answers milliseconds until containerd sees all pods ready.
+async fn restart(client: &mut Client, pods: &[Made]) -> Vec<f64> {
+    let mut samples = Vec::new();
+    for _ in 0..3 {
+        switch(&["daemon", "kill"], &[]);
+        let start = Instant::now();
+        spawn_daemon(&[]);
+        for made in pods {
+            loop {
+                let q = PodSandboxStatusRequest { pod_sandbox_id: made.pod.clone(), verbose: false };
+                let state = client.pod_sandbox_status(within(q, 60)).await.map(|r| r.into_inner().status);
+                if matches!(state, Ok(Some(s)) if s.state == PodSandboxState::SandboxReady as i32)
+                    && kuasar_tests::daemon_answers()
+                {
+                    break;
+                }
+                assert!(start.elapsed() < Duration::from_secs(60), "the daemon does not come back");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        samples.push(ms(start.elapsed()));
+    }
+    samples
+}
+
+/// Mean of each phase that the daemon itself has measured, from its metrics.
+fn own_phases(report: &mut Report) {
+    let path = kuasar_tests::bed().join("run/kuasar-runc-metrics.sock");
+    let Some(text) = report::scrape(&path) else {
+        report.note("the daemon serves no metrics: its own phases are left out");
+        return;
+    };
+    for (phase, mean, count) in report::phases(&text) {
+        report.phase(&phase, mean, count);
+    }
+}
+
+fn main() {
+    let handlers = ["runc".to_owned(), handler()];
+    let (n, runs) = (number("N", 30, 6), number("EXECS", 100, 20));
+    let (reps, width) = (number("REPS", 3, 1), number("PARALLEL", 10, 10));
+    let pods = number("PODS", 100, 20);
+    let mut report = Report::new(&handlers);
+    runtime().block_on(async {
+        let mut client = connect().await;
+        let r = &mut report;
+        println!("serial: {n} pods each");
+        serial(r, &mut client, &handlers, n).await;
+        println!("exec: {runs} each");
+        execs(r, &mut client, &handlers, runs).await;
+        println!("parallel: {reps} rounds of {width} pods each");
+        parallel(r, &mut client, &handlers, reps, width).await;
+        own_phases(r);
+        println!("memory: {pods} pods each");
+        weigh(r, &mut client, &handlers, pods).await;
+    });
+    wait_for("the daemon is there", Duration::from_secs(5), || daemon_pid() > 0);
+    let at = report.write();
+    println!("{}", std::fs::read_to_string(at.join("report.md")).unwrap());
+    println!("written to {}", at.display());
+}

@@ -9,7 +9,7 @@ pub struct DaemonArgs {
     #[arg(short, long, value_name = "PATH")]
     pub listen: Option<PathBuf>,
     /// State directory, on a tmpfs; private to this daemon
-    #[arg(short, long, value_name = "PATH")]
+    #[arg(short, long, value_name = "PATH", global = true)]
     pub dir: Option<PathBuf>,
     /// Configuration file (TOML); `conf.d/*.toml` beside it are read after it
     #[arg(short, long, value_name = "FILE")]

@@ -27,11 +27,14 @@ pub(super) async fn connect_or_spawn(
     let path = options.dir.join("parent.sock");
     let mut attempt = 0;
     loop {
-        if let Ok(socket) = reach(&path, options.timeout).await {
-            let (parent, events) = Parent::over(socket, options.timeout).await?;
-            return Ok((parent, events, false));
-        }
         attempt += 1;
+        if let Ok(socket) = reach(&path, options.timeout).await {
+            match Parent::over(socket, options.timeout).await {
+                // It ended while we said hello.
+                Err(ParentError::Lost) if attempt < ATTEMPTS => {}
+                outcome => return outcome.map(|(parent, events)| (parent, events, false)),
+            }
+        }
         match spawn(options, cgroups).await {
             Ok(()) => break,
             // Another daemon of this directory may have been faster, or an old one is ending.

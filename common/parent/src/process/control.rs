@@ -209,6 +209,11 @@ impl Parent {
         self.done |= terminate && self.idle();
     }
 
+    /// No new daemon: whoever connects from now on is refused and starts another process.
+    pub fn end_listening(&mut self) {
+        self.listener.close();
+    }
+
     /// Whether nothing depends on this process.
     pub fn idle(&self) -> bool {
         self.store.kept() == 0 && self.store.pods().next().is_none() && !self.reaper.busy()

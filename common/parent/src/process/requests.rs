@@ -125,6 +125,7 @@ impl Parent {
                 if m.u8().ok_or(BAD)? == 0 && !self.idle() {
                     return Err((libc::EBUSY, stage::REQUEST));
                 }
+                self.end_listening();
                 self.done = true;
             }
             op::LIST_WATCHED => {

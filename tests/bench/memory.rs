@@ -1,0 +1,94 @@
+//! Weighs what runs beside the containers: proportional set size, from `/proc/PID/smaps_rollup`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use kuasar_tests::{bed, daemon_pid, programs};
+
+/// Kibibytes and number of processes, by the name of the program.
+pub struct Weight(BTreeMap<String, (u64, usize)>);
+
+impl Weight {
+    pub fn total(&self) -> u64 {
+        self.0.values().map(|(kib, _)| kib).sum()
+    }
+
+    fn add(&mut self, name: &str, pid: u32) {
+        let entry = self.0.entry(name.to_owned()).or_default();
+        entry.0 += pss(pid);
+        entry.1 += 1;
+    }
+}
+
+impl fmt::Display for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} KiB", self.total())?;
+        for (name, (kib, processes)) in &self.0 {
+            write!(f, ", {name} × {processes}: {kib} KiB")?;
+        }
+        Ok(())
+    }
+}
+
+fn pss(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = text.lines().find(|l| l.starts_with("Pss:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+fn processes() -> Vec<u32> {
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn arguments(pid: u32) -> String {
+    let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&text).replace('\0', " ")
+}
+
+fn parent_of(pid: u32) -> u32 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// The shims of this bed's containerd, and the pause processes below them.
+pub fn stock() -> Weight {
+    let socket = bed().join("run/containerd.sock");
+    let socket = socket.to_string_lossy();
+    let mut weight = Weight(BTreeMap::new());
+    let all = processes();
+    let shims: Vec<u32> = all
+        .iter()
+        .copied()
+        .filter(|p| {
+            let text = arguments(*p);
+            text.contains("containerd-shim-runc-v2") && text.contains(&*socket)
+        })
+        .collect();
+    for shim in &shims {
+        weight.add("shim", *shim);
+    }
+    for pid in all.iter().filter(|p| shims.contains(&parent_of(**p))) {
+        if arguments(*pid).starts_with("/pause") {
+            weight.add("pause", *pid);
+        }
+    }
+    weight
+}
+
+/// The daemon, sandbox-parent, and everything else that runs one of our programs.
+pub fn ours() -> Weight {
+    let mut weight = Weight(BTreeMap::new());
+    let daemon = daemon_pid();
+    weight.add("daemon", daemon);
+    let home = programs();
+    for pid in processes() {
+        let Ok(exe) = std::fs::read_link(format!("/proc/{pid}/exe")) else { continue };
+        if pid != daemon && exe.starts_with(&home) {
+            let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            weight.add(&name, pid);
+        }
+    }
+    weight
+}
