@@ -1,5 +1,5 @@
 #!/bin/bash
-# The test bed's switch: bed.sh up | down | daemon start|stop|kill|wait | containerd start|kill | run CMD…
+# The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | containerd start|kill | run CMD…
 # Everything lives below target/bed, in a private network and mount namespace.
 set -euo pipefail
 SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -36,10 +36,12 @@ end() { # NAME SIGNAL
 answers() { [ -S "$B/run/kuasar-runc.sock" ] && python3 -c 'import socket,sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])' "$B/run/kuasar-runc.sock"; }
 daemon() {
   case $1 in
+    spawn) # does not wait until it serves
+      start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
+        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" --log-level "${LOG:-info}" ;;
     start)
       alive "$(pid_of daemon)" && return 0
-      start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
-        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" --log-level "${LOG:-info}"
+      daemon spawn
       wait_for 30 answers ;;
     stop) end daemon TERM ;;
     kill) end daemon KILL ;;
@@ -90,5 +92,5 @@ case ${1:-} in
   daemon) daemon "$2" ;;
   containerd) containerd_ "$2" ;;
   run) shift; inside "$@" ;;
-  *) echo "usage: bed.sh up|down|daemon start|stop|kill|containerd start|stop|kill|run CMD" >&2; exit 2 ;;
+  *) echo "usage: bed.sh up|down|daemon start|spawn|stop|kill|died|containerd start|stop|kill|run CMD" >&2; exit 2 ;;
 esac

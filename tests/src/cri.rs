@@ -82,6 +82,26 @@ pub fn pod_config(name: &str) -> PodSandboxConfig {
     }
 }
 
+/// Configuration of a container of the pod `config`, as kubelet sends it.
+pub fn container_config(config: &PodSandboxConfig, command: &[&str]) -> ContainerConfig {
+    let name = format!("c{}", unique());
+    let options =
+        config.linux.as_ref().and_then(|l| l.security_context.as_ref()?.namespace_options.clone());
+    let security =
+        LinuxContainerSecurityContext { namespace_options: options, ..Default::default() };
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: name.clone(), attempt: 0 }),
+        image: Some(ImageSpec { image: "localhost/busybox:latest".into(), ..Default::default() }),
+        command: command.iter().map(ToString::to_string).collect(),
+        log_path: format!("{name}.log"),
+        linux: Some(LinuxContainerConfig {
+            resources: Some(LinuxContainerResources::default()),
+            security_context: Some(security),
+        }),
+        ..Default::default()
+    }
+}
+
 fn bed_logs() -> PathBuf {
     crate::bed().join("run/logs")
 }
@@ -147,26 +167,7 @@ impl Pod {
         command: &[&str],
         change: impl FnOnce(&mut ContainerConfig),
     ) -> Result<Container, Status> {
-        let name = format!("c{}", unique());
-        let security = LinuxContainerSecurityContext {
-            namespace_options: self
-                .config
-                .linux
-                .as_ref()
-                .and_then(|l| l.security_context.as_ref()?.namespace_options.clone()),
-            ..Default::default()
-        };
-        let mut config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.clone(), attempt: 0 }),
-            image: Some(ImageSpec { image: "localhost/busybox:latest".into(), ..Default::default() }),
-            command: command.iter().map(ToString::to_string).collect(),
-            log_path: format!("{name}.log"),
-            linux: Some(LinuxContainerConfig {
-                resources: Some(LinuxContainerResources::default()),
-                security_context: Some(security),
-            }),
-            ..Default::default()
-        };
+        let mut config = container_config(&self.config, command);
         change(&mut config);
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
         let id = cri!(

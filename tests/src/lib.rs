@@ -15,10 +15,19 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+/// The checkout.
+pub fn top() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
+}
+
 /// Where the test bed is.
 pub fn bed() -> PathBuf {
-    let top = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap();
-    std::env::var_os("BED").map_or_else(|| top.join("target/bed"), PathBuf::from)
+    std::env::var_os("BED").map_or_else(|| top().join("target/bed"), PathBuf::from)
+}
+
+/// Where the programs under test are.
+pub fn programs() -> PathBuf {
+    std::env::var_os("KUASAR_BIN_DIR").map_or_else(|| top().join("target/release"), PathBuf::from)
 }
 
 /// Runtime handler under test.

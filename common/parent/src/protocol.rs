@@ -14,8 +14,9 @@ pub const CAPABILITIES: u32 = 0;
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors in one packet.
 pub const MAX_FDS: usize = 32;
-/// Longest name of a kept descriptor or pod, in bytes.
-pub const MAX_NAME: usize = 200;
+/// Longest name of a kept descriptor or pod, in bytes: three ids of the longest kind (pod,
+/// container, exec: 128 bytes each) and the words between them.
+pub const MAX_NAME: usize = 448;
 
 /// Operation codes. Up to HELLO a connection may only ask for HELLO, STATUS and the lists.
 pub mod op {
