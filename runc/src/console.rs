@@ -8,11 +8,17 @@ use std::path::{Path, PathBuf};
 use containerd_task::error::{Error, Result};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
+/// Longest path that fits `sockaddr_un` with its closing zero.
+const MAX_SOCKET_PATH: usize = 107;
+
 /// A listening console socket; its file goes with it.
 #[derive(Debug)]
 pub struct Console {
     listener: UnixListener,
     path: PathBuf,
+    /// What the engine is told; goes through `_directory` where `path` is too long for a socket.
+    short: PathBuf,
+    _directory: std::fs::File,
 }
 
 impl Console {
@@ -22,15 +28,22 @@ impl Console {
         let name = format!("c{:08x}", sandbox_parent::client::Parent::new_cookie() as u32);
         let handle = std::fs::File::open(dir).map_err(wrap)?;
         // Bound through a descriptor: the directory's own path may be too long for a socket.
-        let short = format!("/proc/self/fd/{}/{name}", handle.as_raw_fd());
-        let listener = UnixListener::bind(short).map_err(wrap)?;
+        let fd = handle.as_raw_fd();
+        let listener =
+            UnixListener::bind(format!("/proc/self/fd/{fd}/{name}")).map_err(wrap)?;
         listener.set_nonblocking(true).map_err(wrap)?;
-        Ok(Self { listener, path: dir.join(name) })
+        let path = dir.join(&name);
+        let short = if path.as_os_str().len() <= MAX_SOCKET_PATH {
+            path.clone()
+        } else {
+            format!("/proc/{}/fd/{fd}/{name}", std::process::id()).into()
+        };
+        Ok(Self { listener, path, short, _directory: handle })
     }
 
     /// Where the engine finds it.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.short
     }
 
     /// The master, after the engine has ended: what it sent waits in the socket.
