@@ -1,48 +1,37 @@
 //! The configuration file of `runc-sandboxer`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kuasar_daemon::common::CommonConfig;
 use serde::Deserialize;
 
-use crate::engine::{BUILTIN, EngineConfig};
+use crate::engine::{BUILTIN, EngineConfig, Limits};
 
 /// Annotation by which a pod chooses its engine, where the configuration allows it.
 pub const ENGINE_ANNOTATION: &str = "io.kuasar.runc.engine";
 
-/// `runc-sandboxer.toml`. Every key has a default; unknown keys are errors.
+/// What `runc-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
+/// are errors.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter such as `info,runc_sandboxer=debug`.
-    pub log_level: String,
     /// Engine of pods that choose none: `builtin`, or a name of `[engines]`.
     pub engine: String,
     /// Command-line engines by name. `runc` and `crun` are there by default.
     pub engines: BTreeMap<String, EngineConfig>,
     /// Engine by `runtime_type` of the runtime handler.
     pub runtimes: BTreeMap<String, String>,
-    /// Pod annotations that are heeded, for example `io.kuasar.runc.engine`.
-    pub allowed_annotations: Vec<String>,
-    /// Seconds that an engine may take to create a container or start an exec.
-    pub create_timeout_secs: u64,
-    /// Seconds that any other engine command may take.
-    pub command_timeout_secs: u64,
-    /// Seconds that sandbox-parent may take to answer.
-    pub parent_timeout_secs: u64,
-    /// sandbox-parent's program; empty: beside our own, then in `PATH`.
-    pub parent_binary: PathBuf,
-    /// Most connections of containerd that sandbox-parent relays at the same time.
-    pub max_connections: u32,
+    /// How long an engine may take.
+    pub engine_timeouts: Limits,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
     pub unprivileged_ports: bool,
-    /// containerd's ttrpc socket for events; empty: no events.
-    pub events_address: String,
-    /// Where Prometheus metrics are served: a socket path or a loopback `address:port`; empty: nowhere.
-    pub metrics_address: String,
+    /// From [`CommonConfig::allowed_annotations`]: whether [`ENGINE_ANNOTATION`] counts.
+    #[serde(skip)]
+    pub heeds_annotation: bool,
 }
 
 impl Default for Config {
@@ -52,31 +41,34 @@ impl Default for Config {
             (name.to_owned(), EngineConfig { path, systemd_cgroup: false, args: Vec::new() })
         };
         Self {
-            log_level: "info".into(),
             engine: BUILTIN.into(),
             engines: BTreeMap::from([cli("runc"), cli("crun")]),
             runtimes: BTreeMap::new(),
-            allowed_annotations: Vec::new(),
-            create_timeout_secs: 60,
-            command_timeout_secs: 30,
-            parent_timeout_secs: 10,
-            parent_binary: PathBuf::new(),
-            max_connections: 16_384,
+            engine_timeouts: Limits::default(),
             shm_size: 64 << 20,
             unprivileged_ports: true,
-            events_address: "/run/containerd/containerd.sock.ttrpc".into(),
-            metrics_address: String::new(),
+            heeds_annotation: false,
         }
     }
 }
 
 impl Config {
-    /// Time limits of engine commands.
-    pub fn limits(&self) -> crate::engine::Limits {
-        crate::engine::Limits {
-            create: Duration::from_secs(self.create_timeout_secs),
-            other: Duration::from_secs(self.command_timeout_secs),
-        }
+    /// Reads and checks a file with its drop-ins; without one the defaults.
+    ///
+    /// # Errors
+    /// A text that names file, line and key.
+    pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
+        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
+        let (common, mut own) = loaded.map_err(|error| match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        })?;
+        own.heeds_annotation = common.heeds(ENGINE_ANNOTATION);
+        common.check().and_then(|()| own.check()).map_err(|reason| {
+            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
+            format!("{file}{reason}")
+        })?;
+        Ok((common, own))
     }
 
     /// What is wrong with it, in words that name the key.
@@ -93,13 +85,11 @@ impl Config {
         if self.engines.contains_key(BUILTIN) {
             return Err("engines.builtin: this name is the built-in engine's".into());
         }
-        for (key, value) in [
-            ("create_timeout_secs", self.create_timeout_secs),
-            ("command_timeout_secs", self.command_timeout_secs),
-            ("parent_timeout_secs", self.parent_timeout_secs),
-        ] {
-            if value == 0 || value > 3600 {
-                return Err(format!("{key} = {value}: 1 to 3600 is allowed"));
+        for (key, value) in
+            [("create", self.engine_timeouts.create), ("other", self.engine_timeouts.other)]
+        {
+            if value.is_zero() || value > Duration::from_secs(3600) {
+                return Err(format!("engine_timeouts.{key}: more than nothing and at most 1h"));
             }
         }
         if self.shm_size < 4096 {
@@ -115,8 +105,7 @@ impl Config {
         runtime: &str,
         annotations: &'a std::collections::HashMap<String, String>,
     ) -> &'a str {
-        let allowed = self.allowed_annotations.iter().any(|name| name == ENGINE_ANNOTATION);
-        match annotations.get(ENGINE_ANNOTATION).filter(|_| allowed) {
+        match annotations.get(ENGINE_ANNOTATION).filter(|_| self.heeds_annotation) {
             Some(name) => name,
             None => self.runtimes.get(runtime).unwrap_or(&self.engine),
         }
@@ -133,7 +122,7 @@ mod tests {
         let annotations = HashMap::from([(ENGINE_ANNOTATION.to_owned(), "crun".to_owned())]);
         let mut config = Config::default();
         assert_eq!(config.engine_of("", &annotations), "builtin");
-        config.allowed_annotations = vec![ENGINE_ANNOTATION.into()];
+        config.heeds_annotation = true;
         assert_eq!(config.engine_of("", &annotations), "crun");
     }
 
@@ -150,7 +139,7 @@ mod tests {
     fn mistakes_are_named() {
         let check = |text: &str| toml::from_str::<Config>(text).unwrap().check().unwrap_err();
         assert!(check("engine = \"podman\"").contains("podman"));
-        assert!(check("create_timeout_secs = 0").contains("create_timeout_secs"));
+        assert!(check("engine_timeouts = { create = '0s' }").contains("engine_timeouts.create"));
         assert!(toml::from_str::<Config>("engin = 1").is_err());
     }
 }

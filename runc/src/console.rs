@@ -8,9 +8,6 @@ use std::path::{Path, PathBuf};
 use containerd_task::error::{Error, Result};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Longest path that fits `sockaddr_un` with its closing zero.
-const MAX_SOCKET_PATH: usize = 107;
-
 /// A listening console socket; its file goes with it.
 #[derive(Debug)]
 pub struct Console {
@@ -33,7 +30,7 @@ impl Console {
             UnixListener::bind(format!("/proc/self/fd/{fd}/{name}")).map_err(wrap)?;
         listener.set_nonblocking(true).map_err(wrap)?;
         let path = dir.join(&name);
-        let short = if path.as_os_str().len() <= MAX_SOCKET_PATH {
+        let short = if path.as_os_str().len() <= kuasar_host::socket::MAX_PATH {
             path.clone()
         } else {
             format!("/proc/{}/fd/{fd}/{name}", std::process::id()).into()

@@ -38,12 +38,21 @@ pub struct EngineConfig {
 }
 
 /// How long engine commands may take.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// `create` and `exec`.
+    /// `create`, `exec`, `checkpoint` and `restore`.
+    #[serde(with = "kuasar_daemon::common::duration")]
     pub create: Duration,
     /// Everything else.
+    #[serde(with = "kuasar_daemon::common::duration")]
     pub other: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { create: Duration::from_secs(60), other: Duration::from_secs(30) }
+    }
 }
 
 /// All engines of a daemon.

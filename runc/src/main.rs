@@ -14,16 +14,16 @@ mod pod;
 mod runtime;
 mod sandboxer;
 mod selfexe;
-mod sockets;
 mod spec;
-mod tasks;
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use kuasar_daemon::args::DaemonArgs;
+use kuasar_daemon::resident::Setup;
+
+use crate::config::Config;
 
 /// Sandboxes and containers of Linux namespaces. `runc-sandboxer oci` is the built-in OCI engine.
 #[derive(Debug, Parser)]
@@ -63,28 +63,24 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let given = arguments.daemon;
-    let places = daemon::Places {
-        listen: given.listen.unwrap_or_else(|| "/run/kuasar-runc/runc.sock".into()),
-        dir: given.dir.unwrap_or_else(|| "/run/kuasar-runc".into()),
-        config: given.config,
-        log_level: given.log_level,
-    };
+    let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
+    let setup = Setup::new("runc", &given, common);
     if let Some(Command::ShutdownParent { force }) = arguments.command {
         return kuasar_daemon::memory::runtime()?.block_on(async {
-            let limit = Duration::from_secs(10);
-            let (parent, _) = sandbox_parent::client::Parent::connect(&places.dir, limit).await?;
+            let limit = setup.common.timeouts.parent;
+            let (parent, _) = sandbox_parent::client::Parent::connect(&setup.dir, limit).await?;
             parent.shutdown(force).await.context("it keeps pods: remove them first, or say --force")
         });
     }
-    let config = daemon::load(&places)?;
     if given.check_config {
         println!("the configuration is good");
         return Ok(());
     }
-    let level = places.log_level.as_deref().unwrap_or(&config.log_level);
-    let level = kuasar_daemon::logging::init(level).map_err(|error| anyhow!(error))?;
-    if let Some(point) = kuasar_daemon::failpoint::arm(&places.dir) {
+    let level = given.log_level.as_deref().or(setup.common.log_level.as_deref());
+    let level = kuasar_daemon::logging::init_as(level.unwrap_or("info"), setup.common.log_format)
+        .map_err(|error| anyhow!(error))?;
+    if let Some(point) = kuasar_daemon::failpoint::arm(&setup.dir) {
         tracing::warn!(point, "a failpoint is armed");
     }
-    kuasar_daemon::memory::runtime()?.block_on(daemon::run(places, config, level))
+    kuasar_daemon::memory::runtime()?.block_on(daemon::run(setup, given, config, level))
 }

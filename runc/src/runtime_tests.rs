@@ -44,7 +44,7 @@ async fn bed(engine: &str) -> Option<Bed> {
         parent.clone(),
         program.to_str().unwrap().into(),
         config.engines.clone(),
-        config.limits(),
+        config.engine_timeouts,
     ));
     if let Err(reason) = engines.get(engine) {
         eprintln!("skipped: {reason}");

@@ -7,10 +7,10 @@
 //! Everything of one sandbox that sandbox-parent keeps has a name that begins with the sandbox's
 //! id: one `forget` removes it all.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
@@ -18,7 +18,8 @@ use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::{
     PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
 };
-use containerd_task::events::EventSender;
+use kuasar_daemon::resident::Parts;
+use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{namespace, process};
 use sandbox_parent::client::{Parent, ParentError, PodNamespaces};
@@ -29,7 +30,6 @@ use crate::engine::Engines;
 use crate::files::{self, host};
 use crate::pod::{Modes, Namespaces, Pod, PodState};
 use crate::runtime::Containers;
-use crate::tasks::Tasks;
 
 /// Makes and removes pods.
 pub struct RuncSandboxer {
@@ -40,34 +40,31 @@ pub struct RuncSandboxer {
     engines: Arc<Engines>,
     cgroups: Arc<Layout>,
     dir: PathBuf,
-    events: EventSender,
-    pods: Mutex<HashMap<String, Tasks>>,
+    servers: Arc<TaskServers>,
 }
 
 impl RuncSandboxer {
     /// A sandboxer whose state is below `dir`.
     pub fn new(
         config: Arc<RwLock<Arc<Config>>>,
-        (parent, fresh): (Parent, bool),
-        engines: Arc<Engines>,
-        cgroups: Arc<Layout>,
-            dir: PathBuf,
-        events: EventSender,
+        parts: &Parts,
+        engines: Engines,
+        cgroups: Layout,
+        dir: PathBuf,
     ) -> Self {
-        Self { config, parent, fresh, engines, cgroups, dir, events, pods: Mutex::default() }
-    }
-
-    /// The Task server of a running pod.
-    pub fn tasks(&self, id: &str) -> Option<Tasks> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+        Self {
+            config,
+            parent: parts.parent.clone(),
+            fresh: parts.fresh,
+            engines: Arc::new(engines),
+            cgroups: Arc::new(cgroups),
+            dir,
+            servers: parts.servers.clone(),
+        }
     }
 
     fn config(&self) -> Arc<Config> {
         self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn take(&self, id: &str) -> Option<Tasks> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
     }
 
     fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Tasks> {
@@ -77,12 +74,7 @@ impl RuncSandboxer {
             self.engines.clone(),
             self.cgroups.clone(),
         );
-        let tasks = Tasks::new(ctx, runtime, self.parent.clone(), self.events.clone())?;
-        self.pods
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(ctx.spec.id.clone(), tasks.clone());
-        Ok(tasks)
+        self.servers.make(ctx, Arc::new(runtime))
     }
 
     async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
@@ -275,15 +267,15 @@ impl Sandboxer for RuncSandboxer {
     }
 
     async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
-        match self.tasks(&ctx.spec.id) {
-            Some(tasks) => Ok(tasks.0.services()),
+        match self.servers.get(&ctx.spec.id) {
+            Some(tasks) => Ok(tasks.server().services()),
             None => Err(Error::NotFound(format!("sandbox {} is not running", ctx.spec.id))),
         }
     }
 
     async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()> {
         let state = state(ctx);
-        if let Some(tasks) = self.tasks(&ctx.spec.id) {
+        if let Some(tasks) = self.servers.get(&ctx.spec.id) {
             tasks.stop(timeout).await;
         }
         self.kill_leftovers(&ctx.dir, &state).await;
@@ -295,7 +287,7 @@ impl Sandboxer for RuncSandboxer {
 
     async fn remove(&self, ctx: &SandboxContext) -> Result<()> {
         let state = state(ctx);
-        let tasks = self.take(&ctx.spec.id);
+        let tasks = self.servers.take(&ctx.spec.id);
         self.kill_leftovers(&ctx.dir, &state).await;
         if let Some(tasks) = &tasks {
             tasks.remove().await;
@@ -363,7 +355,7 @@ impl Sandboxer for RuncSandboxer {
         };
         let started = self.started(ctx, &pod);
         let tasks = self.insert(ctx, pod)?;
-        tasks.0.recover().await;
+        tasks.server().recover().await;
         if let Some(pidfd) = init {
             Self::watch_init(ctx, pidfd);
         }
@@ -379,6 +371,7 @@ impl Sandboxer for RuncSandboxer {
         let mut strangers: Vec<&str> = names
             .iter()
             .filter_map(|name| name.split_once('/').map(|(id, _)| id))
+            .filter(|id| *id != kuasar_daemon::sockets::OWN_GROUP)
             .filter(|id| known.iter().all(|known| known != id))
             .collect();
         strangers.dedup();

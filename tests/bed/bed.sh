@@ -33,7 +33,16 @@ end() { # NAME SIGNAL
   kill "-$2" "$p"
   wait_for 20 gone "$p"
 }
-answers() { [ -S "$B/run/kuasar-runc.sock" ] && python3 -c 'import socket,sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])' "$B/run/kuasar-runc.sock"; }
+# A connection waits while no daemon runs: only the server's first HTTP/2 frame is an answer.
+answers() {
+  python3 -c '
+import socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.settimeout(5)
+s.connect(sys.argv[1])
+s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+sys.exit(0 if s.recv(9) else 1)' "$B/run/kuasar-runc.sock"
+}
 daemon() {
   case $1 in
     spawn) # does not wait until it serves

@@ -179,7 +179,7 @@ EOF
   } > "$B/etc/config.toml"
   cat > "$B/etc/kuasar-runc.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"
-metrics_address = "$B/run/kuasar-runc-metrics.sock"
+metrics_listen = "$B/run/kuasar-runc-metrics.sock"
 allowed_annotations = ["io.kuasar.runc.engine"]
 [engines.runc]
 path = "$B/bin/runc13"

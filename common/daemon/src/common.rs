@@ -25,18 +25,26 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CommonConfig {
-    /// Socket of the sandbox Controller: a path. Unset: the daemon's own default.
+    /// Socket of the sandbox Controller: a path. Unset: `<dir>/sandboxer.sock`.
     pub listen: Option<PathBuf>,
-    /// State directory, on a tmpfs. Unset: the daemon's own default.
+    /// State directory, on a tmpfs. Unset: `/run/kuasar-<kind>`.
     pub dir: Option<PathBuf>,
     /// `error`, `warn`, `info`, `debug`, `trace`, or a filter. Unset: `info`.
     pub log_level: Option<String>,
     /// How log lines look.
     pub log_format: LogFormat,
-    /// Where metrics are served: a path or a loopback `address:port`. Unset: `<dir>/metrics.sock`.
+    /// Where metrics are served: a path or a loopback `address:port`; empty: nowhere. Unset:
+    /// `<dir>/metrics.sock`.
     pub metrics_listen: Option<String>,
+    /// containerd's ttrpc socket, to which task events go; empty: nowhere. Unset:
+    /// `/run/containerd/containerd.sock.ttrpc`.
+    pub events_address: Option<String>,
+    /// sandbox-parent's program. Unset: beside the daemon's own, then in `PATH`.
+    pub parent_binary: Option<PathBuf>,
     /// Users that may connect beside root and the daemon's own.
     pub allowed_uids: Vec<u32>,
+    /// Pod annotations that are heeded; all others are ignored.
+    pub allowed_annotations: Vec<String>,
     /// Bounds of what a peer can make grow.
     pub limits: Limits,
     /// How long things outside may take.
@@ -45,21 +53,86 @@ pub struct CommonConfig {
 
 impl CommonConfig {
     /// Keys of the top level, by which [`crate::config`] tells them from a daemon's own.
-    pub const KEYS: [&'static str; 8] = [
+    pub const KEYS: [&'static str; 11] = [
         "listen",
         "dir",
         "log_level",
         "log_format",
         "metrics_listen",
+        "events_address",
+        "parent_binary",
         "allowed_uids",
+        "allowed_annotations",
         "limits",
         "timeouts",
     ];
 
-    /// Where metrics are served when the state directory is `dir`.
+    /// Where metrics are served when the state directory is `dir`; empty: nowhere.
     pub fn metrics_address(&self, dir: &Path) -> String {
         let default = || dir.join("metrics.sock").display().to_string();
         self.metrics_listen.clone().unwrap_or_else(default)
+    }
+
+    /// Where task events go; empty: nowhere.
+    pub fn events(&self) -> &str {
+        self.events_address.as_deref().unwrap_or("/run/containerd/containerd.sock.ttrpc")
+    }
+
+    /// Whether a pod's annotation is heeded.
+    pub fn heeds(&self, annotation: &str) -> bool {
+        self.allowed_annotations.iter().any(|a| a == annotation)
+    }
+
+    /// What is wrong with the values, in words that name the key.
+    ///
+    /// # Errors
+    /// The first bound that is zero, or a time that is no time.
+    pub fn check(&self) -> Result<(), String> {
+        let l = &self.limits;
+        for (key, value) in [
+            ("max_message_bytes", l.max_message_bytes),
+            ("max_connections", l.max_connections),
+            ("max_pod_connections", l.max_pod_connections),
+            ("max_pod_backlog", l.max_pod_backlog),
+            ("max_streams", l.max_streams),
+            ("max_sandboxes", l.max_sandboxes),
+            ("max_sandbox_bytes", l.max_sandbox_bytes),
+            ("max_containers", l.max_containers),
+            ("max_execs", l.max_execs),
+            ("max_unsent_events", l.max_unsent_events),
+            ("parallel_starts", l.parallel_starts),
+            ("parallel_recoveries", l.parallel_recoveries),
+        ] {
+            if value == 0 {
+                return Err(format!("limits.{key} = 0: at least 1 is needed"));
+            }
+        }
+        if l.max_streams < l.max_sandboxes {
+            return Err(format!(
+                "limits.max_streams = {} is less than limits.max_sandboxes = {}: containerd keeps \
+                 one call open for each sandbox",
+                l.max_streams, l.max_sandboxes
+            ));
+        }
+        let t = &self.timeouts;
+        for (key, value) in [
+            ("start", t.start),
+            ("stop", t.stop),
+            ("stuck", t.stuck),
+            ("read", t.read),
+            ("recover", t.recover),
+            ("opened", t.opened),
+            ("unstarted", t.unstarted),
+            ("finish", t.finish),
+            ("output", t.output),
+            ("parent", t.parent),
+            ("hello", t.hello),
+        ] {
+            if value.is_zero() || value > Duration::from_secs(86_400) {
+                return Err(format!("timeouts.{key}: more than nothing and at most 24h"));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -67,13 +140,33 @@ impl CommonConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Largest message, in bytes. containerd's own bound is 16 MiB.
+    /// Largest gRPC message in bytes, either way. containerd's own bound is 16 MiB; that of ttrpc
+    /// is 4 MiB and fixed.
     pub max_message_bytes: u32,
-    /// Connections at the same time, per socket.
+    /// Connections to the daemon's socket at the same time.
     pub max_connections: u32,
-    /// How long a connection may take to send its first bytes.
-    #[serde(with = "duration")]
-    pub idle_header_timeout: Duration,
+    /// Connections to all pods' sockets at the same time: one per container and per stream.
+    pub max_pod_connections: u32,
+    /// Connections to one pod's socket that wait to be served.
+    pub max_pod_backlog: u32,
+    /// Calls at the same time on one gRPC connection.
+    pub max_streams: u32,
+    /// Sandboxes.
+    pub max_sandboxes: u32,
+    /// Bytes of one sandbox' configuration and extensions together.
+    pub max_sandbox_bytes: u32,
+    /// Containers of one pod.
+    pub max_containers: u32,
+    /// Execs of one container that are not deleted.
+    pub max_execs: u32,
+    /// Events that wait for containerd; beyond, the oldest are dropped and counted.
+    pub max_unsent_events: u32,
+    /// Sandboxes that are created or started at the same time; others wait their turn.
+    pub parallel_starts: u32,
+    /// Sandboxes that are taken up at the same time when the daemon starts.
+    pub parallel_recoveries: u32,
+    /// Unreadable records that are kept for a look.
+    pub max_quarantine: u32,
 }
 
 impl Default for Limits {
@@ -81,7 +174,17 @@ impl Default for Limits {
         Self {
             max_message_bytes: 16 << 20,
             max_connections: 256,
-            idle_header_timeout: Duration::from_secs(10),
+            max_pod_connections: 16_384,
+            max_pod_backlog: 256,
+            max_streams: 4096,
+            max_sandboxes: 1024,
+            max_sandbox_bytes: 8 << 20,
+            max_containers: 512,
+            max_execs: 1024,
+            max_unsent_events: 4096,
+            parallel_starts: 32,
+            parallel_recoveries: 16,
+            max_quarantine: 64,
         }
     }
 }
@@ -90,27 +193,56 @@ impl Default for Limits {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Timeouts {
-    /// Making a sandbox.
-    #[serde(with = "duration")]
-    pub create: Duration,
-    /// Starting it until its task server answers.
+    /// Create, and Start, of a sandbox.
     #[serde(with = "duration")]
     pub start: Duration,
-    /// Stopping it, after which it is killed.
+    /// Grace of a Stop that names none (containerd never does).
     #[serde(with = "duration")]
     pub stop: Duration,
-    /// Finding the pods again after a restart of the daemon.
+    /// A step of a sandbox that takes longer counts as failed.
+    #[serde(with = "duration")]
+    pub stuck: Duration,
+    /// Verbose status and metrics.
+    #[serde(with = "duration")]
+    pub read: Duration,
+    /// Taking up one sandbox when the daemon starts.
     #[serde(with = "duration")]
     pub recover: Duration,
+    /// A socket that a shim opened and no sandbox followed is closed after this time.
+    #[serde(with = "duration")]
+    pub opened: Duration,
+    /// A sandbox that was created and not started is removed after this time.
+    #[serde(with = "duration")]
+    pub unstarted: Duration,
+    /// What runs when the daemon is told to end.
+    #[serde(with = "duration")]
+    pub finish: Duration,
+    /// How long an exit waits for its output to be read (terminals and streams).
+    #[serde(with = "duration")]
+    pub output: Duration,
+    /// Answers of sandbox-parent.
+    #[serde(with = "duration")]
+    pub parent: Duration,
+    /// How long a new connection may say nothing.
+    #[serde(with = "duration")]
+    pub hello: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
+        let s = Duration::from_secs;
         Self {
-            create: Duration::from_secs(30),
-            start: Duration::from_secs(60),
-            stop: Duration::from_secs(30),
-            recover: Duration::from_secs(60),
+            start: s(120),
+            stop: s(10),
+            stuck: s(300),
+            read: s(5),
+            recover: s(30),
+            opened: s(120),
+            unstarted: s(600),
+            finish: s(3),
+            output: s(5),
+            parent: s(10),
+            hello: s(10),
         }
     }
 }
@@ -200,10 +332,26 @@ mod tests {
         assert_eq!(table.len(), CommonConfig::KEYS.len());
     }
 
+    #[test]
+    fn values_without_sense_are_named() {
+        CommonConfig::default().check().unwrap();
+        for (text, key) in [
+            ("[limits]\nmax_execs = 0", "limits.max_execs"),
+            ("[limits]\nmax_sandboxes = 5000", "limits.max_streams"),
+            ("[timeouts]\nstop = '0s'", "timeouts.stop"),
+            ("[timeouts]\nstuck = '25h'", "timeouts.stuck"),
+        ] {
+            let error = toml::from_str::<CommonConfig>(text).unwrap().check().unwrap_err();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
     fn sample() -> CommonConfig {
         CommonConfig {
             log_level: Some("info".into()),
             metrics_listen: Some("/m".into()),
+            events_address: Some("/e".into()),
+            parent_binary: Some("/p".into()),
             ..CommonConfig::default()
         }
     }

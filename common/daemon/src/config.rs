@@ -245,11 +245,11 @@ mod tests {
         let main = dir.path().join("c.toml");
         std::fs::write(&main, "shm_size = 1\n[limits]\nmax_connections = 5\n").unwrap();
         let drop_in = dir.path().join("conf.d/10.toml");
-        std::fs::write(&drop_in, "[limits]\nidle_header_timeout = '3s'\n").unwrap();
+        std::fs::write(&drop_in, "[timeouts]\nhello = '3s'\n").unwrap();
         let (common, own): (_, Own) = load_with_common(Some(&main)).unwrap();
         assert_eq!(own.shm_size, 1);
         assert_eq!(common.limits.max_connections, 5);
-        assert_eq!(common.limits.idle_header_timeout.as_secs(), 3);
+        assert_eq!(common.timeouts.hello.as_secs(), 3);
         for (text, expected) in [
             ("\nlog_levl = 'x'", "10.toml:2: unknown key `log_levl`: did you mean `log_level`?"),
             ("shm_siz = 1", "10.toml:1: unknown key `shm_siz`: did you mean `shm_size`?"),

@@ -1,15 +1,26 @@
 //! What every sandboxer's `main()` shares: arguments, configuration with drop-ins, logs, metrics,
-//! systemd's notify protocol, signals, the listening socket, failpoints.
+//! systemd's notify protocol, signals, failpoints; and the resident daemon itself.
+//!
+//! | module | its one idea |
+//! |---|---|
+//! | [`args`], [`common`], [`config`] | what an operator can set, and where |
+//! | [`resident`] | what a daemon starts in which order, and how it ends |
+//! | [`sockets`] | sockets that sandbox-parent keeps: the pods', and the daemon's own |
+//! | [`tasks`] | the Task servers of all pods |
+//! | [`logging`], [`metrics`], [`registry`] | what an operator can see |
+//! | [`notify`], [`signals`], [`peer`], [`memory`], [`failpoint`] | the small things |
 
 pub mod args;
 pub mod common;
 pub mod config;
 pub mod failpoint;
-pub mod listen;
 pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod notify;
 pub mod peer;
 pub mod registry;
+pub mod resident;
 pub mod signals;
+pub mod sockets;
+pub mod tasks;

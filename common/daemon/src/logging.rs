@@ -14,6 +14,7 @@ use crate::common::LogFormat;
 const MAX_LINE: usize = 4096;
 
 /// Changes the level of a running daemon.
+#[derive(Clone)]
 pub struct LevelHandle(reload::Handle<EnvFilter, tracing_subscriber::Registry>);
 
 impl LevelHandle {

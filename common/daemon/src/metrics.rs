@@ -113,15 +113,15 @@ const MAX_CONNECTIONS: usize = 8;
 ///
 /// # Errors
 /// When it cannot listen, or for an address that is not the loopback: metrics name pods.
-pub async fn serve<F>(address: &str, text: F) -> std::io::Result<()>
+pub async fn serve<F, T>(address: &str, text: F) -> std::io::Result<()>
 where
-    F: Fn() -> String + Clone + Send + 'static,
+    F: Fn() -> T + Clone + Send + 'static,
+    T: Future<Output = String> + Send + 'static,
 {
     let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     if address.starts_with('/') {
-        let fd = crate::listen::bind(std::path::Path::new(address))?;
+        let fd = kuasar_host::socket::bind_private(std::path::Path::new(address))?;
         let listener = std::os::unix::net::UnixListener::from(fd);
-        listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         loop {
             let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
@@ -130,7 +130,7 @@ where
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            tokio::spawn(async move { (answer(socket, text()).await, drop(slot)) });
+            tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
         }
     }
     let to: std::net::SocketAddr = address.parse().map_err(|_| {
@@ -148,7 +148,7 @@ where
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        tokio::spawn(async move { (answer(socket, text()).await, drop(slot)) });
+        tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
     }
 }
 
@@ -207,7 +207,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.sock").to_str().unwrap().to_owned();
         let at = path.clone();
-        let server = tokio::spawn(async move { serve(&at, || "a 1\n".into()).await });
+        let server = tokio::spawn(async move { serve(&at, || async { "a 1\n".to_owned() }).await });
         let ask = async |request: &[u8]| {
             for _ in 0..500 {
                 if let Ok(mut s) = tokio::net::UnixStream::connect(&path).await {
@@ -224,7 +224,7 @@ mod tests {
         assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("\r\n\r\na 1\n"), "{text}");
         assert!(ask(b"GET /other HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
         server.abort();
-        assert!(serve("0.0.0.0:0", String::new).await.is_err());
+        assert!(serve("0.0.0.0:0", async || String::new()).await.is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod netlink;
 pub mod process;
 pub mod record;
 pub mod safe_path;
+pub mod socket;
 pub mod spec;
 
 use std::path::PathBuf;

@@ -13,7 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::controller::Controller;
-use crate::endpoint::{Cut, PodSockets, bind_private};
+use crate::endpoint::{Cut, PodSockets};
 use crate::error::{Error, Result};
 use crate::options::ControllerOptions;
 use crate::sandboxer::Sandboxer;
@@ -50,7 +50,8 @@ impl Controller {
         self.recover().await?;
         let path = &self.core.options.socket;
         let failed = |e| Error::internal(format!("cannot listen on {}", path.display()), e);
-        let listener = std::os::unix::net::UnixListener::from(bind_private(path).map_err(failed)?);
+        let bound = kuasar_host::socket::bind_private(path).map_err(failed)?;
+        let listener = std::os::unix::net::UnixListener::from(bound);
         let listener = UnixListener::from_std(listener).map_err(failed)?;
         on_ready();
         self.serve_on(listener, shutdown).await;

@@ -218,6 +218,13 @@ impl TaskServer {
         lock(&self.containers).keys().cloned().collect()
     }
 
+    /// Pid of a container's init process, and how it ended if it has.
+    pub fn init_of(&self, container: &str) -> Option<(u32, Option<Exit>)> {
+        let c = lock(&self.containers).get(container).cloned()?;
+        let record = c.process("").ok()?.record();
+        Some((record.pid, record.exit))
+    }
+
     /// Every process that is not known to have ended.
     pub fn processes(&self) -> Vec<ProcessRef> {
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();

@@ -21,7 +21,6 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
 pub(crate) use cut::Cut;
-pub use socket::bind_private;
 
 use crate::error::{Error, Result};
 use crate::sandboxer::PodServices;
@@ -183,7 +182,7 @@ impl Endpoints {
         if let Some(dir) = path.parent() {
             kuasar_host::record::private_dir(dir).map_err(|e| failed(io::Error::other(e)))?;
         }
-        let listener = bind_private(path).map_err(failed)?;
+        let listener = kuasar_host::socket::bind_private(path).map_err(failed)?;
         let given = self.0.sockets.listen(pod, listener).await;
         given.map_err(|e| Error::internal("cannot hand over the pod's socket", e))
     }

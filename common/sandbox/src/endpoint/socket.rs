@@ -1,21 +1,13 @@
-//! Unix sockets that nobody else can reach, not even for a moment.
+//! Where the pods' sockets are.
 
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
-use nix::sys::stat::{Mode, fchmod};
+use kuasar_host::socket::MAX_PATH;
 
 use crate::error::{Error, Result};
 
 /// Name of the socket in the pod's directory.
 pub(super) const NAME: &str = "task.sock";
-
-/// Longest path of a unix socket: `sun_path` without its final NUL, see unix(7).
-const MAX_PATH: usize = 107;
 
 /// Where a pod's socket goes: below its id when that fits, else below a hash of it.
 pub(super) fn path(dir: &Path, pod: &str) -> Result<PathBuf> {
@@ -42,27 +34,6 @@ fn fnv1a(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Binds a listening socket, mode 0600 from its first moment, replacing a stale one. The caller
-/// makes sure that its directory is private.
-///
-/// # Errors
-/// Those of bind(2); `AddrInUse` when something else than a socket is there.
-pub fn bind_private(path: &Path) -> io::Result<OwnedFd> {
-    if let Ok(meta) = std::fs::symlink_metadata(path) {
-        if !std::os::unix::fs::FileTypeExt::is_socket(&meta.file_type()) {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "a file is in the way"));
-        }
-        std::fs::remove_file(path)?;
-    }
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    // The inode that bind makes takes the mode of the socket: no moment of another mode.
-    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(128)?)?;
-    Ok(fd)
-}
-
 /// Removes a pod's socket and its directory, as far as they exist.
 pub(super) fn remove(path: &Path) {
     let _ = std::fs::remove_file(path); // Absent is fine.
@@ -73,8 +44,6 @@ pub(super) fn remove(path: &Path) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
@@ -88,17 +57,5 @@ mod tests {
         assert_ne!(hashed, path(&dir, &"e".repeat(64)).unwrap());
         let e = path(Path::new(&format!("/{}", "d".repeat(100))), &id).unwrap_err();
         assert!(e.to_string().contains("shorter state directory"), "{e}");
-    }
-
-    #[test]
-    fn a_socket_is_private_and_a_stale_one_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        drop(bind_private(&path).unwrap());
-        let _held = bind_private(&path).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        let file = dir.path().join("f");
-        std::fs::write(&file, "x").unwrap();
-        assert_eq!(bind_private(&file).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }

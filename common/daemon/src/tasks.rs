@@ -1,0 +1,147 @@
+//! The Task servers of all pods of a daemon.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_sandbox::TaskProbe;
+use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::sandboxer::SandboxContext;
+use containerd_task::events::EventSender;
+use containerd_task::journal::FileJournal;
+use containerd_task::runtime::{Keeper, Runtime};
+use containerd_task::{TaskOptions, TaskServer};
+use sandbox_parent::client::Parent;
+
+/// How long processes may take to die of SIGKILL: the kernel, not the container, decides that.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// All pods' Task servers, by sandbox id.
+pub struct TaskServers {
+    parent: Parent,
+    events: EventSender,
+    options: TaskOptions,
+    table: Mutex<HashMap<String, Tasks>>,
+}
+
+impl TaskServers {
+    /// No server yet. `options` are those of every pod, without its identity.
+    pub fn new(parent: Parent, events: EventSender, options: TaskOptions) -> Self {
+        Self { parent, events, options, table: Mutex::default() }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Tasks>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the server for the containers of the sandbox in `ctx`. Its journal is in the
+    /// sandbox's directory.
+    ///
+    /// # Errors
+    /// When the journal cannot be used.
+    pub fn make(&self, ctx: &SandboxContext, runtime: Arc<dyn Runtime>) -> Result<Tasks> {
+        let journal = FileJournal::new(&ctx.dir.join("tasks"))
+            .map_err(|error| Error::internal("open the pod's journal", error))?;
+        let mut options =
+            TaskOptions { sandbox_id: ctx.spec.id.clone(), ..self.options.clone() };
+        if !ctx.spec.namespace.is_empty() {
+            options.namespace = ctx.spec.namespace.clone();
+        }
+        let keeper = ParentKeeper { parent: self.parent.clone(), pod: ctx.spec.id.clone() };
+        let (keeper, journal) = (Arc::new(keeper), Arc::new(journal));
+        let tasks =
+            Tasks(TaskServer::new(runtime, keeper, journal, self.events.clone(), options));
+        self.table().insert(ctx.spec.id.clone(), tasks.clone());
+        Ok(tasks)
+    }
+
+    /// The server of a pod.
+    pub fn get(&self, pod: &str) -> Option<Tasks> {
+        self.table().get(pod).cloned()
+    }
+
+    /// The same, and forgets it.
+    pub fn take(&self, pod: &str) -> Option<Tasks> {
+        self.table().remove(pod)
+    }
+
+    /// Looks a container up in all pods.
+    pub fn probe(&self, container: &str) -> Option<TaskProbe> {
+        let all: Vec<Tasks> = self.table().values().cloned().collect();
+        all.iter().find_map(|tasks| tasks.0.init_of(container)).map(|(pid, exit)| TaskProbe {
+            pid,
+            exit: exit.map(|exit| (exit.status, exit.at)),
+        })
+    }
+
+    /// Containers of all pods.
+    pub fn containers(&self) -> usize {
+        let all: Vec<Tasks> = self.table().values().cloned().collect();
+        all.iter().map(|tasks| tasks.0.containers().len()).sum()
+    }
+}
+
+/// The Task server of one pod. Cheap to clone.
+#[derive(Clone)]
+pub struct Tasks(Arc<TaskServer>);
+
+impl Tasks {
+    /// The server itself.
+    pub fn server(&self) -> &Arc<TaskServer> {
+        &self.0
+    }
+
+    /// Kills every container and waits for their ends, `timeout` or ten seconds.
+    pub async fn stop(&self, timeout: Duration) {
+        let deadline = if timeout.is_zero() { KILLED } else { timeout };
+        if let Err(error) = self.0.kill_all(deadline).await {
+            tracing::warn!(error = %error.chain(), "containers outlive their pod's stop");
+        }
+    }
+
+    /// Deletes every container.
+    pub async fn remove(&self) {
+        self.stop(Duration::ZERO).await;
+        if let Err(error) = self.0.delete_all().await {
+            tracing::warn!(error = %error.chain(), "a container was not deleted cleanly");
+        }
+    }
+}
+
+/// Descriptors of one pod's streams, kept by sandbox-parent.
+struct ParentKeeper {
+    parent: Parent,
+    pod: String,
+}
+
+impl ParentKeeper {
+    fn name(&self, name: &str) -> String {
+        format!("{}/{name}", self.pod)
+    }
+}
+
+#[async_trait]
+impl Keeper for ParentKeeper {
+    async fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> containerd_task::error::Result<()> {
+        self.parent
+            .keep(&self.name(name), fd.as_fd())
+            .await
+            .map_err(|error| containerd_task::error::Error::internal("keep a stream", error))
+    }
+
+    async fn fetch(&self, name: &str) -> containerd_task::error::Result<Option<OwnedFd>> {
+        self.parent
+            .fetch(&self.name(name))
+            .await
+            .map_err(|error| containerd_task::error::Error::internal("fetch a stream", error))
+    }
+
+    async fn forget(&self, prefix: &str) -> containerd_task::error::Result<()> {
+        self.parent
+            .forget(&self.name(prefix))
+            .await
+            .map_err(|error| containerd_task::error::Error::internal("forget a stream", error))
+    }
+}
