@@ -469,6 +469,11 @@ impl Runtime for Containers {
             .then(|| exit_of(self.parent.clone(), process.handle, process.pid)))
     }
 
+    async fn existing(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.pod.dir.join("containers")).into_iter().flatten();
+        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
     async fn exit_recorded(&self, process: &ProcessRef) {
         self.parent.acknowledge(process.handle).await;
     }

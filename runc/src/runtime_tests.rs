@@ -36,6 +36,7 @@ async fn bed(engine: &str) -> Option<Bed> {
         binary: parent,
         timeout: Duration::from_secs(10),
         max_connections: 16,
+        hold: Duration::from_secs(1),
     };
     let (parent, _connections, fresh) = Parent::connect_or_spawn(&options).await.unwrap();
     assert!(fresh);

@@ -31,6 +31,9 @@ use crate::files::{self, host};
 use crate::pod::{Modes, Namespaces, Pod, PodState};
 use crate::runtime::Containers;
 
+/// How long engines that an earlier daemon has started may go on while this one starts.
+const UNFINISHED: Duration = Duration::from_secs(2);
+
 /// Makes and removes pods.
 pub struct RuncSandboxer {
     config: Arc<RwLock<Arc<Config>>>,
@@ -320,14 +323,6 @@ impl Sandboxer for RuncSandboxer {
         let state = state(ctx);
         let id = &ctx.spec.id;
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
-        let lost = |why: &str| {
-            tracing::warn!(sandbox = id, why, "the pod did not survive");
-            Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() })
-        };
-        if !state.started || self.fresh {
-            self.kill_leftovers(&ctx.dir, &state).await;
-            return Ok(lost(if self.fresh { "sandbox-parent has been lost" } else { "it was never started" }));
-        }
         let (ipc, uts, user, pid, init) = tokio::try_join!(
             self.fetch(id, "ipc"),
             self.fetch(id, "uts"),
@@ -338,10 +333,16 @@ impl Sandboxer for RuncSandboxer {
         let whole = (modes.host_ipc || ipc.is_some())
             && (modes.host_network || uts.is_some())
             && (!modes.shared_pid || (pid.is_some() && init.is_some()));
-        let alive = init.as_ref().is_none_or(|pidfd| process::pidfd_signal(pidfd.as_fd(), 0).is_ok());
-        if !whole || !alive {
+        let alive =
+            init.as_ref().is_none_or(|pidfd| process::pidfd_signal(pidfd.as_fd(), 0).is_ok());
+        let lost = match (self.fresh, state.started, whole && alive) {
+            (true, ..) => Some("sandbox-parent has been lost"),
+            (_, false, _) => Some("it was never started"),
+            (_, _, false) => Some("its namespaces are gone"),
+            _ => None,
+        };
+        if lost.is_some() {
             self.kill_leftovers(&ctx.dir, &state).await;
-            return Ok(lost("its namespaces are gone"));
         }
         let namespaces =
             Namespaces { ipc, uts, user, pid, init: state.init.map_or(0, |(pid, _)| pid) };
@@ -354,8 +355,14 @@ impl Sandboxer for RuncSandboxer {
             namespaces,
         };
         let started = self.started(ctx, &pod);
+        // Also of a pod that is stopped or lost: containerd asks how its containers have ended,
+        // and deletes them.
         let tasks = self.insert(ctx, pod)?;
         tasks.server().recover().await;
+        if let Some(why) = lost {
+            tracing::debug!(sandbox = id, why, "the pod is down");
+            return Ok(Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() }));
+        }
         if let Some(pidfd) = init {
             Self::watch_init(ctx, pidfd);
         }
@@ -379,6 +386,7 @@ impl Sandboxer for RuncSandboxer {
             tracing::info!(sandbox = id, "removing what a lost pod has left");
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
+        self.servers.sweep(UNFINISHED).await?;
         let (dir, known) = (self.dir.clone(), known.to_vec());
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {

@@ -181,6 +181,8 @@ EOF
 events_address = "$B/run/containerd.sock.ttrpc"
 metrics_listen = "$B/run/kuasar-runc-metrics.sock"
 allowed_annotations = ["io.kuasar.runc.engine"]
+[timeouts]
+unstarted = "6s"
 [engines.runc]
 path = "$B/bin/runc13"
 [engines.crun]

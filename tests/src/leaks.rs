@@ -65,7 +65,7 @@ pub fn descriptors(pid: u32) -> usize {
 /// Asserts that nothing has been added since `before`, waiting a little for what ends by itself.
 pub fn assert_none(before: &Snapshot) {
     let mut last = String::new();
-    let clean = (0..100).any(|i| {
+    let clean = (0..150).any(|i| {
         if i > 0 {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }

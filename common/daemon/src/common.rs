@@ -211,7 +211,8 @@ pub struct Timeouts {
     /// A socket that a shim opened and no sandbox followed is closed after this time.
     #[serde(with = "duration")]
     pub opened: Duration,
-    /// A sandbox that was created and not started is removed after this time.
+    /// A sandbox that was created and not started is removed after this time, and so is an empty
+    /// one that the engine does not name after a restart of the daemon.
     #[serde(with = "duration")]
     pub unstarted: Duration,
     /// What runs when the daemon is told to end.
@@ -226,6 +227,10 @@ pub struct Timeouts {
     /// How long a new connection may say nothing.
     #[serde(with = "duration")]
     pub hello: Duration,
+    /// How long calls to a pod's socket wait for a daemon while there is none; `0s`: they are
+    /// refused at once. Counts when sandbox-parent is started.
+    #[serde(with = "duration")]
+    pub hold: Duration,
 }
 
 impl Default for Timeouts {
@@ -238,11 +243,12 @@ impl Default for Timeouts {
             read: s(5),
             recover: s(30),
             opened: s(120),
-            unstarted: s(600),
+            unstarted: s(60),
             finish: s(3),
             output: s(5),
             parent: s(10),
             hello: s(10),
+            hold: s(10),
         }
     }
 }

@@ -155,6 +155,7 @@ fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOpt
     let size = |n: u32| n as usize;
     let allowed = Allowed::with(&setup.common.allowed_uids);
     let kind = setup.kind;
+    let known = servers.clone();
     ControllerOptions {
         dir: setup.dir.clone(),
         socket: setup.listen.clone(),
@@ -181,6 +182,9 @@ fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOpt
         observer: Some(Arc::new(move |rpc, code, took| {
             crate::metrics::observe(rpc, took);
             REQUESTS.add(&[kind, rpc, &format!("{code:?}")], 1);
+        })),
+        busy: Some(Arc::new(move |pod| {
+            known.get(pod).is_some_and(|tasks| !tasks.server().containers().is_empty())
         })),
         tasks: Some(Arc::new(move |container| servers.probe(container))),
     }
@@ -212,6 +216,7 @@ where
         binary: parent_binary(common)?,
         timeout: common.timeouts.parent,
         max_connections: common.limits.max_pod_connections,
+        hold: common.timeouts.hold,
     };
     let (parent, connections, fresh) = Parent::connect_or_spawn(&options).await?;
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");

@@ -67,10 +67,36 @@ impl TaskServers {
         self.table().remove(pod)
     }
 
+    fn all(&self) -> Vec<Tasks> {
+        self.table().values().cloned().collect()
+    }
+
+    /// After recovery: what the last daemon had begun and not recorded is ended and removed, and
+    /// sandbox-parent forgets exits that nobody will ask for. Engines that still run get
+    /// `patience` to finish first, so that nothing is removed under them.
+    ///
+    /// # Errors
+    /// When sandbox-parent does not answer.
+    pub async fn sweep(&self, patience: Duration) -> Result<()> {
+        let ask = |error| Error::internal("ask sandbox-parent for its processes", error);
+        let known: Vec<u64> = self.all().iter().flat_map(|tasks| tasks.0.handles()).collect();
+        let watched = self.parent.watched().await.map_err(ask)?;
+        let strangers: Vec<u64> = watched.into_iter().filter(|c| !known.contains(c)).collect();
+        let ends = strangers.iter().map(|cookie| self.parent.exit_of(*cookie));
+        // Those that do not end are processes of containers that nobody knows.
+        let _ = tokio::time::timeout(patience, futures::future::join_all(ends)).await;
+        for tasks in self.all() {
+            tasks.0.sweep().await;
+        }
+        for cookie in strangers {
+            self.parent.acknowledge(cookie).await;
+        }
+        Ok(())
+    }
+
     /// Looks a container up in all pods.
     pub fn probe(&self, container: &str) -> Option<TaskProbe> {
-        let all: Vec<Tasks> = self.table().values().cloned().collect();
-        all.iter().find_map(|tasks| tasks.0.init_of(container)).map(|(pid, exit)| TaskProbe {
+        self.all().iter().find_map(|tasks| tasks.0.init_of(container)).map(|(pid, exit)| TaskProbe {
             pid,
             exit: exit.map(|exit| (exit.status, exit.at)),
         })
@@ -78,8 +104,7 @@ impl TaskServers {
 
     /// Containers of all pods.
     pub fn containers(&self) -> usize {
-        let all: Vec<Tasks> = self.table().values().cloned().collect();
-        all.iter().map(|tasks| tasks.0.containers().len()).sum()
+        self.all().iter().map(|tasks| tasks.0.containers().len()).sum()
     }
 }
 

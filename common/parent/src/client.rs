@@ -79,6 +79,9 @@ pub struct ParentOptions {
     pub timeout: Duration,
     /// Most client connections that it relays at the same time.
     pub max_connections: u32,
+    /// How long calls wait for a daemon while there is none, before they are refused. Counts for
+    /// a sandbox-parent that is started; one that runs keeps what it was started with.
+    pub hold: Duration,
 }
 
 impl ParentOptions {
@@ -90,6 +93,7 @@ impl ParentOptions {
             binary: binary.into(),
             timeout,
             max_connections: 16_384,
+            hold: Duration::from_secs(10),
         }
     }
 }

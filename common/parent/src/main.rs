@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! sandbox-parent DIR [connections=16384] [pending=8192] [pods=4096] [kept=32768] [watched=16384]
+//!                [hold=10000]
 //!                    [cgroup=/sys/fs/cgroup/…]… [title=-----…]
 //! ```
 //!
@@ -53,6 +54,7 @@ pub unsafe extern "C" fn main(argc: libc::c_int, argv: *const *const libc::c_cha
         pending: 8192,
         kept: 32_768,
         watched: 16_384,
+        hold: 10_000,
     };
     for option in (2..argc).filter_map(arg) {
         let Some(eq) = option.iter().position(|&b| b == b'=') else {
@@ -75,6 +77,14 @@ pub unsafe extern "C" fn main(argc: libc::c_int, argv: *const *const libc::c_cha
             b"pending" => &mut limits.pending,
             b"kept" => &mut limits.kept,
             b"watched" => &mut limits.watched,
+            b"hold" => {
+                // Milliseconds; none at all is allowed.
+                limits.hold = std::str::from_utf8(value)
+                    .ok()
+                    .and_then(|v| v.parse().ok())
+                    .unwrap_or(limits.hold);
+                continue;
+            }
             b"cgroup" => {
                 if let Err(e) = enter_cgroup(value) {
                     return failed(("entering the cgroup", e), value);

@@ -105,6 +105,46 @@ fn a_wait_survives_its_daemon_and_other_calls_are_unavailable() {
 }
 
 #[test]
+fn a_call_waits_for_the_next_daemon_and_not_for_ever() {
+    let home = Home::new();
+    let mut first = home.daemon_that_holds(Duration::from_millis(1500));
+    first.listen(&home, "p");
+    let mut client = dial(&home, "p");
+    let mut server = connection(&mut first);
+    client.write_all(&request(1, "Start", 0, 3)).unwrap();
+    read_frame(&mut server);
+    drop(server);
+    first.kill();
+    // It may have been done.
+    unavailable(&mut client, 1);
+    // It has not been done: whatever its size, it is kept, and so is what follows it.
+    let large = request(3, "Create", 0, 300_000);
+    let (mut other, sent) = (client.try_clone().unwrap(), large.clone());
+    let writer = std::thread::spawn(move || {
+        other.write_all(&sent).unwrap();
+        other.write_all(&request(5, "Wait", 0, 3)).unwrap();
+    });
+    silent(&mut client);
+    let mut second = home.daemon();
+    second.run(second.parent.ready()).unwrap();
+    let mut server = connection(&mut second);
+    assert!(read_frame(&mut server).3 == large[10..]);
+    assert_eq!(read_frame(&mut server).0, 5);
+    writer.join().unwrap();
+    server.write_all(&frame(3, RESPONSE, 0, b"made")).unwrap();
+    assert_eq!(read_frame(&mut client), (3, RESPONSE, 0, b"made".to_vec()));
+    drop(server);
+    second.kill();
+    // Nobody comes: it is refused, the wait is not.
+    client.write_all(&request(7, "State", 0, 3)).unwrap();
+    silent(&mut client);
+    unavailable(&mut client, 7);
+    client.write_all(&request(9, "State", 0, 3)).unwrap();
+    unavailable(&mut client, 9);
+    silent(&mut client);
+}
+
+#[test]
 fn connections_that_come_while_no_daemon_is_there_are_kept() {
     let home = Home::new();
     daemon(&home).kill();

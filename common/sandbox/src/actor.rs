@@ -10,6 +10,7 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -53,6 +54,8 @@ pub(crate) struct Sandbox {
     /// Serialises writers; true once the sandbox is gone and must not be written again.
     writing: Mutex<bool>,
     died: watch::Sender<Option<SandboxExit>>,
+    /// Whether a call has named it since this daemon came.
+    named: AtomicBool,
 }
 
 impl Sandbox {
@@ -68,6 +71,7 @@ impl Sandbox {
             current: watch::channel(Arc::new(record)).0,
             writing: Mutex::new(false),
             died: watch::channel(None).0,
+            named: AtomicBool::new(false),
         };
         (Arc::new(sandbox), queue)
     }
@@ -75,6 +79,16 @@ impl Sandbox {
     /// All that is known now.
     pub(crate) fn record(&self) -> Arc<Record> {
         self.current.borrow().clone()
+    }
+
+    /// A call names it.
+    pub(crate) fn name(&self) {
+        self.named.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a call has named it since this daemon came.
+    pub(crate) fn is_named(&self) -> bool {
+        self.named.load(Ordering::Relaxed)
     }
 
     /// Follows the record.

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures::FutureExt as _;
@@ -47,6 +47,8 @@ pub(crate) struct Core {
     table: Mutex<HashMap<String, Arc<Sandbox>>>,
     starts: Semaphore,
     stopping: watch::Sender<bool>,
+    /// When the first request of this daemon's time came.
+    pub(crate) first_call: OnceLock<Instant>,
     /// Every actor holds a clone; the receiver sees the end of the last one.
     alive: Mutex<Option<mpsc::Sender<()>>>,
     ended: Mutex<Option<mpsc::Receiver<()>>>,
@@ -86,9 +88,10 @@ impl Core {
         }
     }
 
+    /// The sandbox that a call names.
     pub(crate) fn find(&self, id: &str) -> Result<Arc<Sandbox>> {
         let found = self.table().get(id).cloned();
-        found.ok_or_else(|| {
+        found.inspect(|sandbox| sandbox.name()).ok_or_else(|| {
             let shown: String = id.chars().take(kuasar_host::id::MAX_ID).collect();
             Error::NotFound(format!("sandbox {shown:?} is not known"))
         })
@@ -166,6 +169,7 @@ impl Controller {
             table: Mutex::default(),
             starts: Semaphore::new(options.parallel_starts.max(1)),
             stopping: watch::channel(false).0,
+            first_call: OnceLock::new(),
             alive: Mutex::new(Some(alive)),
             ended: Mutex::new(Some(ended)),
             options,
@@ -202,6 +206,7 @@ impl Controller {
         call: &Call,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
+        self.core.first_call.get_or_init(Instant::now);
         let mut seen =
             Seen { core: &self.core, rpc, since: Instant::now(), code: tonic::Code::Cancelled };
         let work = AssertUnwindSafe(work).catch_unwind();
@@ -256,6 +261,7 @@ impl Controller {
         }
         let actor = self.core.register(Record::new(spec, opened.map(|o| o.bundle)))?;
         let sandbox = actor.sandbox().clone();
+        sandbox.name();
         tokio::spawn(actor.run());
         let deadline = call.deadline;
         self.submit(&sandbox, |reply| Job::Create { deadline, reply }).await?;

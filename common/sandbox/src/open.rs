@@ -4,12 +4,14 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kuasar_protos::endpoint as api;
 use kuasar_protos::endpoint_ttrpc as service;
 use ttrpc::r#async::{Service, TtrpcContext};
 
+use crate::actor::Sandbox;
 use crate::controller::Controller;
 use crate::endpoint::{Late, Opened};
 use crate::error::{Error, Result};
@@ -87,6 +89,16 @@ impl Controller {
         Ok(api::CloseResponse::new())
     }
 
+    /// Whether an engine is there and has not named this sandbox for `limit`, though it was
+    /// recovered, and nothing runs in it. Start was done and its answer got lost with the daemon
+    /// before this one: for the engine the sandbox has never been. One that knows it keeps a Wait
+    /// open, and calls it again within seconds.
+    fn is_unclaimed(&self, sandbox: &Sandbox, limit: Duration) -> bool {
+        let spoken = self.core.first_call.get().is_some_and(|first| first.elapsed() >= limit);
+        let busy = self.core.options.busy.as_ref();
+        spoken && !sandbox.is_named() && !busy.is_some_and(|busy| busy(&sandbox.id))
+    }
+
     /// From time to time: removes what nobody came back for, and tries removals again.
     pub(crate) async fn collect(&self) {
         for id in self.core.endpoints.opened_before(self.core.options.open_timeout) {
@@ -97,10 +109,12 @@ impl Controller {
         }
         for sandbox in self.core.all() {
             let r = sandbox.record();
-            let forgotten = r.phase == Phase::Created
-                && r.created_at
-                    .elapsed()
-                    .is_ok_and(|age| age >= self.core.options.unstarted_timeout);
+            let limit = self.core.options.unstarted_timeout;
+            let forgotten = match r.phase {
+                Phase::Created => r.created_at.elapsed().is_ok_and(|age| age >= limit),
+                Phase::Ready => self.is_unclaimed(&sandbox, limit),
+                _ => false,
+            };
             if forgotten || r.phase == Phase::Removing {
                 tracing::warn!(sandbox = sandbox.id, phase = ?r.phase, "removing what is left");
                 let done = self.shut_down(&Default::default(), &sandbox.id, false).await;

@@ -65,8 +65,8 @@ pub struct ControllerOptions {
     pub max_message: usize,
     /// A socket that a shim opened and no CreateSandbox followed is closed after this time.
     pub open_timeout: Duration,
-    /// A sandbox that was created and not started is removed after this time: containerd calls
-    /// nothing when it gives up in between.
+    /// A sandbox that was created and not started is removed after this time, and so is a
+    /// recovered one that no call names: containerd calls nothing when it has given up.
     pub unstarted_timeout: Duration,
     /// How long running operations may go on after shutdown.
     pub drain_timeout: Duration,
@@ -80,6 +80,8 @@ pub struct ControllerOptions {
     pub observer: Option<Observer>,
     /// Knows the containers, for the shim binary's `delete`.
     pub tasks: Option<TaskLookup>,
+    /// Whether a sandbox has containers; one that has is never removed unasked.
+    pub busy: Option<Arc<dyn Fn(&str) -> bool + Send + Sync>>,
 }
 
 impl Default for ControllerOptions {
@@ -103,13 +105,14 @@ impl Default for ControllerOptions {
             hello_timeout: s(10),
             max_message: 16 << 20,
             open_timeout: s(120),
-            unstarted_timeout: s(600),
+            unstarted_timeout: s(60),
             drain_timeout: s(3),
             max_quarantine: 64,
             peer_check: None,
             failpoint: None,
             observer: None,
             tasks: None,
+            busy: None,
         }
     }
 }

@@ -63,7 +63,9 @@ impl Controller {
         let (cut, _) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(self.core.options.max_connections));
         let (ttrpc, _server) = self.ttrpc_server().await;
-        let mut tick = tokio::time::interval(self.core.options.open_timeout.min(TICK));
+        let options = &self.core.options;
+        let period = options.open_timeout.min(options.unstarted_timeout).min(TICK);
+        let mut tick = tokio::time::interval(period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let stream = tokio::select! {

@@ -172,6 +172,9 @@ pub trait Runtime: Send + Sync + 'static {
     /// knows how the process ended and it is not alive (it counts as exited with 255).
     async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>>;
 
+    /// Ids of all containers of which something exists, whole or not. Asked after a restart.
+    async fn existing(&self) -> Vec<String>;
+
     /// The exit of this process is in the journal now; the runtime may forget it.
     async fn exit_recorded(&self, process: &ProcessRef);
 }

@@ -225,6 +225,15 @@ impl TaskServer {
         Some((record.pid, record.exit))
     }
 
+    /// Handles of all processes, ended or not, that a runtime may still know by them.
+    pub fn handles(&self) -> Vec<u64> {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let of = |c: &Arc<Container>| -> Vec<u64> {
+            lock(&c.processes).values().map(|p| lock(&p.state).handle).collect()
+        };
+        containers.iter().flat_map(of).collect()
+    }
+
     /// Every process that is not known to have ended.
     pub fn processes(&self) -> Vec<ProcessRef> {
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
@@ -397,7 +406,11 @@ impl TaskServer {
                 self.runtime.exit_recorded(&c.reference(p)).await;
             }
         }
-        // Everything that was written before the end is to be read before the end is told.
+        self.tell(c, p, exit).await;
+    }
+
+    /// Tells a recorded end, when everything that was written before it has been read.
+    async fn tell(&self, c: &Arc<Container>, p: &Arc<Process>, exit: Exit) {
         let outputs = lock(&p.io).take_outputs();
         if !outputs.is_empty() {
             let aborts: Vec<_> = outputs.iter().map(tokio::task::JoinHandle::abort_handle).collect();
@@ -630,14 +643,22 @@ impl TaskServer {
                 )));
             }
             this.hit("task.delete.before")?;
-            if exec.is_empty() { this.delete_container(&c, &p).await } else { this.delete_exec(&c, &p) }
+            if exec.is_empty() {
+                this.delete_container(&c, &p).await
+            } else {
+                this.delete_exec(&c, &p).await
+            }
         })
         .await
         .unwrap_or_else(|e| Err(Error::internal("deleting the process panicked", e)))
     }
 
-    fn delete_exec(&self, c: &Arc<Container>, p: &Arc<Process>) -> Result<(u32, Exit)> {
+    async fn delete_exec(&self, c: &Arc<Container>, p: &Arc<Process>) -> Result<(u32, Exit)> {
         let r = p.record();
+        if r.pid == 0 {
+            // A server that died while it started this one may have left its streams.
+            let _ = self.keeper.forget(&c.io_name(&p.exec)).await;
+        }
         lock(&c.processes).remove(&p.exec);
         self.streams.forget(&p.exec);
         self.save(c)?;
@@ -755,6 +776,22 @@ impl TaskServer {
 
     // ---- whole pod ------------------------------------------------------------------------
 
+    /// Removes containers of which the runtime has something and the journal nothing: a server
+    /// died while it made them. Call after [`TaskServer::recover`], when nothing that the last
+    /// server began is still under way.
+    pub async fn sweep(&self) {
+        for id in self.runtime.existing().await {
+            if lock(&self.containers).contains_key(&id) || lock(&self.creating).contains(&id) {
+                continue;
+            }
+            tracing::info!(container = %id, "removing what is left of an unfinished create");
+            if let Err(e) = self.runtime.delete(&id, std::path::Path::new("")).await {
+                tracing::error!(container = %id, "it cannot be removed: {}", e.chain());
+            }
+            let _ = self.keeper.forget(&format!("io/{id}/")).await;
+        }
+    }
+
     /// Kills every process of every container and waits until all have ended, at most `deadline`.
     ///
     /// # Errors
@@ -816,7 +853,7 @@ impl TaskServer {
             for (exec, r) in record.processes {
                 let p = Process::new(&exec, r.clone());
                 lock(&c.processes).insert(exec.clone(), p.clone());
-                if r.exit.is_some() || r.pid == 0 {
+                if r.pid == 0 {
                     continue;
                 }
                 let name = c.io_name(&exec);
@@ -827,6 +864,13 @@ impl TaskServer {
                     Err(e) => {
                         tracing::error!(container = %c.id, %exec, "stdio is lost: {}", e.chain());
                     }
+                }
+                if let Some(exit) = r.exit {
+                    // The last server may have died before it told: a second time does no harm.
+                    p.exited.send_replace(None);
+                    let (this, c) = (self.clone(), c.clone());
+                    tokio::spawn(async move { this.tell(&c, &p, exit).await });
+                    continue;
                 }
                 match self.runtime.reattach(&c.reference(&p)).await {
                     Ok(Some(exit)) => self.watch(c.clone(), p, exit),

@@ -61,7 +61,8 @@ async fn spawn(options: &ParentOptions, cgroups: &[PathBuf]) -> Result<()> {
     let mut command = tokio::process::Command::new(&options.binary);
     command
         .arg(&options.dir)
-        .arg(format!("connections={}", options.max_connections));
+        .arg(format!("connections={}", options.max_connections))
+        .arg(format!("hold={}", options.hold.as_millis()));
     for cgroup in cgroups {
         let mut argument = OsString::from("cgroup=");
         argument.push(cgroup);

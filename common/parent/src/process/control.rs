@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sandbox_parent::protocol::{MAX_MESSAGE, Reader, Writer, op};
+use sandbox_parent::protocol::{MAX_MESSAGE, MAX_NAME, Reader, Writer, op};
 
 use super::memory::{self, Buffer, Table};
 use super::reap::Reaper;
@@ -66,6 +66,8 @@ pub struct Parent {
     again: bool,
     starved: bool,
     used: bool,
+    /// When calls began to wait for a daemon.
+    held_since: u32,
     /// [`INPUT`], [`OUTPUT`] and [`PASSING`].
     scratch: Buffer,
 }
@@ -148,6 +150,7 @@ impl Parent {
             starved: false,
             // The start has left its traces on the stack.
             used: true,
+            held_since: 0,
             scratch: Buffer::new(PASSING.end)?,
         })
     }
@@ -159,10 +162,10 @@ impl Parent {
                 0
             } else if self.undecided {
                 GRACE_MS as i32 / 2
-            } else if self.reaper.zombies {
-                ZOMBIES_MS
             } else {
-                -1
+                let zombies = self.reaper.zombies.then_some(ZOMBIES_MS);
+                // -1, for ever, when neither is due.
+                [zombies, self.hold_left()].into_iter().flatten().min().unwrap_or(-1)
             };
             // SAFETY: zeroed events are valid and the array lives across the call.
             let mut events: [libc::epoll_event; 16] = unsafe { std::mem::zeroed() };
@@ -267,6 +270,20 @@ impl Parent {
             self.lose_daemon();
             self.daemon = Some(control);
         }
+        self.hold();
+    }
+
+    /// From now on calls wait for a daemon that serves, for as long as is allowed.
+    fn hold(&mut self) {
+        self.store.holding = self.limits.hold > 0;
+        self.held_since = sys::now_ms();
+    }
+
+    /// Milliseconds until calls that wait for a daemon are refused; none when it serves.
+    fn hold_left(&self) -> Option<i32> {
+        let gone = sys::now_ms().wrapping_sub(self.held_since) as usize;
+        let waits = self.store.holding && !self.ready;
+        waits.then(|| self.limits.hold.saturating_sub(gone).min(1 << 30) as i32)
     }
 
     /// Whether this control connection is the daemon's.
@@ -283,6 +300,7 @@ impl Parent {
         }
         self.ready = false;
         self.crowded = false;
+        self.hold();
         self.reaper.untell();
         for i in self.connections.indices() {
             if let Some(c) = self.connections.get_mut(i) {
@@ -551,6 +569,12 @@ impl Parent {
                 }
             }
         }
+        if self.hold_left() == Some(0) {
+            self.store.holding = false;
+            for i in self.connections.indices() {
+                self.turn(i);
+            }
+        }
         if self.reaper.zombies {
             self.reaper.look_again();
         }
@@ -594,7 +618,7 @@ impl Parent {
                 return;
             };
             let parked = c.count(&self.store, super::store::pending::PARKED) > 0;
-            let mut buf = [0u8; 256];
+            let mut buf = [0u8; MAX_NAME + 16];
             let mut m = Writer::fixed(&mut buf, op::CONNECTION, 0);
             m.u8(u8::from(parked))
                 .bytes(self.store.pod_name(c.pod.into()));

@@ -17,9 +17,13 @@
 //!   spoils that one answer and not the connection.
 //! * **Pending calls** are rows of [`Pending`], a list per connection. Of `Wait`, `WaitSandbox`
 //!   and `Stream` the request itself is kept: while the daemon is away these are *parked*, and
-//!   put to the next one. Any other call is answered Unavailable at once. If a stream's client
-//!   has had the daemon's first data frame, its acknowledgement, the second one is dropped. What
-//!   a client had sent on a stream and the dead daemon had not read is lost.
+//!   put to the next one. Any other call that the dead daemon had taken and not answered is
+//!   answered Unavailable: it may have been done. One that comes while no daemon is there waits
+//!   in its socket for the next one ([`Store::holding`]), and with it whatever the client sends
+//!   after it; only when none has come in time, it is answered Unavailable as well. (An engine
+//!   that is refused does not clean up: what a failed Start has left it gives up for good.) If a
+//!   stream's client has had the daemon's first data frame, its acknowledgement, the second one
+//!   is dropped. What a client had sent on a stream and the dead daemon had not read is lost.
 //! * **Is it dead, or did it hang up?** A daemon's death closes its sockets one by one. When its
 //!   end of a connection closes, the decision waits for [`GRACE_MS`]: if the control socket is
 //!   still there then, it hung up on purpose and the client is closed as well.
@@ -554,6 +558,9 @@ impl Connection {
                 let parked = if call == Call::Other { None } else { whole };
                 if parked.is_some() {
                     flags |= pending::PARKABLE;
+                }
+                if !attached && parked.is_none() && store.holding {
+                    return Way::Hold;
                 }
                 if !attached {
                     flags |= if parked.is_some() {

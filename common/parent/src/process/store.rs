@@ -104,6 +104,8 @@ pub struct Limits {
     pub pending: usize,
     pub kept: usize,
     pub watched: usize,
+    /// How long calls wait for the next daemon, in milliseconds.
+    pub hold: usize,
 }
 
 /// Names, kept descriptors, pods and pending calls.
@@ -113,6 +115,8 @@ pub struct Store {
     kept: Table<Kept>,
     pub pending: Table<Pending>,
     max_pods: usize,
+    /// A daemon is there or expected: calls wait for it where they are.
+    pub holding: bool,
 }
 
 fn split(name: &[u8]) -> (&[u8], &[u8]) {
@@ -129,6 +133,7 @@ impl Store {
             kept: Table::new(limits.kept)?,
             pending: Table::new(limits.pending.min(60_000))?,
             max_pods: limits.pods,
+            holding: false,
         })
     }
 

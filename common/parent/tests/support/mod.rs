@@ -40,8 +40,18 @@ impl Home {
     }
 
     pub fn daemon_with(&self, max_connections: u32) -> Daemon {
+        self.start(max_connections, Duration::ZERO)
+    }
+
+    /// The first one of these starts a sandbox-parent that lets calls wait for so long.
+    pub fn daemon_that_holds(&self, hold: Duration) -> Daemon {
+        self.start(1000, hold)
+    }
+
+    fn start(&self, max_connections: u32, hold: Duration) -> Daemon {
         let options = ParentOptions {
             max_connections,
+            hold,
             timeout: Duration::from_secs(20),
             ..ParentOptions::new(self.0.path(), program())
         };

@@ -8,8 +8,8 @@
 //!
 //! For FIFOs the other end is *held*: a read end of each output, so that a restart of containerd
 //! is no EPIPE for the container, and a write end of the input until CloseIO, so that it is no
-//! end of input. Held ends, our pipe ends and pty masters are given to the [`Keeper`] as well, and
-//! live on when this process dies.
+//! end of input. Held ends, our pipe ends, pty masters and the write end that a terminal's output
+//! goes to are given to the [`Keeper`] as well, and live on when this process dies.
 
 pub mod fifo;
 pub mod pump;
@@ -144,7 +144,10 @@ impl Prepared {
     ) -> Result<Io> {
         if let Some(master) = terminal {
             keeper.keep(&format!("{}terminal", self.name), master.as_fd()).await?;
-            self.io.join_terminal(master, &self.stdio, streams)?;
+            if let Some(writer) = self.io.join_terminal(master, &self.stdio, streams)? {
+                // Ours is the only one: without it containerd would take our death for the end.
+                keeper.keep(&format!("{}writer", self.name), writer.as_fd()).await?;
+            }
         }
         for (which, fd) in std::mem::take(&mut self.ours) {
             self.io.join_stream(which, fd, &self.stdio, streams, false)?;
@@ -190,18 +193,25 @@ pub async fn recover(
 }
 
 impl Io {
-    fn join_terminal(&mut self, master: OwnedFd, stdio: &Stdio, streams: &Arc<Streams>) -> Result<()> {
+    /// Answers a duplicate of the write end of the output FIFO, if it is one.
+    fn join_terminal(
+        &mut self,
+        master: OwnedFd,
+        stdio: &Stdio,
+        streams: &Arc<Streams>,
+    ) -> Result<Option<OwnedFd>> {
+        let failed = |e| Error::internal("cannot duplicate a terminal", e);
         let master = Arc::new(master);
         self.terminal = Some(master.clone());
-        let copy = || {
-            master.try_clone().map_err(|e| Error::internal("cannot duplicate a terminal", e))
-        };
+        let copy = || master.try_clone().map_err(failed);
+        let mut writer = None;
         if !stdio.stdout.is_empty() {
             if stream_id(&stdio.stdout).is_some() {
                 self.join_stream(Which::Stdout, copy()?, stdio, streams, false)?;
             } else {
                 let opened = fifo::open_ours(&stdio.stdout, Which::Stdout)?;
                 self.held.extend(opened.hold);
+                writer = Some(opened.end.try_clone().map_err(failed)?);
                 self.outputs.push(pump::splice(copy()?, opened.end)?);
             }
         }
@@ -214,7 +224,7 @@ impl Io {
                 self.input = Some(pump::splice(opened.end, copy()?)?);
             }
         }
-        Ok(())
+        Ok(writer)
     }
 
     fn join_stream(
