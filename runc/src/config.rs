@@ -23,6 +23,10 @@ pub struct Config {
     pub engines: BTreeMap<String, EngineConfig>,
     /// Engine by `runtime_type` of the runtime handler.
     pub runtimes: BTreeMap<String, String>,
+    /// Engine of pods with a user namespace, in place of the built-in one: that one looks mount
+    /// sources up as the pod's users, who may not enter the directories of other users' volumes,
+    /// and makes no id-mapped mounts. Has to be in `[engines]`.
+    pub userns_engine: String,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
     /// Size of a pod's `/dev/shm` in bytes.
@@ -44,6 +48,7 @@ impl Default for Config {
             engine: BUILTIN.into(),
             engines: BTreeMap::from([cli("runc"), cli("crun")]),
             runtimes: BTreeMap::new(),
+            userns_engine: "runc".into(),
             engine_timeouts: Limits::default(),
             shm_size: 64 << 20,
             unprivileged_ports: true,
@@ -85,6 +90,9 @@ impl Config {
         if self.engines.contains_key(BUILTIN) {
             return Err("engines.builtin: this name is the built-in engine's".into());
         }
+        if !self.engines.contains_key(&self.userns_engine) {
+            return Err(format!("userns_engine = {:?} is not in [engines]", self.userns_engine));
+        }
         for (key, value) in
             [("create", self.engine_timeouts.create), ("other", self.engine_timeouts.other)]
         {
@@ -98,9 +106,22 @@ impl Config {
         Ok(())
     }
 
-    /// The engine for a pod: by annotation where allowed, by runtime type, or the default. It is
-    /// a name of the table, which is looked up later; a pod cannot name a program.
+    /// The engine for a pod: by annotation where allowed, by runtime type, or the default; never
+    /// the built-in one for a pod with a user namespace. It is a name of the table, which is
+    /// looked up later; a pod cannot name a program.
     pub fn engine_of<'a>(
+        &'a self,
+        runtime: &str,
+        annotations: &'a std::collections::HashMap<String, String>,
+        has_userns: bool,
+    ) -> &'a str {
+        match self.chosen(runtime, annotations) {
+            BUILTIN if has_userns => &self.userns_engine,
+            name => name,
+        }
+    }
+
+    fn chosen<'a>(
         &'a self,
         runtime: &str,
         annotations: &'a std::collections::HashMap<String, String>,
@@ -121,9 +142,9 @@ mod tests {
     fn an_annotation_counts_only_where_it_is_allowed() {
         let annotations = HashMap::from([(ENGINE_ANNOTATION.to_owned(), "crun".to_owned())]);
         let mut config = Config::default();
-        assert_eq!(config.engine_of("", &annotations), "builtin");
+        assert_eq!(config.engine_of("", &annotations, false), "builtin");
         config.heeds_annotation = true;
-        assert_eq!(config.engine_of("", &annotations), "crun");
+        assert_eq!(config.engine_of("", &annotations, false), "crun");
     }
 
     #[test]
@@ -131,8 +152,9 @@ mod tests {
         let config: Config =
             toml::from_str("[runtimes]\n\"io.containerd.kuasar-crun.v1\" = \"crun\"\n").unwrap();
         config.check().unwrap();
-        assert_eq!(config.engine_of("io.containerd.kuasar-crun.v1", &HashMap::new()), "crun");
-        assert_eq!(config.engine_of("other", &HashMap::new()), "builtin");
+        assert_eq!(config.engine_of("io.containerd.kuasar-crun.v1", &HashMap::new(), false), "crun");
+        assert_eq!(config.engine_of("other", &HashMap::new(), false), "builtin");
+        assert_eq!(config.engine_of("other", &HashMap::new(), true), "runc");
     }
 
     #[test]

@@ -135,6 +135,12 @@ fn cri_resources(value: &Value) -> LinuxContainerResources {
     resources
 }
 
+/// Whether a pod has a user namespace of its own.
+pub fn has_userns(config: &PodSandboxConfig) -> bool {
+    let options = &config.linux.security_context.namespace_options;
+    options.userns_options.as_ref().is_some_and(|user| !user.uids.is_empty())
+}
+
 /// The sysctls of a pod, with containerd's two defaults for a pod network: unprivileged
 /// processes may bind low ports and send echo requests.
 pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> Result<Vec<(String, String)>> {
@@ -142,12 +148,7 @@ pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> R
     let linux = &config.linux;
     if unprivileged && !modes.host_network {
         list.push(("net.ipv4.ip_unprivileged_port_start".into(), "0".into()));
-        let own_userns = linux
-            .security_context
-            .namespace_options
-            .userns_options
-            .as_ref()
-            .is_some_and(|user| !user.uids.is_empty());
+        let own_userns = has_userns(config);
         if !own_userns {
             list.push(("net.ipv4.ping_group_range".into(), "0 2147483647".into()));
         }

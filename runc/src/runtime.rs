@@ -19,7 +19,7 @@ use containerd_task::runtime::{
 };
 use futures::future::BoxFuture;
 use kuasar_host::cgroup::{Cgroup, Layout};
-use kuasar_host::mount::Mount;
+use kuasar_host::mount::{IdMap, Mount};
 use kuasar_host::{process, record};
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
@@ -147,7 +147,11 @@ impl Containers {
                     options: mount.options.clone(),
                 })
                 .collect();
-            kuasar_host::mount::mount_all(&mounts, &rootfs).map_err(internal("mount the rootfs"))?;
+            let scratch = dir.join("layers");
+            let map = pod.namespaces.user.as_ref();
+            let map = map.map(|user| IdMap { userns: user.as_fd(), scratch: &scratch });
+            kuasar_host::mount::mount_all_mapped(&mounts, &rootfs, map)
+                .map_err(internal("mount the rootfs"))?;
             kuasar_daemon::metrics::observe("rootfs", begun.elapsed());
         }
         make_cwd(&value, &rootfs);
@@ -372,7 +376,12 @@ impl Runtime for Containers {
             return Ok(());
         }
         let Ok(meta) = self.meta(container) else {
-            return blocking(move || remove_dir(&dir)).await;
+            return blocking(move || {
+                // Layers of a rootfs, when a daemon died while it mounted them.
+                kuasar_host::mount::unmount_below(&dir).map_err(internal("unmount layers"))?;
+                remove_dir(&dir)
+            })
+            .await;
         };
         // Processes that the init of a shared PID namespace, or of the host's, has left behind.
         let cgroup = self.cgroups.group(&meta.cgroup).ok();

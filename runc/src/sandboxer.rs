@@ -183,7 +183,8 @@ impl Sandboxer for RuncSandboxer {
         let modes = Modes::of(&spec.config, &spec.netns_path);
         open_netns(&spec.netns_path)?;
         files::sysctls(&spec.config, modes, false)?;
-        let engine = config.engine_of(&spec.runtime, &spec.config.annotations);
+        let has_userns = files::has_userns(&spec.config);
+        let engine = config.engine_of(&spec.runtime, &spec.config.annotations, has_userns);
         self.engines.get(engine).map_err(Error::InvalidArgument)?;
         let (dir, layout, size) = (ctx.dir.clone(), self.cgroups.clone(), config.shm_size);
         let begun = Instant::now();

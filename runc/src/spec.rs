@@ -229,7 +229,8 @@ fn namespaces(
         };
         list.push(entry);
     }
-    if pod.user == Namespace::Host {
+    // A namespace that is joined has its mapping already; runc wants it not to be said again.
+    if pod.user == Namespace::Host || matches!(descriptors, Descriptors::Ours) {
         linux.remove("uidMappings");
         linux.remove("gidMappings");
     }

@@ -176,6 +176,11 @@ kuasar-runc-streaming io.containerd.kuasar-runc.v1 kuasar-runc streaming
 kuasar-runc-v2 io.containerd.runc.v2 kuasar-runc fifo
 kuasar-runc-shim io.containerd.kuasar-runc.v1 shim fifo
 EOF
+    # containerd asks this runc what it can do, and offers user namespaces to pods accordingly
+    cat <<EOF
+  [$r.containerd.runtimes.kuasar-runc-v2.options]
+    BinaryName = '$B/bin/runc13'
+EOF
   } > "$B/etc/config.toml"
   cat > "$B/etc/kuasar-runc.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"

@@ -4,6 +4,7 @@
 //! the page that `mount(2)` copies, so overlay goes through `fsopen`/`fsconfig`, where each
 //! layer is a call of its own, and falls back to `mount(2)` on kernels without.
 
+pub mod idmap;
 mod overlay;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags};
 
 use crate::{Context, Error, Result};
+pub use idmap::IdMap;
 
 /// A mount in `mount(8)`'s terms.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -94,8 +96,17 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, Vec<&str>) {
 /// [`Error::Io`] naming the mount, [`Error::Invalid`] for a target outside `dir`,
 /// [`Error::Unsupported`] for an option that needs a mount helper.
 pub fn mount_all(mounts: &[Mount], dir: &Path) -> Result<()> {
+    mount_all_mapped(mounts, dir, None)
+}
+
+/// The same; mounts with containerd's `uidmap=` and `gidmap=` options are id-mapped by `map`.
+///
+/// # Errors
+/// As [`mount_all`]; [`Error::Unsupported`] for those options without `map`, or when this kernel
+/// or the filesystem cannot do it.
+pub fn mount_all_mapped(mounts: &[Mount], dir: &Path, map: Option<IdMap<'_>>) -> Result<()> {
     for (i, m) in mounts.iter().enumerate() {
-        if let Err(e) = mount_one(m, dir) {
+        if let Err(e) = mount_one(m, dir, map) {
             for m in mounts.iter().take(i).rev() {
                 // Undo what was mounted; the first error is the one to report.
                 let _ = unmount(&dir.join(m.target.trim_start_matches('/')));
@@ -107,17 +118,17 @@ pub fn mount_all(mounts: &[Mount], dir: &Path) -> Result<()> {
 }
 
 /// Refuses what only containerd's mount manager or a mount helper can do.
-fn check_options(m: &Mount) -> Result<()> {
+fn check_options(m: &Mount, mapped: bool) -> Result<()> {
     let help = "let containerd 2.2 or later do this mount, or use another snapshotter";
     for o in &m.options {
         let key = o.split('=').next().unwrap_or_default();
         if matches!(key, "loop" | "offset" | "sizelimit") || key.starts_with("X-containerd.") {
             return Err(Error::Unsupported(format!("mount option {o:?} needs a helper: {help}")));
         }
-        if matches!(key, "idmap" | "ridmap" | "uidmap" | "gidmap" | "uidmapping" | "gidmapping") {
+        let mapping = matches!(key, "uidmap" | "gidmap") && !mapped;
+        if mapping || matches!(key, "idmap" | "ridmap" | "uidmapping" | "gidmapping") {
             return Err(Error::Unsupported(format!(
-                "mount option {o:?}: id-mapped mounts are not made here: use a snapshotter that \
-                 changes owners, or a pod without a user namespace"
+                "mount option {o:?} asks for an id-mapped mount, and the pod has no user namespace"
             )));
         }
     }
@@ -147,11 +158,17 @@ fn target(m: &Mount, dir: &Path) -> Result<OwnedFd> {
     crate::safe_path::open_in_root(root.as_fd(), rel, libc::O_PATH)
 }
 
-fn mount_one(m: &Mount, dir: &Path) -> Result<()> {
-    check_options(m)?;
+fn mount_one(m: &Mount, dir: &Path, map: Option<IdMap<'_>>) -> Result<()> {
+    check_options(m, map.is_some())?;
     let at = target(m, dir)?;
     let path = crate::safe_path::proc_path(at.as_fd());
-    let (flags, propagation, data) = parse_options(&m.options);
+    let (flags, propagation, mut data) = parse_options(&m.options);
+    let is_mapping = |o: &&str| o.starts_with("uidmap=") || o.starts_with("gidmap=");
+    let map = map.filter(|_| data.iter().any(is_mapping));
+    data.retain(|o| !is_mapping(o));
+    if let Some(map) = map {
+        return mount_mapped(m, dir, &map, (flags, propagation, data));
+    }
     let shown = dir.join(m.target.trim_start_matches('/'));
     let what = || format!("cannot mount {} {} on {}", m.kind, m.source, shown.display());
     let made = m.kind == "overlay" && {
@@ -184,6 +201,42 @@ fn mount_one(m: &Mount, dir: &Path) -> Result<()> {
         let _ = unmount(&shown);
     }
     finished
+}
+
+/// An overlay of id-mapped layers (what is copied up belongs to the pod's users by itself), or an
+/// id-mapped bind.
+fn mount_mapped(
+    m: &Mount,
+    dir: &Path,
+    map: &IdMap<'_>,
+    (flags, propagation, data): (MsFlags, MsFlags, Vec<&str>),
+) -> Result<()> {
+    let what = || format!("cannot make an id-mapped mount of {} {}", m.kind, m.source);
+    if m.kind == "overlay" {
+        let lower = data.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap_or_default();
+        // They go again when the overlay is there.
+        let (_layers, names) = idmap::Layers::mount(lower, map).context(what)?;
+        let kept = m.options.iter().filter(|o| {
+            !["lowerdir=", "uidmap=", "gidmap="].iter().any(|key| o.starts_with(key))
+        });
+        let options = kept.cloned().chain([format!("lowerdir={names}")]).collect();
+        return mount_one(&Mount { options, ..m.clone() }, dir, None);
+    }
+    if !flags.contains(MsFlags::MS_BIND) {
+        return Err(Error::Unsupported(format!(
+            "{}: only overlay and bind mounts are id-mapped here: use such a snapshotter, or a \
+             pod without a user namespace",
+            what()
+        )));
+    }
+    let recursive = flags.contains(MsFlags::MS_REC);
+    let tree = idmap::clone_mapped(Path::new(&m.source), map.userns, recursive).context(what)?;
+    overlay::attach(&tree, &target(m, dir)?).context(what)?;
+    let top = target(m, dir)?;
+    let path = crate::safe_path::proc_path(top.as_fd());
+    finish(&path, flags, propagation).context(what).inspect_err(|_| {
+        let _ = unmount(&dir.join(m.target.trim_start_matches('/')));
+    })
 }
 
 fn at_path(dir: &Path) -> Result<OwnedFd> {

@@ -34,6 +34,27 @@ fn layers(value: &str) -> Option<Vec<&str>> {
     plain.then(|| value.split(':').collect())
 }
 
+/// The layers of a `lowerdir` value that is a plain list.
+pub(super) fn plain_layers(value: &str) -> io::Result<Vec<&str>> {
+    layers(value).ok_or_else(invalid)
+}
+
+/// Attaches a detached mount.
+pub(super) fn attach(mount: &impl AsRawFd, target: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: valid strings and descriptors.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            target.as_raw_fd(),
+            c"".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Mounts an overlay through the file-descriptor based API (Linux 6.5 for single layers).
 ///
 /// # Errors
@@ -106,18 +127,7 @@ pub(super) fn mount(
     let mount = own(unsafe {
         libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, attr)
     })?;
-    // SAFETY: valid strings and descriptors.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_move_mount,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            target.as_raw_fd(),
-            c"".as_ptr(),
-            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
-        )
-    };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    attach(&mount, &target)
 }
 
 /// Mounts with `mount(2)` from the layers' common directory, so that relative names fit into the
