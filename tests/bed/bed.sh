@@ -47,7 +47,7 @@ daemon() {
   case $1 in
     spawn) # does not wait until it serves
       start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
-        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" --log-level "${LOG:-info}" ;;
+        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" ${LOG:+--log-level "$LOG"} ;;
     start)
       alive "$(pid_of daemon)" && return 0
       daemon spawn

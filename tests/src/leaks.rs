@@ -20,6 +20,7 @@ fn walk(dir: &Path, prefix: &str, depth: usize, out: &mut BTreeSet<String>) {
 /// state files and the number of descriptors of daemon and sandbox-parent.
 pub fn snapshot() -> Snapshot {
     let mut all = BTreeSet::new();
+    let root = crate::cri::cgroup_root();
     for e in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(text) = std::fs::read(e.path().join("cmdline")) else { continue };
         let text = String::from_utf8_lossy(&text).replace('\0', " ");
@@ -27,7 +28,7 @@ pub fn snapshot() -> Snapshot {
             all.insert(format!("process {text}"));
         }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };
-        if cgroup.contains("/kuasar-e2e/") {
+        if cgroup.contains(&format!("/{root}/")) {
             all.insert(format!("process in a pod's cgroup: {text}"));
         }
     }
@@ -41,7 +42,7 @@ pub fn snapshot() -> Snapshot {
         }
     }
     for dir in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        for name in ["kuasar-e2e", "kuasar"] {
+        for name in [root.as_str(), "kuasar"] {
             walk(&dir.path().join(name), "cgroup", 3, &mut all);
         }
     }
