@@ -178,6 +178,13 @@ fn namespaces(
     let linux = object(spec, "linux")?;
     let list = array(linux, "namespaces")?;
     let old = std::mem::take(list);
+    for entry in &old {
+        let kind = entry.get("type").and_then(Value::as_str).unwrap_or_default();
+        // Leaving one out would isolate the container less than it asks for.
+        if !kuasar_host::spec::NAMESPACES.contains(&kind) {
+            return Err(format!("config.json: linux.namespaces: unknown type {kind:.40?}"));
+        }
+    }
     let find = |kind: &str| {
         old.iter().find(|entry| entry.get("type").and_then(Value::as_str) == Some(kind))
     };
@@ -293,6 +300,15 @@ mod tests {
         assert!(!spec.to_string().contains("/proc/0/"));
         assert_eq!(spec["unknown"]["kept"], 1);
         assert_eq!(spec["root"]["path"], "/b/rootfs");
+    }
+
+    #[test]
+    fn an_unknown_namespace_is_refused() {
+        for kind in [json!({"type": "moon"}), json!({})] {
+            let mut spec = spec();
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(kind);
+            assert!(edit(&mut spec, &pod(), Path::new("/r"), Descriptors::Ours).is_err());
+        }
     }
 
     #[test]

@@ -208,7 +208,8 @@ impl Bundle {
         }
         let ns = |kind: &str| json!({ "type": kind, "path": format!("/proc/0/ns/{kind}") });
         let spec = json!({
-            "ociVersion": "1.1.0",
+            // crun 1.8 wants it to be this.
+            "ociVersion": "1.0.2",
             "process": {
                 "user": { "uid": 0, "gid": 0 }, "args": args, "env": ["PATH=/bin"], "cwd": "/",
                 "capabilities": { "bounding": [], "effective": [], "permitted": [] },

@@ -124,7 +124,8 @@ fn a_failure_at_any_point_leaves_nothing() {
         return;
     }
     let before = leaks::snapshot();
-    for point in POINTS {
+    // A delete that fails each time keeps containerd trying: there is nothing to undo.
+    for point in POINTS.iter().filter(|point| **point != "task.delete") {
         for side in ["before", "after"] {
             let name = format!("{point}.{side}");
             println!("failpoint {name}");

@@ -101,7 +101,8 @@ fn a_size_that_comes_before_an_exec_starts_is_its_size() {
 
 /// Adds an exec to the container `c` that has no streams.
 fn exec(pod: &Direct, id: &str, terminal: bool, args: &[&str]) {
-    let spec = json!({ "args": args, "cwd": "/", "env": ["PATH=/bin"], "terminal": terminal });
+    let spec = json!({ "args": args, "cwd": "/", "env": ["PATH=/bin"], "terminal": terminal,
+                       "user": { "uid": 0, "gid": 0 } });
     let spec = Any {
         type_url: wire::PROCESS.into(),
         value: spec.to_string().into_bytes(),
@@ -172,7 +173,9 @@ fn attach(handler: &str) {
     let mut child =
         crictl(&["attach", "-i", &c.id]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    writeln!(child.stdin.take().unwrap(), "again").unwrap();
+    // containerd takes the end of a client's input for its detaching: it stays open.
+    let mut input = child.stdin.take().unwrap();
+    writeln!(input, "again").unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "got again");
     let _ = child.kill();
     child.wait().unwrap();
