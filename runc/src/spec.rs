@@ -117,6 +117,9 @@ fn process(spec: &mut Map<String, Value>) -> Result<(), String> {
         return Err("config.json has no process".into());
     }
     let process = object(spec, "process")?;
+    if let Some(cwd) = process.get("cwd").and_then(Value::as_str).filter(|cwd| !cwd.starts_with('/')) {
+        return Err(format!("config.json: process.cwd {cwd:.100?} is not absolute"));
+    }
     plain_process(process);
     Ok(())
 }
@@ -303,7 +306,10 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_namespace_is_refused() {
+    fn an_unknown_namespace_and_a_relative_directory_are_refused() {
+        let mut relative = spec();
+        relative["process"]["cwd"] = json!("tmp");
+        assert!(edit(&mut relative, &pod(), Path::new("/r"), Descriptors::Ours).is_err());
         for kind in [json!({"type": "moon"}), json!({})] {
             let mut spec = spec();
             spec["linux"]["namespaces"].as_array_mut().unwrap().push(kind);

@@ -10,7 +10,7 @@ use kuasar_protos::controller::{ControllerCreateRequest, ControllerCreateRespons
 use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
 use kuasar_tests::wire::{self, Bundle, Direct};
-use kuasar_tests::{bed, handler, inside, leaks, ours, programs, task};
+use kuasar_tests::{bed, handler, inside, leaks, ours, programs, switch, task};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
@@ -154,9 +154,12 @@ fn the_engines_program_cannot_be_written_from_what_runs_it() {
     kuasar_tests::wait_for("it has become its payload", std::time::Duration::from_secs(10), || {
         std::fs::read_link(&exe).is_ok_and(|now| now != name)
     });
-    // Nobody executes it now under this pid: what remains has to be a matter of the mount.
+    // Nobody executes it now, not even the daemon: what remains has to be a matter of the mount.
+    switch(&["daemon", "stop"], &[]);
     let path = format!("/proc/self/fd/{}", held.as_raw_fd());
-    match std::fs::OpenOptions::new().append(true).open(path) {
+    let opened = std::fs::OpenOptions::new().append(true).open(path);
+    switch(&["daemon", "start"], &[]);
+    match opened {
         Err(e) => assert_eq!(e.raw_os_error(), Some(libc::EROFS), "{e}"),
         Ok(mut file) => drop(file.write_all(b"x").expect_err("it can be written to")),
     }

@@ -78,7 +78,11 @@ fn a_size_that_comes_before_an_exec_starts_is_its_size() {
         return;
     }
     let pod = Direct::run("early");
-    let bundle = Bundle::new(&["sleep", "1000"]);
+    let mut bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.spec["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+        "options": ["newinstance", "ptmxmode=0666", "mode=0620"],
+    }));
     let start = |exec: &str| {
         let q = tasks::StartRequest { id: "c".into(), exec_id: exec.into(), ..Default::default() };
         task!(&pod.socket, start, q).unwrap()

@@ -91,6 +91,7 @@ fn a_malformed_spec_is_explained_and_leaves_nothing() {
             ("args is a string", with("/process", "args", json!("true")), "args"),
             ("namespaces is a map", with("/linux", "namespaces", json!({})), "namespaces"),
             ("a mount is a number", with("", "mounts", json!([1])), "mounts"),
+            ("relative cwd", with("/process", "cwd", json!("tmp")), "cwd"),
             ("unknown namespace", with("/linux", "namespaces", json!([{ "type": "moon" }])), "moon"),
         ];
         for (name, text, word) in bad {
@@ -102,16 +103,10 @@ fn a_malformed_spec_is_explained_and_leaves_nothing() {
             refused(task!(&pod.socket, state, q), Code::NotFound, &["broken"]);
         }
         // What only the engine can find.
-        for (name, text) in [
-            ("no args", with("/process", "args", json!([]))),
-            ("relative cwd", with("/process", "cwd", json!("tmp"))),
-        ] {
-            let q = good.request("broken");
-            std::fs::write(good.dir.join("config.json"), text).unwrap();
-            let e = task!(&pod.socket, create, q).expect_err(name);
-            assert!(matches!(e.code(), Code::Internal | Code::InvalidArgument), "{name}: {e}");
-            assert!(e.message().len() > 20, "{name}: {e}");
-        }
+        let q = good.request("broken");
+        std::fs::write(good.dir.join("config.json"), with("/process", "args", json!([]))).unwrap();
+        let e = task!(&pod.socket, create, q).unwrap_err();
+        assert!(matches!(e.code(), Code::Internal | Code::InvalidArgument), "{e}");
         std::fs::remove_file(good.dir.join("config.json")).unwrap();
         let q = tasks::CreateTaskRequest {
             id: "broken".into(),
@@ -421,7 +416,8 @@ fn state_is_private_and_no_socket_is_for_others() {
     // `shm` is a pod's own /dev/shm, as open as every one is; what an engine makes is its own.
     let open = ["-path", "*/engine/*", "-prune", "-o", "-type", "d", "-perm", "/077", "!", "-name", "shm"];
     assert_eq!(list(&open), "", "directories");
-    assert_eq!(list(&["-type", "s", "-perm", "/077"]), "", "sockets");
+    let open = ["-path", "*/engine/*", "-prune", "-o", "-type", "s", "-perm", "/077"];
+    assert_eq!(list(&open), "", "sockets");
     assert!(list(&["-type", "s"]).contains("task.sock"));
     assert_eq!(list(&["-type", "f", "-perm", "/022"]), "", "files");
     let mode = |p: std::path::PathBuf| {
