@@ -42,7 +42,14 @@ case ${1:-all} in
     ;;
   *) echo "usage: run.sh all|unit|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
 esac
-left=$(pgrep -f "$B/|^\[sandbox-" || true)
+# Another checkout's bed may be up on this machine: its processes run its own programs.
+left=$(pgrep -f "$B/" || true)
+for p in $(pgrep -f '^\[sandbox-' || true); do
+  case $(readlink "/proc/$p/exe" || true) in
+    "$TOP"/* | "${KUASAR_BIN_DIR:-$TOP}"/*) left="$left $p" ;;
+  esac
+done
+left=${left# }
 if [ -n "$left" ]; then
   echo "left running:"
   # shellcheck disable=SC2086 # a list of numbers

@@ -317,7 +317,7 @@ impl Runtime for Containers {
         let dir = self.pod.container(container);
         let mut value: serde_json::Map<String, Value> = serde_json::from_slice(spec)
             .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
-        spec::plain_process(&mut value);
+        spec::plain_process(&mut value).map_err(Error::InvalidArgument)?;
         set_terminal(&mut value, terminal_of(&io));
         let text = serde_json::to_vec(&value).map_err(|error| Error::internal("exec", error))?;
         let file = dir.join(format!("exec-{exec}.json"));

@@ -83,6 +83,8 @@ up() {
     # Until it has its namespaces, `inside` would be the host.
     wait_for 5 own_namespaces
     inside ip link set lo up
+    # A hybrid of cgroup v1 and v2 is v1 in here: crun refuses the hybrid.
+    inside umount /sys/fs/cgroup/unified 2>/dev/null || true
     # its own tmpfs, so that a full disk can be tried without harm
     inside mkdir -p "$B/run/kuasar-runc"
     inside mount -t tmpfs -o mode=0700,size=64m tmpfs "$B/run/kuasar-runc"

@@ -24,7 +24,10 @@ pub fn snapshot() -> Snapshot {
     for e in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(text) = std::fs::read(e.path().join("cmdline")) else { continue };
         let text = String::from_utf8_lossy(&text).replace('\0', " ");
-        if text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
+        // Another checkout's bed may be up on this machine: it runs its own programs.
+        let is_ours = std::fs::read_link(e.path().join("exe"))
+            .is_ok_and(|exe| exe.starts_with(crate::top()) || exe.starts_with(crate::programs()));
+        if is_ours && text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
             all.insert(format!("process {text}"));
         }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };
