@@ -20,7 +20,7 @@ build: deps ## all programs, optimised, into target/release
 	@# sandbox-parent is static and never relocated: it is to touch as little memory as can be
 	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" cargo build --profile parent \
 	  --target $(HOST) -p sandbox-parent --no-default-features --bin sandbox-parent --target-dir target/static
-	cp target/static/$(HOST)/parent/sandbox-parent $(BIN)/sandbox-parent
+	cp --remove-destination target/static/$(HOST)/parent/sandbox-parent $(BIN)/sandbox-parent
 	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
 
 bed:

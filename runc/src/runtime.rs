@@ -114,7 +114,7 @@ impl Containers {
         terminal: Option<Option<(u16, u16)>>,
     ) -> Result<(Meta, Vec<i32>)> {
         let dir = pod.container(&request.id);
-        record::private_dir(&dir).map_err(internal("make the container's directory"))?;
+        record::private_dir(&dir.join("engine")).map_err(internal("make the container's directory"))?;
         let source = request.bundle.join("config.json");
         let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
         let rootfs = request.bundle.join("rootfs");
@@ -153,6 +153,10 @@ impl Containers {
             kuasar_host::mount::mount_all_mapped(&mounts, &rootfs, map)
                 .map_err(internal("mount the rootfs"))?;
             kuasar_daemon::metrics::observe("rootfs", begun.elapsed());
+        }
+        let root = value.pointer("/root/path").and_then(Value::as_str).map_or(rootfs.as_path(), Path::new);
+        if !root.is_dir() {
+            return Err(Error::InvalidArgument(format!("rootfs {} is no directory", root.display())));
         }
         make_cwd(&value, &rootfs);
         let text = serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
@@ -317,7 +321,7 @@ impl Runtime for Containers {
         let dir = self.pod.container(container);
         let mut value: serde_json::Map<String, Value> = serde_json::from_slice(spec)
             .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
-        spec::plain_process(&mut value);
+        spec::plain_process(&mut value).map_err(Error::InvalidArgument)?;
         set_terminal(&mut value, terminal_of(&io));
         let text = serde_json::to_vec(&value).map_err(|error| Error::internal("exec", error))?;
         let file = dir.join(format!("exec-{exec}.json"));

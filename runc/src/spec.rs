@@ -117,15 +117,32 @@ fn process(spec: &mut Map<String, Value>) -> Result<(), String> {
         return Err("config.json has no process".into());
     }
     let process = object(spec, "process")?;
-    plain_process(process);
-    Ok(())
+    if let Some(cwd) = process.get("cwd").and_then(Value::as_str).filter(|cwd| !cwd.starts_with('/')) {
+        return Err(format!("config.json: process.cwd {cwd:.100?} is not absolute"));
+    }
+    plain_process(process)
 }
 
 /// What every engine has to find in a `process` object, of a container or of an exec:
 /// * `noNewPrivileges: false` is the same as its absence, but libcontainer takes its presence as
 ///   leave to load seccomp after capabilities are dropped;
-/// * all five capability sets, so that none is inherited (CVE-2022-27650).
-pub fn plain_process(process: &mut Map<String, Value>) {
+/// * all five capability sets, so that none is inherited (CVE-2022-27650);
+/// * users that are numbers of 32 bits: crun takes `"0"`, and whatever else it cannot read, for
+///   root (CVE-2026-30892).
+pub fn plain_process(process: &mut Map<String, Value>) -> Result<(), String> {
+    let is_id = |id: &Value| id.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
+    if let Some(user) = process.get("user") {
+        let user = user.as_object().ok_or("process.user is not an object")?;
+        let groups = match user.get("additionalGids") {
+            None | Some(Value::Null) => &Vec::new(),
+            Some(groups) => groups.as_array().ok_or("process.user.additionalGids is not an array")?,
+        };
+        let ids = [user.get("uid"), user.get("gid")].into_iter().flatten();
+        if let Some(id) = ids.chain(groups).find(|id| !is_id(id)) {
+            let shown: String = id.to_string().chars().take(40).collect();
+            return Err(format!("process.user: {shown} is no user or group: a number of 32 bits is"));
+        }
+    }
     if process.get("noNewPrivileges") == Some(&Value::Bool(false)) {
         process.remove("noNewPrivileges");
     }
@@ -137,6 +154,7 @@ pub fn plain_process(process: &mut Map<String, Value>) {
             }
         }
     }
+    Ok(())
 }
 
 fn destination(mount: &Value) -> Option<&str> {
@@ -178,6 +196,13 @@ fn namespaces(
     let linux = object(spec, "linux")?;
     let list = array(linux, "namespaces")?;
     let old = std::mem::take(list);
+    for entry in &old {
+        let kind = entry.get("type").and_then(Value::as_str).unwrap_or_default();
+        // Leaving one out would isolate the container less than it asks for.
+        if !kuasar_host::spec::NAMESPACES.contains(&kind) {
+            return Err(format!("config.json: linux.namespaces: unknown type {kind:.40?}"));
+        }
+    }
     let find = |kind: &str| {
         old.iter().find(|entry| entry.get("type").and_then(Value::as_str) == Some(kind))
     };
@@ -294,6 +319,31 @@ mod tests {
         assert!(!spec.to_string().contains("/proc/0/"));
         assert_eq!(spec["unknown"]["kept"], 1);
         assert_eq!(spec["root"]["path"], "/b/rootfs");
+    }
+
+    #[test]
+    fn a_user_is_a_number() {
+        let with = |user: Value| plain_process(json!({ "user": user }).as_object_mut().unwrap());
+        with(json!({"uid": 0, "gid": u32::MAX, "additionalGids": [1, 2]})).unwrap();
+        with(json!({"username": "x", "additionalGids": null})).unwrap();
+        for wrong in [json!("0"), json!(-1), json!(1.0), json!(1_u64 << 32), json!(null), json!([0])] {
+            assert!(with(json!({"uid": wrong, "gid": 0})).is_err(), "{wrong}");
+            assert!(with(json!({"uid": 0, "gid": wrong})).is_err(), "{wrong}");
+            assert!(with(json!({"uid": 0, "gid": 0, "additionalGids": [wrong]})).is_err(), "{wrong}");
+        }
+        assert!(with(json!("root")).is_err());
+    }
+
+    #[test]
+    fn an_unknown_namespace_and_a_relative_directory_are_refused() {
+        let mut relative = spec();
+        relative["process"]["cwd"] = json!("tmp");
+        assert!(edit(&mut relative, &pod(), Path::new("/r"), Descriptors::Ours).is_err());
+        for kind in [json!({"type": "moon"}), json!({})] {
+            let mut spec = spec();
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(kind);
+            assert!(edit(&mut spec, &pod(), Path::new("/r"), Descriptors::Ours).is_err());
+        }
     }
 
     #[test]

@@ -13,6 +13,11 @@ export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock
 pid_of() { cat "$B/run/$1.pid" 2>/dev/null || true; }
 alive() { [ -n "$1" ] && readlink "/proc/$1/exe" >/dev/null 2>&1; }
 inside() { nsenter -t "$(pid_of ns)" -n -m -- "$@"; }
+own_namespaces() {
+  local p n; p=$(pid_of ns)
+  for n in net mnt; do [ "$(readlink "/proc/$p/ns/$n")" != "$(readlink "/proc/self/ns/$n")" ] || return 1; done
+  [ "$(cat "/proc/$p/comm")" = sleep ]
+}
 # wait_for SECONDS COMMAND…: until it succeeds
 wait_for() {
   local until=$(($(date +%s) + $1)); shift
@@ -47,7 +52,7 @@ daemon() {
   case $1 in
     spawn) # does not wait until it serves
       start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
-        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" --log-level "${LOG:-info}" ;;
+        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" ${LOG:+--log-level "$LOG"} ;;
     start)
       alive "$(pid_of daemon)" && return 0
       daemon spawn
@@ -62,7 +67,9 @@ containerd_() {
     start)
       alive "$(pid_of containerd)" && return 0
       start containerd containerd.log containerd --config "$B/etc/config.toml"
-      wait_for 60 ctr version ;;
+      wait_for 60 ctr version
+      # CRI answers a little later.
+      [ ! -x "$B/bin/crictl" ] || wait_for 60 inside crictl pods ;;
     stop) end containerd TERM ;;
     kill) end containerd KILL ;;
   esac
@@ -73,7 +80,11 @@ up() {
     rm -rf "$B/run/kuasar-runc" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
     setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &
     echo $! > "$B/run/ns.pid"
-    wait_for 5 inside ip link set lo up
+    # Until it has its namespaces, `inside` would be the host.
+    wait_for 5 own_namespaces
+    inside ip link set lo up
+    # A hybrid of cgroup v1 and v2 is v1 in here: crun refuses the hybrid.
+    inside umount /sys/fs/cgroup/unified 2>/dev/null || true
     # its own tmpfs, so that a full disk can be tried without harm
     inside mkdir -p "$B/run/kuasar-runc"
     inside mount -t tmpfs -o mode=0700,size=64m tmpfs "$B/run/kuasar-runc"
@@ -86,7 +97,8 @@ up() {
 }
 down() {
   if alive "$(pid_of ns)"; then
-    alive "$(pid_of containerd)" && timeout 120 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1
+    # What is left of a failed test may be past removing: the namespaces go all the same.
+    alive "$(pid_of containerd)" && timeout 60 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1 || true
     end containerd TERM || end containerd KILL || true
     end daemon TERM || end daemon KILL || true
     inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true

@@ -49,10 +49,16 @@ macro_rules! cri {
     };
 }
 
-fn unique() -> u64 {
+/// A number that no other test of any run has.
+pub fn unique() -> u64 {
     static N: AtomicU64 = AtomicU64::new(0);
     let start = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     start.wrapping_add(N.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Parent of the pods' cgroups, one for each checkout: two beds of a machine do not see each other.
+pub fn cgroup_root() -> String {
+    format!("kuasar-e2e-{}", crate::top().file_name().unwrap().to_string_lossy())
 }
 
 /// Configuration of a pod as kubelet sends it: explicit namespace options.
@@ -68,7 +74,7 @@ pub fn pod_config(name: &str) -> PodSandboxConfig {
         hostname: name.into(),
         log_directory: bed_logs().join(&uid).to_string_lossy().into_owned(),
         linux: Some(LinuxPodSandboxConfig {
-            cgroup_parent: format!("/kuasar-e2e/{uid}"),
+            cgroup_parent: format!("/{}/{uid}", cgroup_root()),
             security_context: Some(LinuxSandboxSecurityContext {
                 namespace_options: Some(NamespaceOption {
                     pid: NamespaceMode::Container as i32,

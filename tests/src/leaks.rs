@@ -20,14 +20,18 @@ fn walk(dir: &Path, prefix: &str, depth: usize, out: &mut BTreeSet<String>) {
 /// state files and the number of descriptors of daemon and sandbox-parent.
 pub fn snapshot() -> Snapshot {
     let mut all = BTreeSet::new();
+    let root = crate::cri::cgroup_root();
     for e in std::fs::read_dir("/proc").unwrap().flatten() {
         let Ok(text) = std::fs::read(e.path().join("cmdline")) else { continue };
         let text = String::from_utf8_lossy(&text).replace('\0', " ");
-        if text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
+        // Another checkout's bed may be up on this machine: it runs its own programs.
+        let is_ours = std::fs::read_link(e.path().join("exe"))
+            .is_ok_and(|exe| exe.starts_with(crate::top()) || exe.starts_with(crate::programs()));
+        if is_ours && text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
             all.insert(format!("process {text}"));
         }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };
-        if cgroup.contains("/kuasar-e2e/") {
+        if cgroup.contains(&format!("/{root}/")) {
             all.insert(format!("process in a pod's cgroup: {text}"));
         }
     }
@@ -41,7 +45,7 @@ pub fn snapshot() -> Snapshot {
         }
     }
     for dir in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        for name in ["kuasar-e2e", "kuasar"] {
+        for name in [root.as_str(), "kuasar"] {
             walk(&dir.path().join(name), "cgroup", 3, &mut all);
         }
     }

@@ -10,6 +10,7 @@
 
 pub mod cri;
 pub mod leaks;
+pub mod wire;
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -40,6 +41,21 @@ pub fn switch(args: &[&str], env: &[(&str, &str)]) {
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bed/bed.sh");
     let out = Command::new(script).args(args).envs(env.iter().copied()).output().unwrap();
     assert!(out.status.success(), "bed.sh {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// The root directory as the bed's mount namespace has it.
+pub fn root() -> PathBuf {
+    let ns = std::fs::read_to_string(bed().join("run/ns.pid")).unwrap();
+    PathBuf::from(format!("/proc/{}/root", ns.trim()))
+}
+
+/// Whether kuasar-runc is under test; else notes that the test is not for stock runc.
+pub fn ours() -> bool {
+    if handler() == "runc" {
+        skip("a matter of kuasar-runc");
+        return false;
+    }
+    true
 }
 
 /// A command inside the bed's namespaces.

@@ -1,16 +1,8 @@
 //! `kill -9` of the daemon at any moment loses nothing.
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, handler, leaks, skip, switch, wait_for};
+use kuasar_tests::{handler, leaks, ours, switch, wait_for};
 use std::time::Duration;
-
-fn ours() -> bool {
-    if handler() == "runc" {
-        skip("a matter of kuasar-runc");
-        return false;
-    }
-    true
-}
 
 fn kill_and_start() {
     switch(&["daemon", "kill"], &[]);
@@ -131,61 +123,5 @@ fn killing_it_again_and_again_under_load_loses_no_container() {
     assert!(done > 0);
     assert!(keep.is_running());
     pod.remove().unwrap();
-    leaks::assert_none(&before);
-}
-
-/// Kills the daemon at each point of each operation, starts it again, and looks whether a pod
-/// that was there before goes on and new pods can be made.
-#[test]
-fn it_may_die_at_every_failpoint() {
-    if !ours() {
-        return;
-    }
-    let before = leaks::snapshot();
-    let bystander = Pod::run(pod_config("bystander"));
-    let witness = bystander.start(&["sleep", "1000"]);
-    let points = [
-        "sandbox.create", "sandbox.start", "sandbox.stop", "sandbox.shutdown", "task.create",
-        "task.start", "task.exec", "task.delete",
-    ];
-    for point in points {
-        for side in ["before", "after"] {
-            let name = format!("{point}.{side}");
-            println!("failpoint {name}");
-            switch(&["daemon", "stop"], &[]);
-            let stamp = bed().join("run/kuasar-runc/failpoint.done");
-            kuasar_tests::inside(&["rm", "-f", &stamp.to_string_lossy()]);
-            let armed = format!("{name}:kill");
-            switch(&["daemon", "start"], &[("KUASAR_FAILPOINT", &armed)]);
-            // Whatever fails here may fail; nothing may hang.
-            let worker = std::thread::spawn(|| {
-                let Ok(pod) = Pod::try_run(pod_config("victim"), &handler()) else { return None };
-                if let Ok(c) = pod.create_with(&["sleep", "1000"], |_| {})
-                    && c.start().is_ok()
-                {
-                    let q = ExecSyncRequest {
-                        container_id: c.id.clone(),
-                        cmd: vec!["true".into()],
-                        timeout: 5,
-                    };
-                    let _ = cri!(exec_sync, q);
-                    let _ = c.stop(0);
-                    let _ = c.remove();
-                }
-                let _ = pod.remove();
-                Some(pod)
-            });
-            switch(&["daemon", "died"], &[]);
-            switch(&["daemon", "start"], &[]);
-            if let Some(pod) = worker.join().unwrap() {
-                wait_for(&format!("{name}: the pod is removed"), Duration::from_secs(60), || {
-                    pod.remove().is_ok()
-                });
-            }
-            assert!(witness.is_running(), "{name}");
-            assert_eq!(witness.sh("echo here"), "here", "{name}");
-        }
-    }
-    bystander.remove().unwrap();
     leaks::assert_none(&before);
 }

@@ -2,8 +2,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // tests
 
 mod bad_input;
+mod engines;
+mod events;
+mod failpoints;
 mod features;
 mod kill9;
 mod lifecycle;
+mod privileges;
+mod reload;
 mod restart;
+mod security;
 mod stdio;
+mod terminal;
+mod volumes;
+mod wire;

@@ -1,7 +1,8 @@
 //! Standard streams, byte for byte.
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{handler, inside, skip, wait_for};
+use kuasar_protos::shim::api as tasks;
+use kuasar_tests::{daemon_pid, handler, leaks, ours, skip, wait_for, wire};
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -76,10 +77,17 @@ fn many_short_execs_come_back_each_with_its_output() {
     let pod = Pod::run(pod_config("execs"));
     let c = pod.start(&["sleep", "1000"]);
     let n = std::env::var("KUASAR_EXECS").ok().and_then(|v| v.parse().ok()).unwrap_or(1000);
+    c.exec(&["true"]);
+    let fds = ours().then(|| leaks::descriptors(daemon_pid()));
     for i in 0..n {
         let text = i.to_string();
         let (code, out, _) = c.exec(&["echo", &text]);
         assert_eq!((code, out.trim()), (0, text.as_str()));
+    }
+    if let Some(fds) = fds {
+        wait_for("descriptors are closed", Duration::from_secs(10), || {
+            leaks::descriptors(daemon_pid()) <= fds + 8
+        });
     }
 }
 
@@ -91,26 +99,30 @@ fn an_exec_whose_child_stays_does_not_hang() {
     assert_eq!((code, out.trim()), (0, "started"));
 }
 
+/// Straight to the task socket: containerd would read.
 #[test]
-fn a_terminal_is_one_and_has_a_size() {
-    let pod = Pod::run(pod_config("tty"));
-    let c = pod.start(&["sleep", "1000"]);
-    let id = &c.id;
-    let crictl = kuasar_tests::bed().join("bin/crictl");
-    // `script` gives crictl a terminal to pass on.
-    let line = format!("stty rows 33 cols 99; {} exec -it {id} sh -c 'sleep 0.5; tty; stty size'", crictl.display());
-    let out = inside(&["script", "-qec", &line, "/dev/null"]);
-    let text = String::from_utf8_lossy(&out.stdout);
-    assert!(text.contains("/dev/pts/"), "{text}");
-    assert!(text.contains("33 99"), "{text}");
-}
-
-#[test]
-fn a_terminal_container_writes_through_its_terminal() {
-    let pod = Pod::run(pod_config("ttyc"));
-    let c = pod.start_with(&["sh", "-c", "tty; seq 1 20000; exit 4"], |c| c.tty = true);
-    assert_eq!(c.wait(), 4);
-    let text = String::from_utf8_lossy(&c.logged("stdout")).replace('\r', "");
-    assert!(text.starts_with("/dev/pts/") || text.starts_with("/dev/console"), "{text:.40}");
-    assert!(text.ends_with("20000\n"), "{}", text.len());
+fn a_pipe_that_nobody_ever_reads_holds_up_no_exit() {
+    if !ours() {
+        return;
+    }
+    let before = leaks::snapshot();
+    {
+        let pod = wire::Direct::run("unread");
+        let bundle = wire::Bundle::new(&["sh", "-c", "cat /bin/busybox; exit 3"]);
+        let fifo = bundle.dir.join("stdout");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let mut q = bundle.request("noisy");
+        q.stdout = fifo.to_string_lossy().into_owned();
+        kuasar_tests::task!(&pod.socket, create, q).unwrap();
+        let q = tasks::StartRequest { id: "noisy".into(), ..Default::default() };
+        kuasar_tests::task!(&pod.socket, start, q).unwrap();
+        // Others come and go, while it waits for a reader.
+        let other = wire::Bundle::new(&["true"]);
+        assert_eq!(pod.run_to_end(&other).unwrap(), 0);
+        let q = tasks::KillRequest { id: "noisy".into(), signal: 9, ..Default::default() };
+        kuasar_tests::task!(&pod.socket, kill, q).unwrap();
+        let q = tasks::WaitRequest { id: "noisy".into(), ..Default::default() };
+        assert_eq!(kuasar_tests::task!(&pod.socket, wait, q).unwrap().exit_status, 137);
+    }
+    leaks::assert_none(&before);
 }

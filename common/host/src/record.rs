@@ -134,8 +134,8 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str, version: u32) -> Resul
     serde_json::from_value(head.data).map_err(|e| foreign(e.to_string()))
 }
 
-/// Makes a directory that only its owner may enter, 0700 from creation; an existing one must be
-/// ours.
+/// Makes a directory that only its owner may enter, 0700 from creation, as are those above it that
+/// are missing; an existing one must be ours.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Invalid`] when somebody else owns it or it is no directory.
@@ -144,7 +144,7 @@ pub fn private_dir(path: &Path) -> Result<()> {
     if let Some(parent) = path.parent()
         && !parent.exists()
     {
-        fs::create_dir_all(parent).context(context)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).context(context)?;
     }
     match fs::DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => return Ok(()),

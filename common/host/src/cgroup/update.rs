@@ -11,6 +11,31 @@ use crate::{Error, Result};
 struct Resources(Value);
 
 impl Resources {
+    /// Takes resources; a value of a wrong type is told, not taken for one that is not given.
+    fn parse(json: &[u8]) -> Result<Self> {
+        const NUMBERS: [&str; 11] = [
+            "/blockIO/weight", "/cpu/burst", "/cpu/idle", "/cpu/period", "/cpu/quota",
+            "/cpu/shares", "/memory/limit", "/memory/reservation", "/memory/swap",
+            "/memory/swappiness", "/pids/limit",
+        ];
+        let r: Value = serde_json::from_slice(json)
+            .map_err(|e| Error::Invalid(format!("resources are no LinuxResources JSON: {e}")))?;
+        if !r.is_object() {
+            return Err(Error::Invalid("resources are no LinuxResources JSON object".into()));
+        }
+        let wrong = |pointer: &&&str, ok: fn(&Value) -> bool| {
+            r.pointer(pointer).is_some_and(|v| !v.is_null() && !ok(v))
+        };
+        let integer: fn(&Value) -> bool = |v| v.is_i64() || v.is_u64();
+        if let Some(p) = NUMBERS.iter().find(|p| wrong(p, integer)) {
+            return Err(Error::Invalid(format!("resources: {p}: expected an integer")));
+        }
+        if let Some(p) = ["/cpu/cpus", "/cpu/mems"].iter().find(|p| wrong(p, Value::is_string)) {
+            return Err(Error::Invalid(format!("resources: {p}: expected a string")));
+        }
+        Ok(Self(r))
+    }
+
     fn int(&self, pointer: &str) -> Option<i64> {
         let v = self.0.pointer(pointer)?;
         // Limits above i64 are "no limit" in other words.
@@ -56,12 +81,7 @@ impl Cgroup {
     /// # Errors
     /// [`Error::Invalid`] for a wrong JSON type, [`Error::Io`] when the kernel refuses a value.
     pub fn update(&self, resources: &[u8]) -> Result<()> {
-        let r: Value = serde_json::from_slice(resources)
-            .map_err(|e| Error::Invalid(format!("resources are no LinuxResources JSON: {e}")))?;
-        if !r.is_object() {
-            return Err(Error::Invalid("resources are no LinuxResources JSON object".into()));
-        }
-        let r = Resources(r);
+        let r = Resources::parse(resources)?;
         match self.layout {
             Layout::V1(_) => self.update_v1(&r),
             Layout::V2(_) => self.update_v2(&r),
@@ -348,6 +368,21 @@ mod tests {
 
     fn read(dir: &Path, file: &str) -> String {
         fs::read_to_string(dir.join("g").join(file)).unwrap()
+    }
+
+    #[test]
+    fn a_value_of_a_wrong_type_is_named() {
+        let g = fake(tempfile::tempdir().unwrap().path(), &[]);
+        for (text, pointer) in [
+            (&br#"{"memory":{"limit":"much"}}"#[..], "/memory/limit"),
+            (br#"{"cpu":{"quota":1.5}}"#, "/cpu/quota"),
+            (br#"{"cpu":{"cpus":3}}"#, "/cpu/cpus"),
+            (b"[]", "object"),
+        ] {
+            let e = g.update(text).unwrap_err();
+            assert!(matches!(&e, Error::Invalid(t) if t.contains(pointer)), "{e}");
+        }
+        g.update(br#"{"cpu":{"quota":null}}"#).unwrap();
     }
 
     #[test]
