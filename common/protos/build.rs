@@ -29,10 +29,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for entry in fs::read_dir(&out)? {
         let path = entry?.path();
         let text = fs::read_to_string(&path)?;
-        let kept: Vec<&str> = text
-            .lines()
-            .filter(|l| !l.starts_with("#![") && !l.starts_with("//!"))
-            .collect();
+        let kept: Vec<&str> =
+            text.lines().filter(|l| !l.starts_with("#![") && !l.starts_with("//!")).collect();
         fs::write(&path, kept.join("\n"))?;
     }
     Ok(())

@@ -64,10 +64,11 @@ impl Config {
     /// A text that names file, line and key.
     pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
         let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
-        let (common, mut own) = loaded.map_err(|error| match std::error::Error::source(&error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        })?;
+        let (common, mut own) =
+            loaded.map_err(|error| match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            })?;
         own.heeds_annotation = common.heeds(ENGINE_ANNOTATION);
         common.check().and_then(|()| own.check()).map_err(|reason| {
             let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
@@ -84,7 +85,9 @@ impl Config {
         }
         for (runtime, name) in &self.runtimes {
             if !known(name) {
-                return Err(format!("runtimes.{runtime:?} = {name:?} is neither builtin nor in [engines]"));
+                return Err(format!(
+                    "runtimes.{runtime:?} = {name:?} is neither builtin nor in [engines]"
+                ));
             }
         }
         if self.engines.contains_key(BUILTIN) {
@@ -152,7 +155,10 @@ mod tests {
         let config: Config =
             toml::from_str("[runtimes]\n\"io.containerd.kuasar-crun.v1\" = \"crun\"\n").unwrap();
         config.check().unwrap();
-        assert_eq!(config.engine_of("io.containerd.kuasar-crun.v1", &HashMap::new(), false), "crun");
+        assert_eq!(
+            config.engine_of("io.containerd.kuasar-crun.v1", &HashMap::new(), false),
+            "crun"
+        );
         assert_eq!(config.engine_of("other", &HashMap::new(), false), "builtin");
         assert_eq!(config.engine_of("other", &HashMap::new(), true), "runc");
     }

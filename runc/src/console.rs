@@ -12,9 +12,9 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 #[derive(Debug)]
 pub struct Console {
     listener: UnixListener,
+    file: PathBuf,
+    /// What the engine is told; goes through `_directory` where `file` is too long for a socket.
     path: PathBuf,
-    /// What the engine is told; goes through `_directory` where `path` is too long for a socket.
-    short: PathBuf,
     _directory: std::fs::File,
 }
 
@@ -26,21 +26,20 @@ impl Console {
         let handle = std::fs::File::open(dir).map_err(wrap)?;
         // Bound through a descriptor: the directory's own path may be too long for a socket.
         let fd = handle.as_raw_fd();
-        let listener =
-            UnixListener::bind(format!("/proc/self/fd/{fd}/{name}")).map_err(wrap)?;
+        let listener = UnixListener::bind(format!("/proc/self/fd/{fd}/{name}")).map_err(wrap)?;
         listener.set_nonblocking(true).map_err(wrap)?;
-        let path = dir.join(&name);
-        let short = if path.as_os_str().len() <= kuasar_host::socket::MAX_PATH {
-            path.clone()
+        let file = dir.join(&name);
+        let path = if file.as_os_str().len() <= kuasar_host::socket::MAX_PATH {
+            file.clone()
         } else {
             format!("/proc/{}/fd/{fd}/{name}", std::process::id()).into()
         };
-        Ok(Self { listener, path, short, _directory: handle })
+        Ok(Self { listener, file, path, _directory: handle })
     }
 
     /// Where the engine finds it.
     pub fn path(&self) -> &Path {
-        &self.short
+        &self.path
     }
 
     /// The master, after the engine has ended: what it sent waits in the socket.
@@ -62,7 +61,8 @@ impl Console {
         }
         let master = masters.pop().ok_or_else(|| wrap(std::io::Error::other("no descriptor")))?;
         if let Some((columns, rows)) = size {
-            let window = libc::winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+            let window =
+                libc::winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
             // SAFETY: a live descriptor and a whole structure.
             unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const window) };
         }
@@ -72,6 +72,6 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.file);
     }
 }

@@ -177,7 +177,8 @@ impl Engine {
         process: &Path,
         streams: &Streams<'_>,
     ) -> Result<Left> {
-        let mut words = vec!["exec".to_owned(), "--detach".into(), "--process".into(), text(process)?];
+        let mut words =
+            vec!["exec".to_owned(), "--detach".into(), "--process".into(), text(process)?];
         let pid_file = process.with_extension("pid");
         self.process(&mut words, streams, &pid_file)?;
         words.push(id.into());
@@ -186,7 +187,12 @@ impl Engine {
         left
     }
 
-    fn process(&self, words: &mut Vec<String>, streams: &Streams<'_>, pid_file: &Path) -> Result<()> {
+    fn process(
+        &self,
+        words: &mut Vec<String>,
+        streams: &Streams<'_>,
+        pid_file: &Path,
+    ) -> Result<()> {
         words.extend(["--pid-file".into(), text(pid_file)?]);
         if let Streams::Console(socket) = streams {
             words.extend(["--console-socket".into(), text(socket)?]);
@@ -208,10 +214,14 @@ impl Engine {
         };
         fds.extend(passed.iter().copied().map(Some));
         let since = self.run(dir, words, fds, self.all.limits.create).await?;
-        let pid = std::fs::read_to_string(pid_file)
-            .map_err(|error| Error::internal(format!("engine {} left no pid file", self.name), error))?;
+        let pid = std::fs::read_to_string(pid_file).map_err(|error| {
+            Error::internal(format!("engine {} left no pid file", self.name), error)
+        })?;
         let pid = pid.trim().parse::<u32>().ok().filter(|pid| *pid > 0).ok_or_else(|| {
-            Error::internal(format!("engine {} wrote a pid file", self.name), format!("not a pid: {pid:?}"))
+            Error::internal(
+                format!("engine {} wrote a pid file", self.name),
+                format!("not a pid: {pid:?}"),
+            )
         })?;
         Ok(Left { pid, since })
     }
@@ -221,7 +231,9 @@ impl Engine {
         if self.is_builtin() && !has_hooks {
             return start_builtin(dir, id);
         }
-        self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits.other).await.map(drop)
+        self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits.other)
+            .await
+            .map(drop)
     }
 
     /// Removes the engine's state of a container whose processes are gone. Idempotent.
@@ -298,15 +310,24 @@ impl Engine {
         if exit.status == 0 {
             return Ok(spawned.since);
         }
-        let reason = last_error(&log)
-            .unwrap_or_else(|| format!("the engine ended with status {} and no message", exit.status));
+        let reason = last_error(&log).unwrap_or_else(|| {
+            format!("the engine ended with status {} and no message", exit.status)
+        });
         let message = format!("OCI runtime {verb} failed: {}: {reason}", self.name);
         // The image or the pod asks for a command that is not there: not the node's fault.
-        let theirs = ["executable file not found", "no such file or directory", "permission denied", "is a directory"];
+        let theirs = [
+            "executable file not found",
+            "no such file or directory",
+            "permission denied",
+            "is a directory",
+        ];
         if reason.contains("exec: ") && theirs.iter().any(|words| reason.contains(words)) {
             return Err(Error::InvalidArgument(message));
         }
-        Err(Error::internal(format!("OCI runtime {verb} failed"), format!("{}: {reason}", self.name)))
+        Err(Error::internal(
+            format!("OCI runtime {verb} failed"),
+            format!("{}: {reason}", self.name),
+        ))
     }
 }
 
@@ -326,7 +347,8 @@ fn last_error(log: &Path) -> Option<String> {
             Ok(entry) => {
                 let level = entry.get("level").and_then(|level| level.as_str()).unwrap_or("error");
                 if matches!(level, "error" | "fatal") {
-                    last = entry.get("msg").and_then(|msg| msg.as_str()).map(str::to_owned).or(last);
+                    last =
+                        entry.get("msg").and_then(|msg| msg.as_str()).map(str::to_owned).or(last);
                 }
             }
             Err(_) if !line.trim().is_empty() => last = Some(line.trim().to_owned()),

@@ -5,7 +5,7 @@ use std::path::Path;
 use containerd_sandbox::error::{Error, Result};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{dns, record};
-use kuasar_protos::cri::{LinuxContainerResources, PodSandboxConfig};
+use kuasar_protos::cri::{LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use serde_json::{Value, json};
 
 use crate::pod::Modes;
@@ -28,7 +28,9 @@ pub fn hostname(config: &PodSandboxConfig, modes: Modes) -> Result<String> {
     }
     let name = &config.hostname;
     if name.len() > 64 || name.chars().any(|c| c.is_control() || c.is_whitespace() || c == '/') {
-        return Err(Error::InvalidArgument(format!("hostname {name:?} is not allowed: at most 64 plain characters")));
+        return Err(Error::InvalidArgument(format!(
+            "hostname {name:?} is not allowed: at most 64 plain characters"
+        )));
     }
     Ok(name.clone())
 }
@@ -36,11 +38,13 @@ pub fn hostname(config: &PodSandboxConfig, modes: Modes) -> Result<String> {
 /// Writes `hostname`, `hosts` and `resolv.conf` into the sandbox's directory.
 pub fn write_etc(dir: &Path, config: &PodSandboxConfig, modes: Modes) -> Result<()> {
     let write = |name: &str, text: &[u8]| {
-        record::write_file(&dir.join(name), text, 0o644).map_err(host(format!("write the pod's {name}")))
+        record::write_file(&dir.join(name), text, 0o644)
+            .map_err(host(format!("write the pod's {name}")))
     };
     write("hostname", format!("{}\n", hostname(config, modes)?).as_bytes())?;
     // kubelet mounts its own; this one is for pods that come from elsewhere.
-    let hosts = std::fs::read("/etc/hosts").unwrap_or_else(|_| b"127.0.0.1 localhost\n::1 localhost\n".to_vec());
+    let hosts = std::fs::read("/etc/hosts")
+        .unwrap_or_else(|_| b"127.0.0.1 localhost\n::1 localhost\n".to_vec());
     write("hosts", &hosts)?;
     let dns_config = &config.dns_config;
     for value in dns_config.servers.iter().chain(&dns_config.searches).chain(&dns_config.options) {
@@ -81,7 +85,10 @@ pub fn make_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
 }
 
 /// CRI resources plus the overhead of the sandbox, as OCI `LinuxResources`.
-pub fn oci_resources(resources: &LinuxContainerResources, overhead: Option<&LinuxContainerResources>) -> Value {
+pub fn oci_resources(
+    resources: &LinuxContainerResources,
+    overhead: Option<&LinuxContainerResources>,
+) -> Value {
     let none = LinuxContainerResources::default();
     let extra = overhead.unwrap_or(&none);
     let mut memory = serde_json::Map::new();
@@ -115,7 +122,11 @@ pub fn updated_resources(json: &[u8]) -> Result<Value> {
     let value: Value = serde_json::from_slice(json)
         .map_err(|error| Error::InvalidArgument(format!("updated resources: {error}")))?;
     let part = |name: &str| {
-        let other = format!("{}{}", name.get(..1).unwrap_or_default().to_uppercase(), name.get(1..).unwrap_or_default());
+        let other = format!(
+            "{}{}",
+            name.get(..1).unwrap_or_default().to_uppercase(),
+            name.get(1..).unwrap_or_default()
+        );
         value.get(name).or_else(|| value.get(&other)).map(cri_resources)
     };
     let resources = part("resources").unwrap_or_default();
@@ -141,9 +152,25 @@ pub fn has_userns(config: &PodSandboxConfig) -> bool {
     options.userns_options.as_ref().is_some_and(|user| !user.uids.is_empty())
 }
 
+/// Refuses user namespaces that are not the pod's: containers cannot have one each, or another's.
+pub fn check_userns(config: &PodSandboxConfig) -> Result<()> {
+    let options = &config.linux.security_context.namespace_options;
+    let Some(user) = options.userns_options.as_ref() else { return Ok(()) };
+    match user.mode.enum_value() {
+        Ok(NamespaceMode::POD | NamespaceMode::NODE) => Ok(()),
+        other => Err(Error::InvalidArgument(format!(
+            "user namespace mode {other:?} is not supported: use POD or NODE"
+        ))),
+    }
+}
+
 /// The sysctls of a pod, with containerd's two defaults for a pod network: unprivileged
 /// processes may bind low ports and send echo requests.
-pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> Result<Vec<(String, String)>> {
+pub fn sysctls(
+    config: &PodSandboxConfig,
+    modes: Modes,
+    unprivileged: bool,
+) -> Result<Vec<(String, String)>> {
     let mut list: Vec<(String, String)> = Vec::new();
     let linux = &config.linux;
     if unprivileged && !modes.host_network {
@@ -159,7 +186,8 @@ pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> R
             || plain.starts_with("kernel.shm")
             || plain.starts_with("kernel.msg")
             || plain == "kernel.sem";
-        let allowed = (plain.starts_with("net.") && !modes.host_network) || (of_ipc && !modes.host_ipc);
+        let allowed =
+            (plain.starts_with("net.") && !modes.host_network) || (of_ipc && !modes.host_ipc);
         if !allowed {
             return Err(Error::InvalidArgument(format!(
                 "sysctl {name:?} is not in a namespace of this pod: it would change the host"
@@ -175,7 +203,8 @@ pub fn sysctls(config: &PodSandboxConfig, modes: Modes, unprivileged: bool) -> R
 mod tests {
     use super::*;
 
-    const POD: Modes = Modes { host_network: false, host_ipc: false, host_pid: false, shared_pid: false };
+    const POD: Modes =
+        Modes { host_network: false, host_ipc: false, host_pid: false, shared_pid: false };
 
     fn with_sysctl(name: &str) -> PodSandboxConfig {
         let mut config = PodSandboxConfig::new();
@@ -195,6 +224,21 @@ mod tests {
     }
 
     #[test]
+    fn a_user_namespace_is_the_pods_or_the_hosts() {
+        let with = |mode: NamespaceMode| {
+            let mut config = PodSandboxConfig::new();
+            let options =
+                config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let options = options.namespace_options.mut_or_insert_default();
+            options.userns_options.mut_or_insert_default().mode = mode.into();
+            check_userns(&config)
+        };
+        assert!(with(NamespaceMode::POD).is_ok() && with(NamespaceMode::NODE).is_ok());
+        assert!(with(NamespaceMode::CONTAINER).is_err() && with(NamespaceMode::TARGET).is_err());
+        check_userns(&PodSandboxConfig::new()).unwrap();
+    }
+
+    #[test]
     fn the_pod_overrides_the_defaults() {
         let list = sysctls(&with_sysctl("net.ipv4.ip_unprivileged_port_start"), POD, true).unwrap();
         assert_eq!(list.iter().filter(|(name, _)| name.ends_with("port_start")).count(), 1);
@@ -205,7 +249,11 @@ mod tests {
     fn dns_values_cannot_add_lines() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = PodSandboxConfig::new();
-        config.dns_config.mut_or_insert_default().servers.push("1.1.1.1\nnameserver 6.6.6.6".into());
+        config
+            .dns_config
+            .mut_or_insert_default()
+            .servers
+            .push("1.1.1.1\nnameserver 6.6.6.6".into());
         assert!(write_etc(dir.path(), &config, POD).is_err());
     }
 

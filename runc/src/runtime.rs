@@ -70,12 +70,7 @@ async fn blocking<T: Send + 'static>(
 
 impl Containers {
     /// The containers of `pod`.
-    pub fn new(
-        pod: Arc<Pod>,
-        parent: Parent,
-        engines: Arc<Engines>,
-            cgroups: Arc<Layout>,
-    ) -> Self {
+    pub fn new(pod: Arc<Pod>, parent: Parent, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
         Self { pod, parent, engines, cgroups }
     }
 
@@ -114,9 +109,11 @@ impl Containers {
         terminal: Option<Option<(u16, u16)>>,
     ) -> Result<(Meta, Vec<i32>)> {
         let dir = pod.container(&request.id);
-        record::private_dir(&dir.join("engine")).map_err(internal("make the container's directory"))?;
+        record::private_dir(&dir.join("engine"))
+            .map_err(internal("make the container's directory"))?;
         let source = request.bundle.join("config.json");
-        let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
+        let mut loaded =
+            kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
         let rootfs = request.bundle.join("rootfs");
         let mut value = Value::Object(std::mem::take(loaded.value_mut()));
         let (files, shm) = (pod.dir.as_path(), pod.shm());
@@ -129,7 +126,9 @@ impl Containers {
         let hooks = value.pointer("/hooks").and_then(Value::as_object);
         let meta = Meta {
             engine: engine.name().into(),
-            hooks: hooks.is_some_and(|hooks| hooks.contains_key("poststart") || hooks.contains_key("poststop")),
+            hooks: hooks.is_some_and(|hooks| {
+                hooks.contains_key("poststart") || hooks.contains_key("poststop")
+            }),
             cgroup,
             rootfs: (!request.rootfs.is_empty()).then(|| rootfs.clone()),
             pid: 0,
@@ -154,13 +153,19 @@ impl Containers {
                 .map_err(internal("mount the rootfs"))?;
             kuasar_daemon::metrics::observe("rootfs", begun.elapsed());
         }
-        let root = value.pointer("/root/path").and_then(Value::as_str).map_or(rootfs.as_path(), Path::new);
+        let root =
+            value.pointer("/root/path").and_then(Value::as_str).map_or(rootfs.as_path(), Path::new);
         if !root.is_dir() {
-            return Err(Error::InvalidArgument(format!("rootfs {} is no directory", root.display())));
+            return Err(Error::InvalidArgument(format!(
+                "rootfs {} is no directory",
+                root.display()
+            )));
         }
         make_cwd(&value, &rootfs);
-        let text = serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
-        record::write_file(&dir.join("config.json"), &text, 0o600).map_err(internal("write the spec"))?;
+        let text =
+            serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
+        record::write_file(&dir.join("config.json"), &text, 0o600)
+            .map_err(internal("write the spec"))?;
         Ok((meta, passed))
     }
 
@@ -180,7 +185,8 @@ impl Containers {
             blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal)).await?;
         let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
-        let passed: Vec<_> = passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
+        let passed: Vec<_> =
+            passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
         let begun = Instant::now();
         let (left, master) = match &io {
             ProcessIo::Streams { stdin, stdout, stderr } => {
@@ -203,7 +209,8 @@ impl Containers {
 }
 
 fn save(dir: &Path, meta: &Meta) -> Result<()> {
-    let text = serde_json::to_vec(meta).map_err(|error| Error::internal("write meta.json", error))?;
+    let text =
+        serde_json::to_vec(meta).map_err(|error| Error::internal("write meta.json", error))?;
     record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(internal("write meta.json"))
 }
 
@@ -215,7 +222,10 @@ fn terminal_of(io: &ProcessIo) -> Option<Option<(u16, u16)>> {
 }
 
 /// Makes the `process` object agree with the streams that the request has.
-fn set_terminal(process: &mut serde_json::Map<String, Value>, terminal: Option<Option<(u16, u16)>>) {
+fn set_terminal(
+    process: &mut serde_json::Map<String, Value>,
+    terminal: Option<Option<(u16, u16)>>,
+) {
     process.insert("terminal".into(), json!(terminal.is_some()));
     match terminal {
         Some(Some((width, height))) => {
@@ -243,7 +253,8 @@ fn cgroup_path(spec: &mut Value, pod: &Pod, id: &str, engine: &Engine) -> Result
         .ok_or_else(|| Error::InvalidArgument("config.json has no linux section".into()))?;
     let given = linux.get("cgroupsPath").and_then(Value::as_str).unwrap_or_default();
     let path = if given.is_empty() { format!("/kuasar/{}/{id}", pod.id) } else { given.to_owned() };
-    let path = if engine.drives_systemd() { path } else { kuasar_host::cgroup::expand_systemd(&path) };
+    let path =
+        if engine.drives_systemd() { path } else { kuasar_host::cgroup::expand_systemd(&path) };
     linux.insert("cgroupsPath".into(), json!(path));
     Ok(path)
 }
@@ -260,7 +271,9 @@ fn make_cwd(spec: &Value, rootfs: &Path) {
     let mut at = PathBuf::from("/");
     for part in Path::new(cwd).components() {
         let std::path::Component::Normal(name) = part else { continue };
-        let Ok(parent) = kuasar_host::safe_path::open_in_root(root.as_fd(), &at, flags) else { return };
+        let Ok(parent) = kuasar_host::safe_path::open_in_root(root.as_fd(), &at, flags) else {
+            return;
+        };
         // The parent is resolved inside the rootfs; mkdirat follows no link in the last name.
         let mode = nix::sys::stat::Mode::from_bits_truncate(0o755);
         match nix::sys::stat::mkdirat(parent.as_fd(), name, mode) {
@@ -315,7 +328,13 @@ impl Runtime for Containers {
         Ok(())
     }
 
-    async fn exec(&self, container: &str, exec: &str, spec: &[u8], io: ProcessIo) -> Result<Spawned> {
+    async fn exec(
+        &self,
+        container: &str,
+        exec: &str,
+        spec: &[u8],
+        io: ProcessIo,
+    ) -> Result<Spawned> {
         let meta = self.meta(container)?;
         let engine = self.engine(&meta.engine)?;
         let dir = self.pod.container(container);
@@ -353,12 +372,17 @@ impl Runtime for Containers {
         let id = &process.container;
         if all {
             let cgroup = self.cgroup(id)?;
-            return blocking(move || cgroup.signal_all(signal).map_err(internal("signal all processes"))).await;
+            return blocking(move || {
+                cgroup.signal_all(signal).map_err(internal("signal all processes"))
+            })
+            .await;
         }
-        let gone = || Error::NotFound(format!("process {} of container {id} has ended", process.pid));
+        let gone =
+            || Error::NotFound(format!("process {} of container {id} has ended", process.pid));
         let pidfd = process::pidfd_open(process.pid).map_err(|_| gone())?;
         // The pid may be another process's by now: ours is in the container's cgroup.
-        let membership = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).map_err(|_| gone())?;
+        let membership =
+            std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).map_err(|_| gone())?;
         let meta = self.meta(id)?;
         let leaf = meta.cgroup.rsplit(['/', ':']).next().unwrap_or_default();
         if !membership.contains(leaf) {
@@ -400,7 +424,8 @@ impl Runtime for Containers {
                 cgroup.remove(CGROUP_DEADLINE).map_err(internal("remove the cgroup"))?;
             }
             if let Some(rootfs) = &meta.rootfs {
-                kuasar_host::mount::unmount_below(rootfs).map_err(internal("unmount the rootfs"))?;
+                kuasar_host::mount::unmount_below(rootfs)
+                    .map_err(internal("unmount the rootfs"))?;
             }
             remove_dir(&dir)
         })
@@ -409,7 +434,8 @@ impl Runtime for Containers {
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
         let meta = self.meta(container)?;
-        let pids = self.cgroups.group(&meta.cgroup).and_then(|cgroup| cgroup.pids()).unwrap_or_default();
+        let pids =
+            self.cgroups.group(&meta.cgroup).and_then(|cgroup| cgroup.pids()).unwrap_or_default();
         // containerd takes an empty list for a leaked shim.
         Ok(if pids.is_empty() { vec![meta.pid] } else { pids })
     }
@@ -438,9 +464,12 @@ impl Runtime for Containers {
             ));
         }
         if crate::engine::find_program(Path::new("criu")).is_none() {
-            return Err(Error::Unimplemented("checkpoints need criu, which is not installed".into()));
+            return Err(Error::Unimplemented(
+                "checkpoints need criu, which is not installed".into(),
+            ));
         }
-        let image = path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
+        let image =
+            path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
         let words = ["checkpoint", "--leave-running", "--image-path", image, container];
         let words = words.iter().map(|word| (*word).to_owned()).collect();
         engine.command(&self.pod.container(container), words).await

@@ -54,7 +54,12 @@ async fn bed(engine: &str) -> Option<Bed> {
     }
     let begun = Instant::now();
     let made = parent
-        .pod_namespaces(&PodNamespaces { id: "p", ipc: true, uts: Some("pod-host"), ..PodNamespaces::default() })
+        .pod_namespaces(&PodNamespaces {
+            id: "p",
+            ipc: true,
+            uts: Some("pod-host"),
+            ..PodNamespaces::default()
+        })
         .await
         .unwrap();
     eprintln!("pod namespaces: {:?}", begun.elapsed());
@@ -143,7 +148,10 @@ impl Bed {
 fn streams() -> (ProcessIo, std::io::PipeReader) {
     let (read, write) = std::io::pipe().unwrap();
     let error = write.try_clone().unwrap();
-    (ProcessIo::Streams { stdin: None, stdout: Some(write.into()), stderr: Some(error.into()) }, read)
+    (
+        ProcessIo::Streams { stdin: None, stdout: Some(write.into()), stderr: Some(error.into()) },
+        read,
+    )
 }
 
 fn text(mut pipe: std::io::PipeReader) -> String {
@@ -163,7 +171,8 @@ fn process(args: &[&str]) -> Vec<u8> {
 
 async fn a_container_lives_and_dies(engine: &str) {
     let Some(bed) = bed(engine).await else { return };
-    let request = bed.bundle(&format!("c-{engine}"), &["sh", "-c", "hostname; pwd; exec sleep 1000"]);
+    let request =
+        bed.bundle(&format!("c-{engine}"), &["sh", "-c", "hostname; pwd; exec sleep 1000"]);
     let (io, out) = streams();
     let begun = Instant::now();
     let made = bed.runtime.create(&request, io).await.unwrap();
@@ -180,7 +189,16 @@ async fn a_container_lives_and_dies(engine: &str) {
     let begun = Instant::now();
     let exec = bed
         .runtime
-        .exec(&request.id, "e", &process(&["sh", "-c", "grep -E '^(Seccomp|CapEff|CapInh):' /proc/self/status; exit 7"]), io)
+        .exec(
+            &request.id,
+            "e",
+            &process(&[
+                "sh",
+                "-c",
+                "grep -E '^(Seccomp|CapEff|CapInh):' /proc/self/status; exit 7",
+            ]),
+            io,
+        )
         .await
         .unwrap();
     eprintln!("{engine}: exec {:?}", begun.elapsed());
@@ -191,7 +209,8 @@ async fn a_container_lives_and_dies(engine: &str) {
 
     // A command that is not there says so, and nothing stays of it.
     let (io, _) = streams();
-    let error = bed.runtime.exec(&request.id, "x", &process(&["no-such-command"]), io).await.err().unwrap();
+    let error =
+        bed.runtime.exec(&request.id, "x", &process(&["no-such-command"]), io).await.err().unwrap();
     assert!(error.chain().contains("no-such-command"), "{}", error.chain());
 
     let process = ProcessRef {

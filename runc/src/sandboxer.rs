@@ -130,8 +130,12 @@ impl RuncSandboxer {
     fn started(&self, ctx: &SandboxContext, pod: &Pod) -> Started {
         let mut labels = BTreeMap::new();
         let options = &ctx.spec.config.linux.security_context.selinux_options;
-        if [&options.user, &options.role, &options.type_, &options.level].iter().all(|part| !part.is_empty()) {
-            let label = format!("{}:{}:{}:{}", options.user, options.role, options.type_, options.level);
+        if [&options.user, &options.role, &options.type_, &options.level]
+            .iter()
+            .all(|part| !part.is_empty())
+        {
+            let label =
+                format!("{}:{}:{}:{}", options.user, options.role, options.type_, options.level);
             labels.insert("selinux_label".into(), label);
         }
         if !ctx.spec.runtime.is_empty() {
@@ -141,7 +145,8 @@ impl RuncSandboxer {
     }
 
     async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
-        let value = serde_json::to_value(state).map_err(|error| Error::internal("record the pod", error))?;
+        let value = serde_json::to_value(state)
+            .map_err(|error| Error::internal("record the pod", error))?;
         ctx.handle.save(value).await
     }
 }
@@ -167,11 +172,15 @@ fn open_netns(path: &str) -> Result<Option<OwnedFd>> {
         return Ok(None);
     }
     namespace::open(Path::new(path)).map(Some).map_err(|error| {
-        Error::FailedPrecondition(format!("the pod's network namespace {path} is not usable: {error}"))
+        Error::FailedPrecondition(format!(
+            "the pod's network namespace {path} is not usable: {error}"
+        ))
     })
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
@@ -183,6 +192,7 @@ impl Sandboxer for RuncSandboxer {
         let modes = Modes::of(&spec.config, &spec.netns_path);
         open_netns(&spec.netns_path)?;
         files::sysctls(&spec.config, modes, false)?;
+        files::check_userns(&spec.config)?;
         let has_userns = files::has_userns(&spec.config);
         let engine = config.engine_of(&spec.runtime, &spec.config.annotations, has_userns);
         self.engines.get(engine).map_err(Error::InvalidArgument)?;
@@ -225,7 +235,10 @@ impl Sandboxer for RuncSandboxer {
                 uts: (!modes.host_network).then_some(hostname.as_str()),
                 pid: modes.shared_pid,
                 netns: netns.as_ref().map(AsFd::as_fd),
-                sysctls: sysctls.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
+                sysctls: sysctls
+                    .iter()
+                    .map(|(name, value)| (name.as_str(), value.as_str()))
+                    .collect(),
             })
             .await
             .map_err(|error| explain(error, &sysctls))?;
@@ -300,7 +313,9 @@ impl Sandboxer for RuncSandboxer {
         blocking(move || {
             for path in container_cgroups(&dir) {
                 if let Ok(group) = layout.group(&path) {
-                    group.remove(Duration::from_secs(5)).map_err(host("remove a container's cgroup"))?;
+                    group
+                        .remove(Duration::from_secs(5))
+                        .map_err(host("remove a container's cgroup"))?;
                 }
             }
             for rootfs in container_rootfs(&dir) {
@@ -391,9 +406,12 @@ impl Sandboxer for RuncSandboxer {
         let (dir, known) = (self.dir.clone(), known.to_vec());
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
-                let ours = mount.components().any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
+                let ours = mount
+                    .components()
+                    .any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
                 if !ours && mount != dir {
-                    kuasar_host::mount::unmount(&mount).map_err(host("unmount a lost pod's files"))?;
+                    kuasar_host::mount::unmount(&mount)
+                        .map_err(host("unmount a lost pod's files"))?;
                 }
             }
             Ok(())
@@ -417,7 +435,9 @@ impl Sandboxer for RuncSandboxer {
     async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {
         let path = &ctx.spec.config.linux.cgroup_parent;
         if path.is_empty() {
-            return Err(Error::FailedPrecondition("the pod has no cgroup_parent to measure".into()));
+            return Err(Error::FailedPrecondition(
+                "the pod has no cgroup_parent to measure".into(),
+            ));
         }
         let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
         blocking(move || Ok(group.metrics())).await
@@ -425,7 +445,8 @@ impl Sandboxer for RuncSandboxer {
 
     async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
         const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
-        let wanted = fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
+        let wanted =
+            fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
         if !wanted {
             return Ok(());
         }
@@ -460,9 +481,9 @@ fn explain(error: ParentError, sysctls: &[(String, String)]) -> Error {
         Some((errno, step)) if step >= stage::SYSCTL => {
             let reason = std::io::Error::from_raw_os_error(errno);
             match sysctls.get(usize::from(step - stage::SYSCTL)) {
-                Some((name, value)) => {
-                    Error::InvalidArgument(format!("sysctl {name} = {value:?} cannot be set: {reason}"))
-                }
+                Some((name, value)) => Error::InvalidArgument(format!(
+                    "sysctl {name} = {value:?} cannot be set: {reason}"
+                )),
                 None => Error::internal("set a sysctl", reason),
             }
         }

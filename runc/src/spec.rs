@@ -73,20 +73,35 @@ pub fn edit(
 }
 
 /// libcontainer knows `shared`, `slave`, … (and applies them recursively), but not `rshared`,
-/// `rslave`, … which containerd writes.
+/// `rslave`, … which containerd writes, and of a mount's own propagation it knows nothing: all
+/// mounts have that of the container's root. So the root gets what the mounts ask for at most.
+/// With `private`, which nearly every container asks for everywhere, later mounts of the host do
+/// not come into a volume.
 fn plain_propagation(spec: &mut Map<String, Value>) -> Result<(), String> {
+    let asks = |option: &Value| {
+        let option = option.as_str().unwrap_or_default();
+        matches!(option.strip_prefix('r').unwrap_or(option), "shared" | "slave")
+    };
+    let options = |mount: &Value| mount.get("options").and_then(Value::as_array).cloned();
+    let mounts = array(spec, "mounts")?;
+    let propagates = mounts.iter().filter_map(options).flatten().any(|option| asks(&option));
     let linux = object(spec, "linux")?;
-    if let Some(text) = linux.get("rootfsPropagation").and_then(Value::as_str)
-        && let Some(plain) = text.strip_prefix('r')
-    {
-        let plain = json!(plain);
-        linux.insert("rootfsPropagation".into(), plain);
-    }
+    let given = linux.get("rootfsPropagation").and_then(Value::as_str).unwrap_or_default();
+    let plain = match given.strip_prefix('r').unwrap_or(given) {
+        "" if !propagates => "private",
+        "" => "slave",
+        plain => plain,
+    };
+    let plain = json!(plain);
+    linux.insert("rootfsPropagation".into(), plain);
     Ok(())
 }
 
 /// An object member, made when it is missing.
-fn object<'a>(parent: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Map<String, Value>, String> {
+fn object<'a>(
+    parent: &'a mut Map<String, Value>,
+    key: &str,
+) -> Result<&'a mut Map<String, Value>, String> {
     let value = parent.entry(key).or_insert(Value::Null);
     if value.is_null() {
         *value = json!({});
@@ -105,7 +120,8 @@ fn array<'a>(parent: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Ve
 
 fn root(spec: &mut Map<String, Value>, rootfs: &Path) -> Result<bool, String> {
     let root = object(spec, "root")?;
-    let absolute = root.get("path").and_then(Value::as_str).is_some_and(|path| path.starts_with('/'));
+    let absolute =
+        root.get("path").and_then(Value::as_str).is_some_and(|path| path.starts_with('/'));
     if !absolute {
         root.insert("path".into(), json!(rootfs));
     }
@@ -117,7 +133,9 @@ fn process(spec: &mut Map<String, Value>) -> Result<(), String> {
         return Err("config.json has no process".into());
     }
     let process = object(spec, "process")?;
-    if let Some(cwd) = process.get("cwd").and_then(Value::as_str).filter(|cwd| !cwd.starts_with('/')) {
+    if let Some(cwd) =
+        process.get("cwd").and_then(Value::as_str).filter(|cwd| !cwd.starts_with('/'))
+    {
         return Err(format!("config.json: process.cwd {cwd:.100?} is not absolute"));
     }
     plain_process(process)
@@ -135,12 +153,16 @@ pub fn plain_process(process: &mut Map<String, Value>) -> Result<(), String> {
         let user = user.as_object().ok_or("process.user is not an object")?;
         let groups = match user.get("additionalGids") {
             None | Some(Value::Null) => &Vec::new(),
-            Some(groups) => groups.as_array().ok_or("process.user.additionalGids is not an array")?,
+            Some(groups) => {
+                groups.as_array().ok_or("process.user.additionalGids is not an array")?
+            }
         };
         let ids = [user.get("uid"), user.get("gid")].into_iter().flatten();
         if let Some(id) = ids.chain(groups).find(|id| !is_id(id)) {
             let shown: String = id.to_string().chars().take(40).collect();
-            return Err(format!("process.user: {shown} is no user or group: a number of 32 bits is"));
+            return Err(format!(
+                "process.user: {shown} is no user or group: a number of 32 bits is"
+            ));
         }
     }
     if process.get("noNewPrivileges") == Some(&Value::Bool(false)) {
@@ -207,7 +229,11 @@ fn namespaces(
         old.iter().find(|entry| entry.get("type").and_then(Value::as_str) == Some(kind))
     };
     let path_of = |entry: Option<&Value>| {
-        entry.and_then(|e| e.get("path")).and_then(Value::as_str).filter(|p| !p.is_empty()).map(str::to_owned)
+        entry
+            .and_then(|e| e.get("path"))
+            .and_then(Value::as_str)
+            .filter(|p| !p.is_empty())
+            .map(str::to_owned)
     };
     let of_sandbox = |path: &str| {
         let pid = path.strip_prefix("/proc/").and_then(|rest| rest.split('/').next());
@@ -244,7 +270,8 @@ fn namespaces(
                 let path = match descriptors {
                     Descriptors::Ours => format!("/proc/{}/fd/{fd}", std::process::id()),
                     Descriptors::Passed(first) => {
-                        let number = first + i32::try_from(passed.len()).unwrap_or(i32::MAX - first);
+                        let number =
+                            first + i32::try_from(passed.len()).unwrap_or(i32::MAX - first);
                         passed.push(fd);
                         format!("/proc/self/fd/{number}")
                     }
@@ -302,7 +329,11 @@ mod tests {
     }
 
     fn path(spec: &Value, kind: &str) -> Option<String> {
-        spec["linux"]["namespaces"].as_array().unwrap().iter().find(|n| n["type"] == kind)
+        spec["linux"]["namespaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|n| n["type"] == kind)
             .map(|n| n["path"].as_str().unwrap_or_default().to_owned())
     }
 
@@ -326,10 +357,15 @@ mod tests {
         let with = |user: Value| plain_process(json!({ "user": user }).as_object_mut().unwrap());
         with(json!({"uid": 0, "gid": u32::MAX, "additionalGids": [1, 2]})).unwrap();
         with(json!({"username": "x", "additionalGids": null})).unwrap();
-        for wrong in [json!("0"), json!(-1), json!(1.0), json!(1_u64 << 32), json!(null), json!([0])] {
+        for wrong in
+            [json!("0"), json!(-1), json!(1.0), json!(1_u64 << 32), json!(null), json!([0])]
+        {
             assert!(with(json!({"uid": wrong, "gid": 0})).is_err(), "{wrong}");
             assert!(with(json!({"uid": 0, "gid": wrong})).is_err(), "{wrong}");
-            assert!(with(json!({"uid": 0, "gid": 0, "additionalGids": [wrong]})).is_err(), "{wrong}");
+            assert!(
+                with(json!({"uid": 0, "gid": 0, "additionalGids": [wrong]})).is_err(),
+                "{wrong}"
+            );
         }
         assert!(with(json!("root")).is_err());
     }

@@ -26,7 +26,9 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Self, Error> {
         let usage = |text: String| {
-            Error::Usage(format!("{text}; use -v, -info, or [-namespace -id -bundle …] start|delete"))
+            Error::Usage(format!(
+                "{text}; use -v, -info, or [-namespace -id -bundle …] start|delete"
+            ))
         };
         let mut action = None;
         let (mut namespace, mut id, mut bundle) = (String::new(), String::new(), None);
@@ -46,7 +48,10 @@ impl Args {
                 None => (flag, None),
             };
             let mut value = || {
-                given.take().or_else(|| words.next()).ok_or_else(|| usage(format!("-{flag} needs a value")))
+                given
+                    .take()
+                    .or_else(|| words.next())
+                    .ok_or_else(|| usage(format!("-{flag} needs a value")))
             };
             match flag {
                 "v" | "version" => action = Some(Action::Version),

@@ -37,9 +37,8 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<Option<String>, Erro
     let Ok(text) = std::fs::read(&path) else { return Ok(None) };
     let spec: Value = serde_json::from_slice(&text)
         .map_err(|e| Error::Bundle(format!("{} is no OCI spec: {e}", path.display())))?;
-    let note = |key: &str| {
-        spec.get("annotations")?.get(format!("io.kubernetes.cri.{key}"))?.as_str()
-    };
+    let note =
+        |key: &str| spec.get("annotations")?.get(format!("io.kubernetes.cri.{key}"))?.as_str();
     match (note("container-type"), note("sandbox-id")) {
         (Some("container"), Some(sandbox)) => Ok(Some(sandbox.to_owned())),
         (Some("sandbox"), _) => Err(Error::Bundle(

@@ -68,8 +68,7 @@ impl Daemon {
     }
 
     fn call<A: Message>(&self, method: &str, question: &impl Message) -> Result<A, Error> {
-        let failed =
-            |why: String| Error::Daemon { socket: self.socket.clone(), why };
+        let failed = |why: String| Error::Daemon { socket: self.socket.clone(), why };
         let client = ttrpc::Client::connect(&format!("unix://{}", self.socket))
             .map_err(|e| failed(format!("cannot connect, does it run? {e}")))?;
         let request = Request {
@@ -122,9 +121,13 @@ mod tests {
     fn the_programs_name_says_which_daemon() {
         assert_eq!(kind("containerd-shim-kuasar-runc-v1").unwrap(), "runc");
         assert_eq!(kind("containerd-shim-kuasar-vmm-qemu-v12").unwrap(), "vmm-qemu");
-        for bad in ["containerd-shim-runc-v2", "containerd-shim-kuasar-runc", "x",
-            "containerd-shim-kuasar--v1", "containerd-shim-kuasar-a/b-v1"]
-        {
+        for bad in [
+            "containerd-shim-runc-v2",
+            "containerd-shim-kuasar-runc",
+            "x",
+            "containerd-shim-kuasar--v1",
+            "containerd-shim-kuasar-a/b-v1",
+        ] {
             assert!(kind(bad).is_err(), "{bad}");
         }
     }

@@ -144,8 +144,7 @@ fn start(daemon: &Daemon, args: &Args) -> Result<Vec<u8>, Error> {
         }
     };
     let version = bundle::bootstrap_version(&bundle);
-    let answer =
-        serde_json::json!({ "version": version, "address": address, "protocol": "ttrpc" });
+    let answer = serde_json::json!({ "version": version, "address": address, "protocol": "ttrpc" });
     Ok(answer.to_string().into_bytes())
 }
 

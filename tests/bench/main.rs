@@ -4,7 +4,13 @@
 //! Environment: `BENCH_QUICK=1` for a run below two minutes; or each number by itself:
 //! `BENCH_N` (serial pods), `BENCH_EXECS`, `BENCH_REPS` (parallel rounds), `BENCH_PARALLEL`,
 //! `BENCH_PODS` (pods whose memory is weighed). `KUASAR_HANDLER` names the handler.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::large_futures)] // as tests; futures of a client are large
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::large_futures
+)] // as tests; futures of a client are large
 
 mod memory;
 mod report;
@@ -62,8 +68,14 @@ async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
 async fn unmake(client: &mut Client, made: &Made) -> Duration {
     let start = Instant::now();
     let id = made.pod.clone();
-    client.stop_pod_sandbox(within(StopPodSandboxRequest { pod_sandbox_id: id.clone() }, 120)).await.unwrap();
-    client.remove_pod_sandbox(within(RemovePodSandboxRequest { pod_sandbox_id: id }, 120)).await.unwrap();
+    client
+        .stop_pod_sandbox(within(StopPodSandboxRequest { pod_sandbox_id: id.clone() }, 120))
+        .await
+        .unwrap();
+    client
+        .remove_pod_sandbox(within(RemovePodSandboxRequest { pod_sandbox_id: id }, 120))
+        .await
+        .unwrap();
     let took = start.elapsed();
     let _ = std::fs::remove_dir_all(&made.log_directory);
     took
@@ -80,7 +92,13 @@ fn order(round: usize, handlers: &[String; 2]) -> [usize; 2] {
 }
 
 async fn serial(report: &mut Report, client: &mut Client, handlers: &[String; 2], n: usize) {
-    let names = ["RunPodSandbox", "CreateContainer", "StartContainer", "run + create + start", "stop + remove"];
+    let names = [
+        "RunPodSandbox",
+        "CreateContainer",
+        "StartContainer",
+        "run + create + start",
+        "stop + remove",
+    ];
     let mut samples: [[Vec<f64>; 5]; 2] = Default::default();
     for h in handlers {
         let warm = make(client, h, true).await;
@@ -126,7 +144,12 @@ async fn execs(report: &mut Report, client: &mut Client, handlers: &[String; 2],
 }
 
 /// Makes `n` pods, `width` at a time; answers them and the time it took.
-async fn make_many(handler: &str, host_network: bool, n: usize, width: usize) -> (Vec<Made>, Duration) {
+async fn make_many(
+    handler: &str,
+    host_network: bool,
+    n: usize,
+    width: usize,
+) -> (Vec<Made>, Duration) {
     let start = Instant::now();
     let tasks: Vec<_> = (0..width)
         .map(|lane| {
@@ -154,7 +177,13 @@ async fn unmake_many(client: &mut Client, all: Vec<Made>) {
     }
 }
 
-async fn parallel(report: &mut Report, client: &mut Client, handlers: &[String; 2], reps: usize, n: usize) {
+async fn parallel(
+    report: &mut Report,
+    client: &mut Client,
+    handlers: &[String; 2],
+    reps: usize,
+    n: usize,
+) {
     let mut samples: [Vec<f64>; 2] = Default::default();
     for round in 0..reps {
         for h in order(round, handlers) {
@@ -164,7 +193,10 @@ async fn parallel(report: &mut Report, client: &mut Client, handlers: &[String; 
         }
     }
     let [stock, ours] = samples;
-    report.row(Row::samples(&format!("{n} pods in parallel, bridge network"), "pods/s", stock, ours).more_is_better());
+    report.row(
+        Row::samples(&format!("{n} pods in parallel, bridge network"), "pods/s", stock, ours)
+            .more_is_better(),
+    );
 }
 
 async fn weigh(report: &mut Report, client: &mut Client, handlers: &[String; 2], pods: usize) {
@@ -178,7 +210,11 @@ async fn weigh(report: &mut Report, client: &mut Client, handlers: &[String; 2],
         report.note(&format!("{handler}, {pods} pods: {weight}"));
         weights.push(weight.total() as f64 / 1024.0);
         if !is_stock {
-            report.row(Row::one_sided(&format!("daemon killed and started again with {pods} pods, until READY"), "ms", restart(client, &all).await));
+            report.row(Row::one_sided(
+                &format!("daemon killed and started again with {pods} pods, until READY"),
+                "ms",
+                restart(client, &all).await,
+            ));
         }
         unmake_many(client, all).await;
     }

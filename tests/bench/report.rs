@@ -40,7 +40,10 @@ fn quantile(samples: &[f64], q: f64) -> Option<f64> {
 }
 
 fn shown(value: Option<f64>) -> String {
-    value.map_or_else(|| "–".into(), |v| if v < 10.0 { format!("{v:.2}") } else { format!("{v:.1}") })
+    value.map_or_else(
+        || "–".into(),
+        |v| if v < 10.0 { format!("{v:.2}") } else { format!("{v:.1}") },
+    )
 }
 
 /// What one run has measured.
@@ -102,11 +105,18 @@ impl Report {
             let _ = writeln!(
                 out,
                 "| {} | {} | {} | {} | {} | {ratio} |",
-                r.name, r.unit, r.ours.len(), cell(&r.stock), cell(&r.ours)
+                r.name,
+                r.unit,
+                r.ours.len(),
+                cell(&r.stock),
+                cell(&r.ours)
             );
         }
         if !self.phases.is_empty() {
-            let _ = writeln!(out, "\n## The daemon's own share (from its metrics)\n\n| phase | mean ms | calls |\n|---|---|---|");
+            let _ = writeln!(
+                out,
+                "\n## The daemon's own share (from its metrics)\n\n| phase | mean ms | calls |\n|---|---|---|"
+            );
             for (name, mean, count) in &self.phases {
                 let _ = writeln!(out, "| {name} | {mean:.2} | {count} |");
             }
@@ -124,8 +134,10 @@ impl Report {
         let rows: Vec<_> = self
             .rows
             .iter()
-            .map(|r| json!({ "name": r.name, "unit": r.unit, "stock": r.stock, "ours": r.ours,
-                             "more_is_better": r.more_is_better }))
+            .map(|r| {
+                json!({ "name": r.name, "unit": r.unit, "stock": r.stock, "ours": r.ours,
+                             "more_is_better": r.more_is_better })
+            })
             .collect();
         let phases: Vec<_> = self
             .phases
@@ -156,13 +168,29 @@ impl Report {
         );
         for (i, r) in rows.iter().enumerate() {
             let y = 40.0 + step * i as f64;
-            let _ = writeln!(out, "<text x=\"12\" y=\"{}\">{}</text>", y + 22.0, r.name.replace('&', "and"));
-            for (k, (samples, colour)) in [(&r.stock, "#9e9e9e"), (&r.ours, "#1f6fb4")].into_iter().enumerate() {
+            let _ = writeln!(
+                out,
+                "<text x=\"12\" y=\"{}\">{}</text>",
+                y + 22.0,
+                r.name.replace('&', "and")
+            );
+            for (k, (samples, colour)) in
+                [(&r.stock, "#9e9e9e"), (&r.ours, "#1f6fb4")].into_iter().enumerate()
+            {
                 let Some(value) = quantile(samples, 0.5) else { continue };
                 let top = y + 17.0 * k as f64;
                 let w = width * value / largest;
-                let _ = writeln!(out, "<rect x=\"{left}\" y=\"{top}\" width=\"{w:.1}\" height=\"14\" fill=\"{colour}\"/>");
-                let _ = writeln!(out, "<text x=\"{:.1}\" y=\"{}\">{}</text>", left + w + 6.0, top + 12.0, shown(Some(value)));
+                let _ = writeln!(
+                    out,
+                    "<rect x=\"{left}\" y=\"{top}\" width=\"{w:.1}\" height=\"14\" fill=\"{colour}\"/>"
+                );
+                let _ = writeln!(
+                    out,
+                    "<text x=\"{:.1}\" y=\"{}\">{}</text>",
+                    left + w + 6.0,
+                    top + 12.0,
+                    shown(Some(value))
+                );
             }
         }
         out.push_str("</svg>\n");
@@ -200,7 +228,8 @@ pub fn scrape(socket: &Path) -> Option<String> {
 pub fn phases(text: &str) -> Vec<(String, f64, u64)> {
     let value = |kind: &str, phase: &str| -> Option<f64> {
         let line = text.lines().find(|l| {
-            l.starts_with(&format!("kuasar_phase_seconds_{kind}{{")) && l.contains(&format!("phase=\"{phase}\""))
+            l.starts_with(&format!("kuasar_phase_seconds_{kind}{{"))
+                && l.contains(&format!("phase=\"{phase}\""))
         })?;
         line.rsplit(' ').next()?.parse().ok()
     };

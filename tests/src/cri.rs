@@ -162,7 +162,11 @@ impl Pod {
         self.start_with(command, |_| {})
     }
 
-    pub fn start_with(&self, command: &[&str], change: impl FnOnce(&mut ContainerConfig)) -> Container {
+    pub fn start_with(
+        &self,
+        command: &[&str],
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Container {
         let c = self.create_with(command, change).unwrap();
         c.start().unwrap();
         c

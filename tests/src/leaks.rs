@@ -40,7 +40,10 @@ pub fn snapshot() -> Snapshot {
     let mounts = crate::inside(&["cat", "/proc/self/mounts"]).stdout;
     for line in String::from_utf8_lossy(&mounts).lines() {
         let at = line.split(' ').nth(1).unwrap_or_default();
-        if at.starts_with(&*run.to_string_lossy()) || at.starts_with("/run/netns") || at.starts_with("/var/run/netns") {
+        if at.starts_with(&*run.to_string_lossy())
+            || at.starts_with("/run/netns")
+            || at.starts_with("/var/run/netns")
+        {
             all.insert(format!("mount {at}"));
         }
     }
@@ -50,7 +53,8 @@ pub fn snapshot() -> Snapshot {
         }
     }
     for sub in ["sandboxes", "t", "pods"] {
-        let listed = crate::inside(&["ls", "-1", &run.join("kuasar-runc").join(sub).to_string_lossy()]);
+        let listed =
+            crate::inside(&["ls", "-1", &run.join("kuasar-runc").join(sub).to_string_lossy()]);
         for name in String::from_utf8_lossy(&listed.stdout).lines() {
             all.insert(format!("state {sub}/{name}"));
         }
@@ -58,7 +62,12 @@ pub fn snapshot() -> Snapshot {
     // Its own lock and last address stay.
     walk(&run.join("cni-ipam/bed"), "address", 0, &mut all);
     all.retain(|s| !s.ends_with("/lock") && !s.contains("/last_reserved_ip"));
-    Snapshot(all.into_iter().filter(|s| !s.contains("cgroup.")).filter(|s| s.strip_prefix("cgroup ").is_none_or(|p| Path::new(p).is_dir())).collect())
+    Snapshot(
+        all.into_iter()
+            .filter(|s| !s.contains("cgroup."))
+            .filter(|s| s.strip_prefix("cgroup ").is_none_or(|p| Path::new(p).is_dir()))
+            .collect(),
+    )
 }
 
 /// Open descriptors of a process.

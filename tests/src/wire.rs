@@ -182,7 +182,8 @@ impl Direct {
 
 impl Drop for Direct {
     fn drop(&mut self) {
-        let q = api::ControllerShutdownRequest { sandbox_id: self.id.clone(), ..Default::default() };
+        let q =
+            api::ControllerShutdownRequest { sandbox_id: self.id.clone(), ..Default::default() };
         let _: Result<api::ControllerShutdownResponse, _> = controller("Shutdown", q);
     }
 }

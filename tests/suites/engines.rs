@@ -11,7 +11,10 @@ pub fn available() -> Vec<&'static str> {
     static CRUN: OnceLock<Result<(), String>> = OnceLock::new();
     let mut all = vec!["builtin", "runc"];
     let crun = CRUN.get_or_init(|| {
-        Direct::run_on("probe", "crun").run_to_end(&Bundle::new(&["true"])).map(drop).map_err(|e| e.message().to_owned())
+        Direct::run_on("probe", "crun")
+            .run_to_end(&Bundle::new(&["true"]))
+            .map(drop)
+            .map_err(|e| e.message().to_owned())
     });
     match crun {
         Ok(()) => all.push("crun"),
@@ -33,7 +36,9 @@ pub fn each(name: &str, test: impl Fn(&str, &Pod)) {
         let pod = Pod::run(config);
         // crun 1.8 knows version 1.0 of the runtime spec alone, and containerd writes a later one.
         let probe = pod.create_with(&["true"], |_| {}).unwrap().start();
-        if engine == "crun" && probe.as_ref().is_err_and(|e| e.message().contains("unknown version")) {
+        if engine == "crun"
+            && probe.as_ref().is_err_and(|e| e.message().contains("unknown version"))
+        {
             skip("crun of this release takes no spec of containerd 2");
             continue;
         }
@@ -55,14 +60,18 @@ fn every_engine_runs_a_container() {
         assert_eq!(c.wait(), 137, "{engine}");
         let c = pod.start(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
         assert_eq!(c.wait(), 7, "{engine}");
-        assert_eq!((c.logged("stdout"), c.logged("stderr")), (b"out\n".to_vec(), b"err\n".to_vec()));
+        assert_eq!(
+            (c.logged("stdout"), c.logged("stderr")),
+            (b"out\n".to_vec(), b"err\n".to_vec())
+        );
     });
 }
 
 #[test]
 fn every_engine_gives_a_terminal() {
     each("terminal", |engine, pod| {
-        let c = pod.start_with(&["sh", "-c", "test -t 0 && test -t 1 && tty; exit 4"], |c| c.tty = true);
+        let c = pod
+            .start_with(&["sh", "-c", "test -t 0 && test -t 1 && tty; exit 4"], |c| c.tty = true);
         assert_eq!(c.wait(), 4, "{engine}");
         let text = String::from_utf8_lossy(&c.logged("stdout")).into_owned();
         assert!(text.starts_with("/dev/"), "{engine}: {text:?}");

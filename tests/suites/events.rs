@@ -24,10 +24,7 @@ struct Events {
 
 impl Events {
     fn follow() -> Self {
-        let mut child = ctr(&["events"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = ctr(&["events"]).stdout(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         let (send, lines) = channel();
         std::thread::spawn(move || {
@@ -53,7 +50,8 @@ impl Events {
         let mut all = Vec::new();
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let line = self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("no {last}: {all:#?}"));
+            let line =
+                self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("no {last}: {all:#?}"));
             // Date, time, zone, zone's name, namespace, topic, JSON.
             let Some((head, body)) = line.split_once(" {") else { continue };
             let topic = head.rsplit(' ').next().unwrap_or_default().to_owned();
@@ -100,8 +98,15 @@ fn every_step_of_a_life_is_told_in_order() {
     let topics: Vec<&str> = told.iter().map(|(topic, _)| topic.as_str()).collect();
     // The delete of an exec is told by CRI's own client, where it is: not asserted.
     let wanted = [
-        "/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit",
-        "/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete",
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/tasks/exit",
+        "/tasks/delete",
     ];
     assert_eq!(topics, wanted);
     let exits: Vec<_> = told.iter().filter(|(t, _)| t == "/tasks/exit").map(|(_, b)| b).collect();
@@ -109,7 +114,10 @@ fn every_step_of_a_life_is_told_in_order() {
     assert_ne!(exits[0]["id"], exits[1]["id"]);
     assert_eq!(exits[1]["id"], c.id.as_str());
     let (create, start) = (&told[0].1, &told[1].1);
-    assert!(create["pid"].as_u64().unwrap() > 0 && create["pid"] == start["pid"], "{create} {start}");
+    assert!(
+        create["pid"].as_u64().unwrap() > 0 && create["pid"] == start["pid"],
+        "{create} {start}"
+    );
     assert!(create["bundle"].as_str().unwrap().contains(&c.id), "{create}");
 }
 

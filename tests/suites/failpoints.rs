@@ -7,8 +7,14 @@ use kuasar_tests::cri::*;
 use kuasar_tests::{bed, cri, handler, inside, leaks, ours, switch, wait_for};
 
 const POINTS: [&str; 8] = [
-    "sandbox.create", "sandbox.start", "sandbox.stop", "sandbox.shutdown", "task.create",
-    "task.start", "task.exec", "task.delete",
+    "sandbox.create",
+    "sandbox.start",
+    "sandbox.stop",
+    "sandbox.shutdown",
+    "task.create",
+    "task.start",
+    "task.exec",
+    "task.delete",
 ];
 
 /// Counts aloud until it is told to go, then goes with `code`.
@@ -42,7 +48,9 @@ impl Counter {
     /// Lets it end, with or without a daemon.
     fn go(&self) {
         std::fs::write(&self.flag, "").unwrap();
-        wait_for("it ends", Duration::from_secs(10), || std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err());
+        wait_for("it ends", Duration::from_secs(10), || {
+            std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err()
+        });
     }
 
     /// Its exit code is known, and every byte that it has written.
@@ -63,7 +71,8 @@ fn life() -> Option<Pod> {
     if let Ok(c) = pod.create_with(&["sleep", "1000"], |_| {})
         && c.start().is_ok()
     {
-        let exec = ExecSyncRequest { container_id: c.id.clone(), cmd: vec!["true".into()], timeout: 5 };
+        let exec =
+            ExecSyncRequest { container_id: c.id.clone(), cmd: vec!["true".into()], timeout: 5 };
         if let Ok(answer) = cri!(exec_sync, exec) {
             assert_eq!(answer.exit_code, 0, "an exec that is answered is answered right");
         }
@@ -84,7 +93,8 @@ fn it_may_die_at_every_failpoint() {
     let bystander = Pod::run(pod_config("bystander"));
     let witness = Counter::new(&bystander, 99);
     let created = bystander.create_with(&["sh", "-c", "exit 8"], |_| {}).unwrap();
-    let names = POINTS.iter().flat_map(|point| ["before", "after"].map(|side| format!("{point}.{side}")));
+    let names =
+        POINTS.iter().flat_map(|point| ["before", "after"].map(|side| format!("{point}.{side}")));
     for (i, name) in names.enumerate() {
         println!("failpoint {name}");
         let leaver = Counter::new(&bystander, 10 + i32::try_from(i).unwrap());

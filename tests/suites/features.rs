@@ -107,7 +107,8 @@ fn a_target_pid_namespace_is_joined() {
 fn a_user_namespace_maps_root_away() {
     let map = |host| vec![IdMapping { host_id: host, container_id: 0, length: 65536 }];
     let mut config = pod_config("userns");
-    let user = UserNamespace { mode: NamespaceMode::Pod as i32, uids: map(100_000), gids: map(100_000) };
+    let user =
+        UserNamespace { mode: NamespaceMode::Pod as i32, uids: map(100_000), gids: map(100_000) };
     let linux = config.linux.as_mut().unwrap();
     let n = linux.security_context.as_mut().unwrap().namespace_options.as_mut().unwrap();
     n.userns_options = Some(user);
@@ -148,7 +149,11 @@ fn containers_are_in_the_pods_cgroup() {
 #[test]
 fn a_port_of_the_pod_is_forwarded() {
     let pod = Pod::run(pod_config("forward"));
-    pod.start(&["sh", "-c", "while :; do echo -e 'HTTP/1.0 200 OK\\r\\n\\r\\nhello' | nc -l -p 8080; done"]);
+    pod.start(&[
+        "sh",
+        "-c",
+        "while :; do echo -e 'HTTP/1.0 200 OK\\r\\n\\r\\nhello' | nc -l -p 8080; done",
+    ]);
     let q = PortForwardRequest { pod_sandbox_id: pod.id.clone(), port: vec![8080] };
     assert!(cri!(port_forward, q).unwrap().url.starts_with("http"));
 }

@@ -73,9 +73,12 @@ fn a_terminal_survives() {
         return;
     }
     let pod = Pod::run(pod_config("ttykill"));
-    let c = pod.start_with(&["sh", "-c", "for i in $(seq 1 100); do echo $i; sleep 0.02; done; exit 6"], |c| {
-        c.tty = true;
-    });
+    let c = pod.start_with(
+        &["sh", "-c", "for i in $(seq 1 100); do echo $i; sleep 0.02; done; exit 6"],
+        |c| {
+            c.tty = true;
+        },
+    );
     kill_and_start();
     assert_eq!(c.wait(), 6);
     let text = String::from_utf8(c.logged("stdout")).unwrap().replace('\r', "");
@@ -106,7 +109,9 @@ fn killing_it_again_and_again_under_load_loses_no_container() {
                             assert_eq!(c.wait(), 3);
                             done += 1;
                         }
-                        wait_for("the pod is removed", Duration::from_secs(30), || pod.remove().is_ok());
+                        wait_for("the pod is removed", Duration::from_secs(30), || {
+                            pod.remove().is_ok()
+                        });
                     }
                 }
                 done

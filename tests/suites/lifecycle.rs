@@ -38,7 +38,11 @@ fn stop_and_remove_may_be_repeated_and_come_without_each_other() {
 fn exit_codes_come_as_the_program_gave_them() {
     let pod = Pod::run(pod_config("codes"));
     assert_eq!(pod.start(&["sh", "-c", "exit 7"]).wait(), 7);
-    assert_eq!(pod.start(&["sh", "-c", "kill -KILL $$; sleep 9"]).wait() & 0x80, 0, "init is immune");
+    assert_eq!(
+        pod.start(&["sh", "-c", "kill -KILL $$; sleep 9"]).wait() & 0x80,
+        0,
+        "init is immune"
+    );
     let c = pod.start(&["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done"]);
     c.exec(&["true"]);
     c.stop(10).unwrap();

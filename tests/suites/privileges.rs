@@ -27,14 +27,17 @@ fn seccomp_and_capabilities_are_applied() {
         });
     });
     assert_eq!(c.sh("grep Seccomp: /proc/self/status | tr -dc 0-9"), "2");
-    let caps = |l: &str| u64::from_str_radix(&c.sh(&format!("grep {l} /proc/self/status | cut -f2")), 16).unwrap();
+    let caps = |l: &str| {
+        u64::from_str_radix(&c.sh(&format!("grep {l} /proc/self/status | cut -f2")), 16).unwrap()
+    };
     assert_ne!(caps("CapEff") & (1 << 12), 0, "NET_ADMIN");
     assert_eq!(caps("CapEff") & 1, 0, "CHOWN");
     assert_eq!(caps("CapAmb") | caps("CapInh"), 0);
     let status = std::fs::read_to_string(format!("/proc/{}/status", c.pid())).unwrap();
     assert!(status.contains("Seccomp:\t2"));
     let free = pod.start_with(SLEEP, |c| {
-        security(c).seccomp = Some(SecurityProfile { profile_type: 1, localhost_ref: String::new() });
+        security(c).seccomp =
+            Some(SecurityProfile { profile_type: 1, localhost_ref: String::new() });
     });
     assert_eq!(free.sh("grep Seccomp: /proc/self/status | tr -dc 0-9"), "0");
 }

@@ -55,7 +55,9 @@ fn the_configuration_is_read_again_and_pods_go_on() {
     let settings = Settings::open();
     let old = Pod::run(pod_config("old"));
     let c = old.start(&["sleep", "1000"]);
-    let size = |c: &Container| c.sh("df -k /dev/shm | tail -1").split_whitespace().nth(1).unwrap().to_owned();
+    let size = |c: &Container| {
+        c.sh("df -k /dev/shm | tail -1").split_whitespace().nth(1).unwrap().to_owned()
+    };
     assert_eq!(size(&c), "65536");
     settings.reload("shm_size = 8388608", "configuration read again");
     let new = Pod::run(pod_config("new"));

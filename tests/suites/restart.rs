@@ -30,14 +30,22 @@ fn containerd_finds(handler: &str) {
     let exited = pod.start(&["sh", "-c", "echo gone; exit 9"]);
     assert_eq!(exited.wait(), 9);
     let mut exec = std::process::Command::new("nsenter")
-        .args(["-t", std::fs::read_to_string(bed().join("run/ns.pid")).unwrap().trim(), "-n", "-m", "--"])
+        .args([
+            "-t",
+            std::fs::read_to_string(bed().join("run/ns.pid")).unwrap().trim(),
+            "-n",
+            "-m",
+            "--",
+        ])
         .arg(bed().join("bin/crictl"))
         .args(["exec", &running.id, "sh", "-c", "echo begun; sleep 1234"])
         .env("CRI_CONFIG_FILE", bed().join("etc/crictl.yaml"))
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    wait_for("the exec runs", Duration::from_secs(10), || running.sh("ps -o args").contains("sleep 1234"));
+    wait_for("the exec runs", Duration::from_secs(10), || {
+        running.sh("ps -o args").contains("sleep 1234")
+    });
     let pids = [running.pid(), terminal.pid()];
     switch(&["containerd", "kill"], &[]);
     exec.wait().unwrap();
@@ -53,7 +61,9 @@ fn containerd_finds(handler: &str) {
     assert_eq!(exited.logged("stdout"), b"gone\n");
     created.start().unwrap();
     assert_eq!(created.wait(), 8);
-    wait_for("its output is logged", Duration::from_secs(10), || created.logged("stdout") == b"late\n");
+    wait_for("its output is logged", Duration::from_secs(10), || {
+        created.logged("stdout") == b"late\n"
+    });
     // Its output goes on into the same log.
     let seen = running.logged("stdout").len();
     wait_for("output goes on", Duration::from_secs(10), || running.logged("stdout").len() > seen);

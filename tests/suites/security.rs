@@ -34,7 +34,11 @@ impl Outside {
         let names: Vec<_> =
             std::fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["secret"], "{who}");
-        assert_eq!(std::fs::read_to_string(self.0.join("secret")).unwrap(), "of the host\n", "{who}");
+        assert_eq!(
+            std::fs::read_to_string(self.0.join("secret")).unwrap(),
+            "of the host\n",
+            "{who}"
+        );
         let mounts = inside(&["cat", "/proc/self/mounts"]).stdout;
         let mounts = String::from_utf8_lossy(&mounts).into_owned();
         assert!(!mounts.contains(&*self.0.to_string_lossy()), "{who}: {mounts}");
@@ -95,7 +99,8 @@ fn no_descriptor_of_the_host_reaches_a_container() {
         let c = pod.start(&["sleep", "1000"]);
         let fds = |pid: u32| {
             let list = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-            let mut list: Vec<_> = list.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            let mut list: Vec<_> =
+                list.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
             list.sort();
             list
         };
@@ -149,7 +154,8 @@ fn the_engines_program_cannot_be_written_from_what_runs_it() {
     let exe = format!("/proc/{pid}/exe");
     let name = std::fs::read_link(&exe).unwrap();
     assert!(std::fs::read(&exe).unwrap() == before, "{} is the engine", name.display());
-    let held = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&exe).unwrap();
+    let held =
+        std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&exe).unwrap();
     start(&pod, "").unwrap();
     kuasar_tests::wait_for("it has become its payload", std::time::Duration::from_secs(10), || {
         std::fs::read_link(&exe).is_ok_and(|now| now != name)
@@ -191,11 +197,16 @@ fn all_five_capability_sets_are_as_asked_for_on_execs_too() {
         let q = tasks::StateRequest { id: "c".into(), ..Default::default() };
         let pid = task!(&pod.socket, state, q).unwrap().pid;
         let check = |status: &str, bounding: u64, who: &str| {
-            for (set, want) in
-                [("CapInh", 0), ("CapPrm", bounding), ("CapEff", bounding), ("CapBnd", bounding), ("CapAmb", 0)]
-            {
+            for (set, want) in [
+                ("CapInh", 0),
+                ("CapPrm", bounding),
+                ("CapEff", bounding),
+                ("CapBnd", bounding),
+                ("CapAmb", 0),
+            ] {
                 let line = status.lines().find(|l| l.starts_with(set)).unwrap();
-                let value = u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap();
+                let value =
+                    u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap();
                 assert_eq!(value, want, "{engine}: {set} of {who}");
             }
         };
@@ -294,7 +305,8 @@ fn a_masked_path_is_masked_by_nothing_of_the_image() {
     }
     for engine in engines::available() {
         let outside = Outside::new();
-        let mut bundle = Bundle::new(&["sh", "-c", "cat /proc/kcore > /out; cat /etc/mask >> /out"]);
+        let mut bundle =
+            Bundle::new(&["sh", "-c", "cat /proc/kcore > /out; cat /etc/mask >> /out"]);
         bundle.spec["linux"]["maskedPaths"] = json!(["/proc/kcore", "/etc/mask"]);
         bundle.spec["mounts"].as_array_mut().unwrap().retain(|m| m["destination"] != "/dev");
         symlink(outside.0.join("secret"), bundle.rootfs().join("dev/null")).unwrap();
@@ -318,7 +330,15 @@ fn a_user_that_is_no_number_is_refused() {
     for engine in engines::available() {
         let bundle = Bundle::new(&["sleep", "1000"]);
         let pod = sleeper(engine, &bundle);
-        let wrong = [json!("0"), json!("0x0"), json!("root"), json!(-1), json!(4_294_967_296_u64), json!(1.5), json!([0])];
+        let wrong = [
+            json!("0"),
+            json!("0x0"),
+            json!("root"),
+            json!(-1),
+            json!(4_294_967_296_u64),
+            json!(1.5),
+            json!([0]),
+        ];
         for uid in wrong {
             let process = json!({ "args": ["sh", "-c", "id -u > /out"], "cwd": "/",
                                   "env": ["PATH=/bin"], "user": { "uid": uid, "gid": 0 } });

@@ -1,7 +1,7 @@
 //! Standard streams, byte for byte.
 
-use kuasar_tests::cri::*;
 use kuasar_protos::shim::api as tasks;
+use kuasar_tests::cri::*;
 use kuasar_tests::{daemon_pid, handler, leaks, ours, skip, wait_for, wire};
 use std::io::Write;
 use std::process::{Command, Stdio};

@@ -139,7 +139,12 @@ fn a_detached_exec_runs_without_streams_and_its_end_is_kept() {
         task!(&pod.socket, create, bundle.request("c")).unwrap();
         let q = tasks::StartRequest { id: "c".into(), ..Default::default() };
         task!(&pod.socket, start, q).unwrap();
-        exec(&pod, "e", false, &["sh", "-c", "cat; echo to nobody; ls -l /proc/self/fd > /out; exit 6"]);
+        exec(
+            &pod,
+            "e",
+            false,
+            &["sh", "-c", "cat; echo to nobody; ls -l /proc/self/fd > /out; exit 6"],
+        );
         let q = tasks::StartRequest { id: "c".into(), exec_id: "e".into(), ..Default::default() };
         assert!(task!(&pod.socket, start, q).unwrap().pid > 0);
         assert_eq!(wait(&pod, "e"), 6, "{engine}");
@@ -155,9 +160,12 @@ fn a_detached_exec_runs_without_streams_and_its_end_is_kept() {
 
 fn attach(handler: &str) {
     let pod = Pod::try_run(pod_config("attach"), handler).unwrap();
-    let c = pod.start_with(&["sh", "-c", "while read l; do echo got $l; done; echo end; sleep 1000"], |c| {
-        c.stdin = true;
-    });
+    let c = pod.start_with(
+        &["sh", "-c", "while read l; do echo got $l; done; echo end; sleep 1000"],
+        |c| {
+            c.stdin = true;
+        },
+    );
     let mut child = crictl(&["attach", "-i", &c.id])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -174,8 +182,11 @@ fn attach(handler: &str) {
     child.wait().unwrap();
     assert!(c.is_running());
     assert!(String::from_utf8(c.logged("stdout")).unwrap().contains("got three\n"));
-    let mut child =
-        crictl(&["attach", "-i", &c.id]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = crictl(&["attach", "-i", &c.id])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     // containerd takes the end of a client's input for its detaching: it stays open.
     let mut input = child.stdin.take().unwrap();

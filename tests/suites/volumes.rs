@@ -16,7 +16,8 @@ impl Volume {
         std::fs::create_dir_all(dir.join("below")).unwrap();
         std::fs::write(dir.join("f"), "from the host").unwrap();
         let below = dir.join("below");
-        let out = inside(&["mount", "-t", "tmpfs", "-o", "size=1m", "below", &below.to_string_lossy()]);
+        let out =
+            inside(&["mount", "-t", "tmpfs", "-o", "size=1m", "below", &below.to_string_lossy()]);
         assert!(out.status.success());
         Self(dir)
     }
@@ -122,7 +123,8 @@ fn a_link_in_a_volume_as_a_mount_target_stays_inside() {
     let outside = PathBuf::from(&pod.config.log_directory).join("outside");
     std::fs::create_dir(&outside).unwrap();
     std::os::unix::fs::symlink(&outside, volume.0.join("link")).unwrap();
-    let made = pod.create_with(SLEEP, |c| c.mounts = vec![volume.mount("/v"), volume.mount("/v/link/new")]);
+    let made = pod
+        .create_with(SLEEP, |c| c.mounts = vec![volume.mount("/v"), volume.mount("/v/link/new")]);
     // It may be refused, too.
     if let Ok(c) = made {
         let _ = c.start();

@@ -92,7 +92,11 @@ fn a_malformed_spec_is_explained_and_leaves_nothing() {
             ("namespaces is a map", with("/linux", "namespaces", json!({})), "namespaces"),
             ("a mount is a number", with("", "mounts", json!([1])), "mounts"),
             ("relative cwd", with("/process", "cwd", json!("tmp")), "cwd"),
-            ("unknown namespace", with("/linux", "namespaces", json!([{ "type": "moon" }])), "moon"),
+            (
+                "unknown namespace",
+                with("/linux", "namespaces", json!([{ "type": "moon" }])),
+                "moon",
+            ),
         ];
         for (name, text, word) in bad {
             let q = good.request("broken");
@@ -249,7 +253,11 @@ fn an_any_of_a_wrong_type_is_named_with_the_right_one() {
             resources: MessageField::some(any("example.com/Moon", b"{}")),
             ..Default::default()
         };
-        refused(task!(&pod.socket, update, q), Code::InvalidArgument, &["example.com/Moon", "LinuxResources"]);
+        refused(
+            task!(&pod.socket, update, q),
+            Code::InvalidArgument,
+            &["example.com/Moon", "LinuxResources"],
+        );
         let resources = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
         for text in ["x", "[]", r#"{"memory":{"limit":"much"}}"#] {
             let q = tasks::UpdateTaskRequest {
@@ -320,7 +328,8 @@ fn a_message_of_twenty_mebibytes_is_refused() {
         let mut answer = Vec::new();
         let ended = stream.read_to_end(&mut answer);
         assert!(
-            ended.is_ok() || ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset)
+            ended.is_ok()
+                || ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset)
                 || !answer.is_empty(),
             "neither an answer nor an end"
         );
@@ -410,18 +419,21 @@ fn state_is_private_and_no_socket_is_for_others() {
     let dir = bed().join("run/kuasar-runc");
     let dir = dir.to_string_lossy();
     let list = |args: &[&str]| {
-        let out = inside(&[&["find", &*dir, "-xdev"][..], args, &["-printf", "%m %p\n"][..]].concat());
+        let out =
+            inside(&[&["find", &*dir, "-xdev"][..], args, &["-printf", "%m %p\n"][..]].concat());
         String::from_utf8(out.stdout).unwrap()
     };
     // `shm` is a pod's own /dev/shm, as open as every one is; what an engine makes is its own.
-    let open = ["-path", "*/engine/*", "-prune", "-o", "-type", "d", "-perm", "/077", "!", "-name", "shm"];
+    let open =
+        ["-path", "*/engine/*", "-prune", "-o", "-type", "d", "-perm", "/077", "!", "-name", "shm"];
     assert_eq!(list(&open), "", "directories");
     let open = ["-path", "*/engine/*", "-prune", "-o", "-type", "s", "-perm", "/077"];
     assert_eq!(list(&open), "", "sockets");
     assert!(list(&["-type", "s"]).contains("task.sock"));
     assert_eq!(list(&["-type", "f", "-perm", "/022"]), "", "files");
     let mode = |p: std::path::PathBuf| {
-        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(p).unwrap().permissions()) & 0o777
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(p).unwrap().permissions())
+            & 0o777
     };
     assert_eq!(mode(wire::daemon_socket()), 0o600);
     assert_eq!(mode(bed().join("run/kuasar-runc-metrics.sock")), 0o600);

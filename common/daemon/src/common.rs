@@ -264,7 +264,8 @@ pub mod duration {
     /// # Errors
     /// A text that says what would be right.
     pub fn parse(text: &str) -> Result<Duration, String> {
-        let wrong = || format!("{text:?} is no duration: use for example \"500ms\", \"10s\", \"1m30s\"");
+        let wrong =
+            || format!("{text:?} is no duration: use for example \"500ms\", \"10s\", \"1m30s\"");
         let (mut total, mut rest) = (Duration::ZERO, text.trim());
         if rest.is_empty() {
             return Err(wrong());
@@ -323,7 +324,9 @@ mod tests {
         assert_eq!(ms("250ms"), Ok(250));
         assert_eq!(ms("1m30s"), Ok(90_000));
         assert_eq!(ms("2 h"), Ok(7_200_000));
-        for bad in ["", "5", "s", "1x", "-1s", "1.5s", "99999999999999999999s", "18446744073709551615h"] {
+        for bad in
+            ["", "5", "s", "1x", "-1s", "1.5s", "99999999999999999999s", "18446744073709551615h"]
+        {
             assert!(ms(bad).is_err(), "{bad}");
         }
     }

@@ -49,9 +49,8 @@ pub fn init_as(level: &str, format: LogFormat) -> Result<LevelHandle, String> {
         LogFormat::Text if std::env::var_os("JOURNAL_STREAM").is_some() => LogFormat::Journal,
         other => other,
     };
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .event_format(Lines(format));
+    let lines =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).event_format(Lines(format));
     tracing_subscriber::registry()
         .with(filter)
         .with(lines)

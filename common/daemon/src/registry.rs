@@ -44,7 +44,8 @@ fn change(
         // A name means one thing; the second meaning is a mistake of the program.
         return;
     }
-    let cut = |v: &str| v.char_indices().take_while(|(i, _)| *i < MAX_VALUE).map(|(_, c)| c).collect();
+    let cut =
+        |v: &str| v.char_indices().take_while(|(i, _)| *i < MAX_VALUE).map(|(_, c)| c).collect();
     let padded = values.iter().copied().chain(std::iter::repeat("")).take(labels.len());
     let mut key: Vec<String> = padded.map(cut).collect();
     if !metric.series.contains_key(&key) && metric.series.len() >= MAX_SERIES {

@@ -43,7 +43,9 @@ pub enum ResidentError {
     #[error("another daemon uses {}: stop it, or choose another directory with --dir", .0.display())]
     Locked(PathBuf),
     /// sandbox-parent's program is nowhere.
-    #[error("sandbox-parent is neither beside this program nor in PATH: install it, or set parent_binary")]
+    #[error(
+        "sandbox-parent is neither beside this program nor in PATH: install it, or set parent_binary"
+    )]
     NoParent,
     /// sandbox-parent cannot be started or does not answer.
     #[error("sandbox-parent")]
@@ -237,8 +239,7 @@ where
     let sandboxer = Arc::new(make(&parts).map_err(ResidentError::Sandboxer)?);
     let pods = Arc::new(ParentSockets::new(parent.clone()).await?);
     let options = controller_options(&setup, servers.clone());
-    let controller =
-        Controller::new(options, sandboxer, pods).map_err(ResidentError::Recovery)?;
+    let controller = Controller::new(options, sandboxer, pods).map_err(ResidentError::Recovery)?;
     let pump =
         sockets::pump(connections, controller.endpoints(), servers.clone(), common.timeouts.hello);
     let mut pump = tokio::spawn(pump);
@@ -252,9 +253,9 @@ where
     })
     .map_err(|source| ResidentError::Socket { what: "signals".into(), source })?;
     controller.recover().await.map_err(ResidentError::Recovery)?;
-    let listener = sockets::own(&parent, &setup.listen)
-        .await
-        .map_err(|source| ResidentError::Socket { what: setup.listen.display().to_string(), source })?;
+    let listener = sockets::own(&parent, &setup.listen).await.map_err(|source| {
+        ResidentError::Socket { what: setup.listen.display().to_string(), source }
+    })?;
     serve_metrics(&setup, &controller, &servers, &parent, &events);
     tokio::spawn(watch(parent.clone(), setup.listen.clone()));
     tracing::info!(listen = %setup.listen.display(), "ready");

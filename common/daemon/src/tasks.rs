@@ -44,15 +44,13 @@ impl TaskServers {
     pub fn make(&self, ctx: &SandboxContext, runtime: Arc<dyn Runtime>) -> Result<Tasks> {
         let journal = FileJournal::new(&ctx.dir.join("tasks"))
             .map_err(|error| Error::internal("open the pod's journal", error))?;
-        let mut options =
-            TaskOptions { sandbox_id: ctx.spec.id.clone(), ..self.options.clone() };
+        let mut options = TaskOptions { sandbox_id: ctx.spec.id.clone(), ..self.options.clone() };
         if !ctx.spec.namespace.is_empty() {
             options.namespace = ctx.spec.namespace.clone();
         }
         let keeper = ParentKeeper { parent: self.parent.clone(), pod: ctx.spec.id.clone() };
         let (keeper, journal) = (Arc::new(keeper), Arc::new(journal));
-        let tasks =
-            Tasks(TaskServer::new(runtime, keeper, journal, self.events.clone(), options));
+        let tasks = Tasks(TaskServer::new(runtime, keeper, journal, self.events.clone(), options));
         self.table().insert(ctx.spec.id.clone(), tasks.clone());
         Ok(tasks)
     }
@@ -96,10 +94,10 @@ impl TaskServers {
 
     /// Looks a container up in all pods.
     pub fn probe(&self, container: &str) -> Option<TaskProbe> {
-        self.all().iter().find_map(|tasks| tasks.0.init_of(container)).map(|(pid, exit)| TaskProbe {
-            pid,
-            exit: exit.map(|exit| (exit.status, exit.at)),
-        })
+        self.all()
+            .iter()
+            .find_map(|tasks| tasks.0.init_of(container))
+            .map(|(pid, exit)| TaskProbe { pid, exit: exit.map(|exit| (exit.status, exit.at)) })
     }
 
     /// Containers of all pods.

@@ -96,7 +96,9 @@ impl Error {
                     Kind::Exhausted
                 }
                 Some(libc::ENOSYS | libc::EOPNOTSUPP) => Kind::Unsupported,
-                Some(libc::EINVAL | libc::ELOOP | libc::EXDEV | libc::ENAMETOOLONG) => Kind::Invalid,
+                Some(libc::EINVAL | libc::ELOOP | libc::EXDEV | libc::ENAMETOOLONG) => {
+                    Kind::Invalid
+                }
                 _ => Kind::Internal,
             },
         }

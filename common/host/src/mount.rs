@@ -216,9 +216,10 @@ fn mount_mapped(
         let lower = data.iter().find_map(|o| o.strip_prefix("lowerdir=")).unwrap_or_default();
         // They go again when the overlay is there.
         let (_layers, names) = idmap::Layers::mount(lower, map).context(what)?;
-        let kept = m.options.iter().filter(|o| {
-            !["lowerdir=", "uidmap=", "gidmap="].iter().any(|key| o.starts_with(key))
-        });
+        let kept = m
+            .options
+            .iter()
+            .filter(|o| !["lowerdir=", "uidmap=", "gidmap="].iter().any(|key| o.starts_with(key)));
         let options = kept.cloned().chain([format!("lowerdir={names}")]).collect();
         return mount_one(&Mount { options, ..m.clone() }, dir, None);
     }
@@ -253,13 +254,14 @@ fn finish(path: &Path, flags: MsFlags, propagation: MsFlags) -> nix::Result<()> 
         match nix::mount::mount(none, path, none, again, none) {
             // In a user namespace flags of the source are locked: they must be given again.
             Err(nix::Error::EPERM) => {
-                let kept = MsFlags::from_bits_truncate(nix::sys::statvfs::statvfs(path)?.flags().bits())
-                    & (MsFlags::MS_RDONLY
-                        | MsFlags::MS_NOSUID
-                        | MsFlags::MS_NODEV
-                        | MsFlags::MS_NOEXEC
-                        | MsFlags::MS_NOATIME
-                        | MsFlags::MS_NODIRATIME);
+                let kept =
+                    MsFlags::from_bits_truncate(nix::sys::statvfs::statvfs(path)?.flags().bits())
+                        & (MsFlags::MS_RDONLY
+                            | MsFlags::MS_NOSUID
+                            | MsFlags::MS_NODEV
+                            | MsFlags::MS_NOEXEC
+                            | MsFlags::MS_NOATIME
+                            | MsFlags::MS_NODIRATIME);
                 nix::mount::mount(none, path, none, again | kept, none)?;
             }
             other => other?,
@@ -287,7 +289,8 @@ pub fn mount_shm(dir: &Path, bytes: u64) -> Result<()> {
 /// # Errors
 /// [`Error::Io`] when mountinfo cannot be read.
 pub fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").context(|| "cannot read mountinfo")?;
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .context(|| "cannot read mountinfo")?;
     let at = |line: &str| line.split(' ').nth(4).map(unescape);
     Ok(text.lines().filter_map(at).filter(|p| p.starts_with(dir)).collect())
 }
@@ -359,7 +362,10 @@ mod tests {
     fn what_needs_a_helper_is_refused_with_the_way_out() {
         for o in ["loop", "X-containerd.mkfs.size=1", "uidmapping=0:1:2", "ridmap"] {
             let m = Mount { kind: "ext4".into(), options: vec![o.into()], ..Mount::default() };
-            assert!(matches!(mount_all(&[m], Path::new("/tmp")), Err(Error::Unsupported(_))), "{o}");
+            assert!(
+                matches!(mount_all(&[m], Path::new("/tmp")), Err(Error::Unsupported(_))),
+                "{o}"
+            );
         }
     }
 
@@ -401,7 +407,8 @@ mod tests {
                 p.to_str().unwrap().to_owned()
             };
             // overlayfs stops at 500 layers; 120 long names are far beyond a page.
-            let lower: Vec<String> = (0..120).map(|i| at(format!("{}{i}", "l".repeat(60)))).collect();
+            let lower: Vec<String> =
+                (0..120).map(|i| at(format!("{}{i}", "l".repeat(60)))).collect();
             std::fs::write(Path::new(&lower[119]).join("deep"), "x").unwrap();
             let (upper, work, target) = (at("u".into()), at("w".into()), at("t".into()));
             let options = [

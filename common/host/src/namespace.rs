@@ -20,8 +20,8 @@ const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 /// [`Error::Io`] when it is gone; [`Error::Invalid`] when the path is no namespace (for example
 /// the plain file that is left of an unmounted one).
 pub fn open(path: &Path) -> Result<OwnedFd> {
-    let file = File::open(path)
-        .context(|| format!("namespace {} cannot be opened", path.display()))?;
+    let file =
+        File::open(path).context(|| format!("namespace {} cannot be opened", path.display()))?;
     let fs = nix::sys::statfs::fstatfs(file.as_fd())
         .context(|| format!("namespace {} cannot be examined", path.display()))?;
     #[allow(clippy::unnecessary_cast)] // the type differs between platforms
@@ -141,7 +141,8 @@ pub fn enter_on_thread<T: Send>(
 /// [`Error::Invalid`] for a name that is none.
 pub fn sysctl_path(name: &str) -> Result<std::path::PathBuf> {
     // As sysctl(8): the first separator decides; with a slash first, dots are literal.
-    let slashes = matches!((name.find('/'), name.find('.')), (Some(s), d) if d.is_none_or(|d| s < d));
+    let slashes =
+        matches!((name.find('/'), name.find('.')), (Some(s), d) if d.is_none_or(|d| s < d));
     let parts: Vec<String> = if slashes {
         name.split('/').map(str::to_owned).collect()
     } else {
@@ -213,7 +214,10 @@ mod tests {
     fn sysctl_names_are_paths_below_proc_sys_only() {
         let p = |s| sysctl_path(s).ok().map(|p| p.display().to_string());
         assert_eq!(p("net.ipv4.ip_forward").unwrap(), "net/ipv4/ip_forward");
-        assert_eq!(p("net.ipv4.conf.eth0/1.forwarding").unwrap(), "net/ipv4/conf/eth0.1/forwarding");
+        assert_eq!(
+            p("net.ipv4.conf.eth0/1.forwarding").unwrap(),
+            "net/ipv4/conf/eth0.1/forwarding"
+        );
         assert_eq!(p("net/ipv4/conf/eth0.1/x").unwrap(), "net/ipv4/conf/eth0.1/x");
         for bad in ["", "a", "a..b", "../a/b", "a.//.b", "/etc/passwd", "a b.c"] {
             assert_eq!(p(bad), None, "{bad}");

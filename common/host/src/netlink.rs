@@ -9,7 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sched::CloneFlags;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
+};
 
 use crate::{Context, Error, Result};
 
@@ -168,7 +170,13 @@ impl Netlink {
         self.set_up(self.link("lo")?.index)
     }
 
-    fn ask(&self, kind: u16, flags: u16, body: &[u8], mut each: impl FnMut(u16, &[u8])) -> Result<()> {
+    fn ask(
+        &self,
+        kind: u16,
+        flags: u16,
+        body: &[u8],
+        mut each: impl FnMut(u16, &[u8]),
+    ) -> Result<()> {
         const HEADER: usize = 16;
         let context = || "netlink request failed";
         let mut request = Vec::with_capacity(HEADER + body.len());
@@ -264,7 +272,8 @@ fn parse_address(body: &[u8]) -> Option<Address> {
         16 => Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(v).ok()?))),
         _ => None,
     };
-    let of = |wanted| attributes(body.get(8..)?).find(|(k, _)| *k == wanted).and_then(|(_, v)| ip(v));
+    let of =
+        |wanted| attributes(body.get(8..)?).find(|(k, _)| *k == wanted).and_then(|(_, v)| ip(v));
     let address = of(libc::IFA_LOCAL).or_else(|| of(libc::IFA_ADDRESS))?;
     Some(Address { link, address, prefix, scope })
 }
@@ -291,12 +300,8 @@ mod tests {
         netlink.set_lo_up().unwrap();
         assert!(netlink.link("lo").unwrap().is_up());
         let addresses = netlink.addresses().unwrap();
-        let local = Address {
-            link: lo.index,
-            address: Ipv4Addr::LOCALHOST.into(),
-            prefix: 8,
-            scope: 254,
-        };
+        let local =
+            Address { link: lo.index, address: Ipv4Addr::LOCALHOST.into(), prefix: 8, scope: 254 };
         assert!(addresses.contains(&local), "{addresses:?}");
         let e = netlink.set_up(9999).unwrap_err();
         assert_eq!(e.errno(), Some(libc::ENODEV));

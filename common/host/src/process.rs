@@ -25,9 +25,8 @@ pub fn pidfd_open(pid: u32) -> Result<OwnedFd> {
 pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is allowed.
-    let r = unsafe {
-        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0)
-    };
+    let r =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0) };
     if r < 0 {
         return Err(std::io::Error::last_os_error())
             .context(|| format!("cannot send signal {signal}"));
@@ -116,6 +115,8 @@ mod tests {
         assert!(pidfd_ended(fd.as_fd(), patience).unwrap());
         assert!(id.open().is_none());
         child.wait().unwrap();
-        assert!(Identity { start: 1, ..Identity::of(std::process::id()).unwrap() }.open().is_none());
+        assert!(
+            Identity { start: 1, ..Identity::of(std::process::id()).unwrap() }.open().is_none()
+        );
     }
 }

@@ -119,8 +119,8 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str, version: u32) -> Resul
     if text.len() as u64 > MAX_RECORD {
         return Err(foreign(format!("it is larger than {MAX_RECORD} bytes")));
     }
-    let value: serde_json::Value = serde_json::from_slice(&text)
-        .map_err(|e| Error::Torn(path.to_owned(), e.to_string()))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|e| Error::Torn(path.to_owned(), e.to_string()))?;
     let head: Envelope<String, serde_json::Value> =
         serde_json::from_value(value).map_err(|e| foreign(e.to_string()))?;
     if head.kind != kind {

@@ -41,10 +41,7 @@ impl Spec {
         let file = std::fs::File::open(path).context(context)?;
         file.take(max.saturating_add(1)).read_to_end(&mut text).context(context)?;
         if text.len() as u64 > max {
-            return Err(Error::Invalid(format!(
-                "{} is larger than {max} bytes",
-                path.display()
-            )));
+            return Err(Error::Invalid(format!("{} is larger than {max} bytes", path.display())));
         }
         Self::parse(&text)
             .map_err(|e| Error::Invalid(format!("{} is no OCI spec: {e}", path.display())))
@@ -311,11 +308,7 @@ fn edit_object<R>(
 }
 
 /// Edits the array at `key`, making one where there is none.
-fn edit_array<R>(
-    map: &mut Map<String, Value>,
-    key: &str,
-    edit: impl FnOnce(&mut Vec<Value>) -> R,
-) {
+fn edit_array<R>(map: &mut Map<String, Value>, key: &str, edit: impl FnOnce(&mut Vec<Value>) -> R) {
     let mut inner = match map.get_mut(key).map(Value::take) {
         Some(Value::Array(inner)) => inner,
         _ => Vec::new(),

@@ -265,10 +265,7 @@ impl Parent {
     }
 
     pub(crate) async fn over(socket: OwnedFd, timeout: Duration) -> Result<(Self, Connections)> {
-        let wrap = |source| ParentError::Start {
-            what: "use the control socket".into(),
-            source,
-        };
+        let wrap = |source| ParentError::Start { what: "use the control socket".into(), source };
         // SAFETY: an OwnedFd always answers the same descriptor and closes it only when dropped.
         let socket = unsafe { AsyncFd::register(socket) }.map_err(|e| wrap(e.into()))?;
         let mut inner = Inner {
@@ -347,10 +344,9 @@ impl Parent {
         let mut m = Reader(&data);
         match (m.u8(), m.u32(), m.u32(), m.u8()) {
             (_, _, Some(0), Some(_)) => Ok((m.0.to_vec(), fds)),
-            (_, _, Some(errno), Some(stage)) => Err(ParentError::Failed {
-                errno: errno as i32,
-                stage,
-            }),
+            (_, _, Some(errno), Some(stage)) => {
+                Err(ParentError::Failed { errno: errno as i32, stage })
+            }
             _ => Err(ParentError::Protocol),
         }
     }
@@ -412,13 +408,8 @@ impl Parent {
             }
         }
         let umask = options.umask.unwrap_or(spawn::NO_UMASK);
-        w.u8(if options.same_session {
-            spawn::SAME_SESSION
-        } else {
-            0
-        });
-        w.u16(umask)
-            .bytes(options.cwd.unwrap_or_default().as_bytes());
+        w.u8(if options.same_session { spawn::SAME_SESSION } else { 0 });
+        w.u16(umask).bytes(options.cwd.unwrap_or_default().as_bytes());
         w.u8(u8::try_from(options.cgroups.len()).map_err(|_| ParentError::TooLarge)?);
         for cgroup in &options.cgroups {
             w.u8(fds.len() as u8);
@@ -444,9 +435,7 @@ impl Parent {
             | bit(q.uts.is_some(), ns::UTS)
             | bit(q.pid, ns::PID)
             | bit(q.netns.is_some(), ns::NETNS);
-        w.u8(flags)
-            .bytes(q.id.as_bytes())
-            .bytes(q.uts.unwrap_or_default().as_bytes());
+        w.u8(flags).bytes(q.id.as_bytes()).bytes(q.uts.unwrap_or_default().as_bytes());
         w.u16(u16::try_from(q.sysctls.len()).map_err(|_| ParentError::TooLarge)?);
         for (k, v) in &q.sysctls {
             w.bytes(k.as_bytes()).bytes(v.as_bytes());
@@ -526,19 +515,14 @@ impl Parent {
 
     /// Keeps a duplicate of `fd` under `name`, replacing an older one.
     pub async fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
-        self.simple(op::KEEP, name, Some(fd.as_raw_fd()))
-            .await
-            .map(drop)
+        self.simple(op::KEEP, name, Some(fd.as_raw_fd())).await.map(drop)
     }
 
     /// A duplicate of the descriptor kept under `name`.
     pub async fn fetch(&self, name: &str) -> Result<Option<OwnedFd>> {
         match self.simple(op::FETCH, name, None).await {
             Ok((_, mut fds)) => Ok(fds.pop()),
-            Err(ParentError::Failed {
-                errno: libc::ENOENT,
-                ..
-            }) => Ok(None),
+            Err(ParentError::Failed { errno: libc::ENOENT, .. }) => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -578,9 +562,7 @@ impl Parent {
 
     /// Gives a pod's listening socket to sandbox-parent.
     pub async fn listen(&self, pod: &str, listener: BorrowedFd<'_>) -> Result<()> {
-        self.simple(op::LISTEN, pod, Some(listener.as_raw_fd()))
-            .await
-            .map(drop)
+        self.simple(op::LISTEN, pod, Some(listener.as_raw_fd())).await.map(drop)
     }
 
     /// Stops listening for a pod; its connections go on until they end by themselves.
@@ -649,11 +631,8 @@ impl Shared {
                     }
                     s => (libc::WEXITSTATUS(s) as u32, None),
                 };
-                let exit = Exit {
-                    status,
-                    signal,
-                    at: SystemTime::UNIX_EPOCH + Duration::from_nanos(at),
-                };
+                let exit =
+                    Exit { status, signal, at: SystemTime::UNIX_EPOCH + Duration::from_nanos(at) };
                 self.exits.insert(cookie, exit);
                 for tx in self.waiting.remove(&cookie).unwrap_or_default() {
                     let _ = tx.send(exit);
@@ -663,11 +642,7 @@ impl Shared {
             op::CONNECTION => {
                 let (replay, pod) = (m.u8()? != 0, m.str()?.to_owned());
                 let stream = UnixStream::from(fds.pop()?);
-                Some(Connection {
-                    pod,
-                    stream,
-                    replay,
-                })
+                Some(Connection { pod, stream, replay })
             }
             _ => None,
         }

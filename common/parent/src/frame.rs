@@ -183,15 +183,7 @@ mod tests {
         let n = unavailable(7, &mut out);
         assert_eq!(n, UNAVAILABLE_LEN);
         let header = Header::parse(&out).unwrap();
-        assert_eq!(
-            header,
-            Header {
-                len: n - HEADER,
-                stream: 7,
-                kind: RESPONSE,
-                flags: 0
-            }
-        );
+        assert_eq!(header, Header { len: n - HEADER, stream: 7, kind: RESPONSE, flags: 0 });
         assert_eq!(&out[HEADER + 2..HEADER + 4], &[8, 14]);
         assert_eq!(unavailable(7, &mut out[..20]), 0);
     }

@@ -60,17 +60,9 @@ pub unsafe extern "C" fn main(argc: libc::c_int, argv: *const *const libc::c_cha
         let Some(eq) = option.iter().position(|&b| b == b'=') else {
             continue;
         };
-        let (key, value) = (
-            option.get(..eq).unwrap_or_default(),
-            option.get(eq + 1..).unwrap_or_default(),
-        );
-        let number = || {
-            std::str::from_utf8(value)
-                .ok()?
-                .parse::<usize>()
-                .ok()
-                .filter(|n| *n > 0)
-        };
+        let (key, value) =
+            (option.get(..eq).unwrap_or_default(), option.get(eq + 1..).unwrap_or_default());
+        let number = || std::str::from_utf8(value).ok()?.parse::<usize>().ok().filter(|n| *n > 0);
         let limit = match key {
             b"pods" => &mut limits.pods,
             b"connections" => &mut limits.connections,
@@ -121,15 +113,7 @@ pub unsafe extern "C" fn main(argc: libc::c_int, argv: *const *const libc::c_cha
 fn failed((what, errno): Failed, place: &[u8]) -> libc::c_int {
     // SAFETY: strerror answers a valid string.
     let text = unsafe { CStr::from_ptr(libc::strerror(errno)) }.to_bytes();
-    say(&[
-        b"sandbox-parent: ",
-        what.as_bytes(),
-        b": ",
-        place,
-        b": ",
-        text,
-        b"\n",
-    ]);
+    say(&[b"sandbox-parent: ", what.as_bytes(), b": ", place, b": ", text, b"\n"]);
     1
 }
 
@@ -146,9 +130,7 @@ fn path(dir: &[u8], name: &[u8]) -> Result<[u8; 256], i32> {
     if dir.len() + name.len() >= path.len() {
         return Err(libc::ENAMETOOLONG);
     }
-    path.iter_mut()
-        .zip(dir.iter().chain(name))
-        .for_each(|(to, from)| *to = *from);
+    path.iter_mut().zip(dir.iter().chain(name)).for_each(|(to, from)| *to = *from);
     Ok(path)
 }
 
@@ -156,10 +138,7 @@ fn enter_cgroup(dir: &[u8]) -> Result<(), i32> {
     let path = path(dir, b"/cgroup.procs")?;
     // SAFETY: a valid path; one byte of a constant.
     unsafe {
-        let mut fd = sys::own(libc::open(
-            path.as_ptr().cast(),
-            libc::O_WRONLY | libc::O_CLOEXEC,
-        ))?;
+        let mut fd = sys::own(libc::open(path.as_ptr().cast(), libc::O_WRONLY | libc::O_CLOEXEC))?;
         let n = libc::write(fd.get(), c"0".as_ptr().cast(), 1);
         let outcome = if n < 0 { Err(sys::errno()) } else { Ok(()) };
         fd.close();
@@ -188,15 +167,9 @@ fn start(dir: &[u8]) -> Result<Option<libc::rlimit>, Failed> {
         let mut addr: libc::sockaddr_un = std::mem::zeroed();
         addr.sun_family = libc::AF_UNIX as _;
         if socket.get(addr.sun_path.len() - 1).is_none_or(|b| *b != 0) {
-            return Err((
-                "the path of parent.sock is longer than 107 bytes",
-                libc::ENAMETOOLONG,
-            ));
+            return Err(("the path of parent.sock is longer than 107 bytes", libc::ENAMETOOLONG));
         }
-        addr.sun_path
-            .iter_mut()
-            .zip(socket)
-            .for_each(|(to, from)| *to = from as _);
+        addr.sun_path.iter_mut().zip(socket).for_each(|(to, from)| *to = from as _);
         let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         let listener =
             sys::own(libc::socket(libc::AF_UNIX, kind, 0)).map_err(say("making a socket"))?;
@@ -208,9 +181,7 @@ fn start(dir: &[u8]) -> Result<Option<libc::rlimit>, Failed> {
         if sys::check(libc::fork()).map_err(say("forking"))? > 0 {
             return Ok(None);
         }
-        settle(lock, listener)
-            .map_err(say("going into the background"))
-            .map(Some)
+        settle(lock, listener).map_err(say("going into the background")).map(Some)
     }
 }
 
@@ -224,29 +195,19 @@ unsafe fn settle(lock: Fd, listener: Fd) -> Result<libc::rlimit, i32> {
         libc::setsid();
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
         sys::check(libc::chdir(c"/".as_ptr()))?;
-        let null = sys::check(libc::open(
-            c"/dev/null".as_ptr(),
-            libc::O_RDWR | libc::O_CLOEXEC,
-        ))?;
+        let null = sys::check(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))?;
         for fd in 0..3 {
             libc::dup2(null, fd);
         }
         // Out of each other's way, then to their places.
         let lock = sys::check(libc::fcntl(lock.get(), libc::F_DUPFD_CLOEXEC, SOCKET + 1))?;
-        let listener = sys::check(libc::fcntl(
-            listener.get(),
-            libc::F_DUPFD_CLOEXEC,
-            SOCKET + 1,
-        ))?;
+        let listener = sys::check(libc::fcntl(listener.get(), libc::F_DUPFD_CLOEXEC, SOCKET + 1))?;
         sys::check(libc::dup3(lock, LOCK, libc::O_CLOEXEC))?;
         sys::check(libc::dup3(listener, SOCKET, libc::O_CLOEXEC))?;
         sys::check(libc::syscall(libc::SYS_close_range, SOCKET + 1, u32::MAX, 0) as i32)?;
         let mut nofile: libc::rlimit = std::mem::zeroed();
         libc::getrlimit(libc::RLIMIT_NOFILE, &mut nofile);
-        let raised = libc::rlimit {
-            rlim_cur: nofile.rlim_max,
-            ..nofile
-        };
+        let raised = libc::rlimit { rlim_cur: nofile.rlim_max, ..nofile };
         libc::setrlimit(libc::RLIMIT_NOFILE, &raised);
         Ok(nofile)
     }

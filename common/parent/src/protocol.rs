@@ -194,10 +194,7 @@ pub struct Writer<S = Vec<u8>> {
 impl Writer {
     /// A message with this operation and sequence number.
     pub fn new(op: u8, seq: u32) -> Self {
-        let mut w = Self {
-            sink: Vec::with_capacity(64),
-            overflow: false,
-        };
+        let mut w = Self { sink: Vec::with_capacity(64), overflow: false };
         w.u8(op).u32(seq);
         w
     }
@@ -206,10 +203,7 @@ impl Writer {
 impl<'a> Writer<Fixed<'a>> {
     /// A message in `buf`, without allocation.
     pub fn fixed(buf: &'a mut [u8], op: u8, seq: u32) -> Self {
-        let mut w = Self {
-            sink: Fixed { buf, len: 0 },
-            overflow: false,
-        };
+        let mut w = Self { sink: Fixed { buf, len: 0 }, overflow: false };
         w.u8(op).u32(seq);
         w
     }
@@ -327,10 +321,7 @@ mod tests {
         w.u16(3).u64(u64::MAX).bytes(b"name");
         let mut r = Reader(w.finish().unwrap());
         assert_eq!((r.u8(), r.u32()), (Some(op::KEEP), Some(7)));
-        assert_eq!(
-            (r.u16(), r.u64(), r.str()),
-            (Some(3), Some(u64::MAX), Some("name"))
-        );
+        assert_eq!((r.u16(), r.u64(), r.str()), (Some(3), Some(u64::MAX), Some("name")));
         assert_eq!(r.u8(), None);
     }
 

@@ -68,11 +68,7 @@ fn a_hundred_pods_cost_less_than_a_hundred_kilobytes() {
     daemon.run(async {
         for id in &ids {
             for (name, file) in &ns {
-                daemon
-                    .parent
-                    .keep(&format!("{id}/ns/{name}"), file.as_fd())
-                    .await
-                    .unwrap();
+                daemon.parent.keep(&format!("{id}/ns/{name}"), file.as_fd()).await.unwrap();
             }
             let listener = UnixListener::bind(home.socket(&id[56..])).unwrap();
             daemon.parent.listen(id, listener.as_fd()).await.unwrap();
@@ -80,10 +76,7 @@ fn a_hundred_pods_cost_less_than_a_hundred_kilobytes() {
         daemon.parent.ready().await.unwrap();
     });
     let mut clients: Vec<_> = ids.iter().map(|id| dial(&home, &id[56..])).collect();
-    let mut ends: Vec<_> = ids
-        .iter()
-        .map(|_| support::blocking(daemon.connection()))
-        .collect();
+    let mut ends: Vec<_> = ids.iter().map(|_| support::blocking(daemon.connection())).collect();
     for (client, id) in clients.iter_mut().zip(&ids) {
         client.write_all(&wait(id)).unwrap();
     }
@@ -99,10 +92,7 @@ fn a_hundred_pods_cost_less_than_a_hundred_kilobytes() {
     // What large messages have needed is given back, too.
     let mut daemon = home.daemon();
     daemon.run(daemon.parent.ready()).unwrap();
-    let mut ends: Vec<_> = ids
-        .iter()
-        .map(|_| support::blocking(daemon.connection()))
-        .collect();
+    let mut ends: Vec<_> = ids.iter().map(|_| support::blocking(daemon.connection())).collect();
     for end in &mut ends {
         assert_eq!(support::read_frame(end).0, 1);
         end.write_all(&frame(9, 2, 0, &vec![0; 60_000])).unwrap();
@@ -113,19 +103,12 @@ fn a_hundred_pods_cost_less_than_a_hundred_kilobytes() {
     until("it is idle again", || private(pid) <= LIMIT_KB);
     eprintln!("{PODS} pods, after large answers: {} kB", private(pid));
     let counts = daemon.run(daemon.parent.status()).unwrap();
-    assert_eq!(
-        (counts.kept, counts.pods, counts.connections),
-        (300, 100, 100)
-    );
+    assert_eq!((counts.kept, counts.pods, counts.connections), (300, 100, 100));
 
     // And a pod's init: what it has for itself.
     // SAFETY: no arguments.
     if unsafe { libc::geteuid() } == 0 {
-        let q = sandbox_parent::client::PodNamespaces {
-            id: "p",
-            pid: true,
-            ..Default::default()
-        };
+        let q = sandbox_parent::client::PodNamespaces { id: "p", pid: true, ..Default::default() };
         let made = daemon.run(daemon.parent.pod_namespaces(&q)).unwrap();
         let (init, _pidfd) = made.init.unwrap();
         until("the init has settled", || {

@@ -28,9 +28,7 @@ fn output(daemon: &Daemon, script: &str, options: &SpawnOptions<'_>) -> (String,
     let cookie = Parent::new_cookie();
     let mut command = shell(script, cookie);
     command.fds = vec![None, Some(w.as_fd()), None];
-    daemon
-        .run(daemon.parent.spawn_with(command, options))
-        .unwrap();
+    daemon.run(daemon.parent.spawn_with(command, options)).unwrap();
     drop(w);
     let mut text = String::new();
     r.read_to_string(&mut text).unwrap();
@@ -45,14 +43,8 @@ fn a_program_runs_with_its_descriptors_and_its_exit_is_reported() {
     let daemon = home.daemon();
     assert!(daemon.fresh);
     let plain = SpawnOptions::default();
-    assert_eq!(
-        output(&daemon, "echo hello; exit 7", &plain),
-        ("hello\n".into(), 7)
-    );
-    assert_eq!(
-        output(&daemon, "pwd; umask; ls /proc/self/fd | wc -l", &plain).0,
-        "/\n0022\n4\n"
-    );
+    assert_eq!(output(&daemon, "echo hello; exit 7", &plain), ("hello\n".into(), 7));
+    assert_eq!(output(&daemon, "pwd; umask; ls /proc/self/fd | wc -l", &plain).0, "/\n0022\n4\n");
     let (text, _) = output(&daemon, "cat /proc/self/status", &plain);
     assert!(text.contains("SigBlk:\t0000000000000000"), "{text}");
     assert!(text.contains("SigIgn:\t0000000000000000"), "{text}");
@@ -62,14 +54,9 @@ fn a_program_runs_with_its_descriptors_and_its_exit_is_reported() {
         rlimits: vec![(7, 64, 64)],
         ..SpawnOptions::default()
     };
-    assert_eq!(
-        output(&daemon, "pwd; umask; ulimit -n", &options).0,
-        "/tmp\n0077\n64\n"
-    );
+    assert_eq!(output(&daemon, "pwd; umask; ulimit -n", &options).0, "/tmp\n0077\n64\n");
     let cookie = Parent::new_cookie();
-    let spawned = daemon
-        .run(daemon.parent.spawn(shell("kill -9 $$", cookie)))
-        .unwrap();
+    let spawned = daemon.run(daemon.parent.spawn(shell("kill -9 $$", cookie))).unwrap();
     let exit = daemon.run(daemon.parent.exit_of(cookie)).unwrap();
     assert_eq!((exit.status, exit.signal), (137, Some(9)));
     assert!(exit.at.elapsed().unwrap() < Duration::from_secs(10));
@@ -83,43 +70,19 @@ fn a_program_that_cannot_run_says_at_which_step() {
     let home = Home::new();
     let daemon = home.daemon();
     let fail = |path: &str, options: SpawnOptions<'_>| {
-        let command = Spawn {
-            argv: vec![path.into()],
-            env: vec![],
-            fds: vec![None],
-            cookie: 5,
-        };
-        daemon
-            .run(daemon.parent.spawn_with(command, &options))
-            .unwrap_err()
-            .failure()
-            .unwrap()
+        let command = Spawn { argv: vec![path.into()], env: vec![], fds: vec![None], cookie: 5 };
+        daemon.run(daemon.parent.spawn_with(command, &options)).unwrap_err().failure().unwrap()
     };
-    assert_eq!(
-        fail("/no/such", SpawnOptions::default()),
-        (libc::ENOENT, stage::EXEC)
-    );
-    assert_eq!(
-        fail("/etc", SpawnOptions::default()),
-        (libc::EACCES, stage::EXEC)
-    );
-    let options = SpawnOptions {
-        cwd: Some("/no/such"),
-        ..SpawnOptions::default()
-    };
+    assert_eq!(fail("/no/such", SpawnOptions::default()), (libc::ENOENT, stage::EXEC));
+    assert_eq!(fail("/etc", SpawnOptions::default()), (libc::EACCES, stage::EXEC));
+    let options = SpawnOptions { cwd: Some("/no/such"), ..SpawnOptions::default() };
     assert_eq!(fail("/bin/true", options), (libc::ENOENT, stage::CWD));
-    let options = SpawnOptions {
-        rlimits: vec![(200, 1, 1)],
-        ..SpawnOptions::default()
-    };
+    let options = SpawnOptions { rlimits: vec![(200, 1, 1)], ..SpawnOptions::default() };
     assert_eq!(fail("/bin/true", options), (libc::EINVAL, stage::RLIMIT));
     let (_r, w) = pipe();
     let (r, _w) = pipe();
     drop(w);
-    let options = SpawnOptions {
-        cgroups: vec![r.as_fd()],
-        ..SpawnOptions::default()
-    };
+    let options = SpawnOptions { cgroups: vec![r.as_fd()], ..SpawnOptions::default() };
     assert_eq!(fail("/bin/true", options), (libc::EBADF, stage::CGROUP));
     assert!(daemon.run(daemon.parent.watched()).unwrap().is_empty());
 }
@@ -128,10 +91,9 @@ fn a_program_that_cannot_run_says_at_which_step() {
 fn what_a_program_leaves_behind_is_watched_even_if_it_has_ended() {
     let home = Home::new();
     let daemon = home.daemon();
-    for (script, expected) in [
-        ("(exit 3) & echo $!; sleep 0.2", 3),
-        ("(sleep 0.3; exit 4) & echo $!", 4),
-    ] {
+    for (script, expected) in
+        [("(exit 3) & echo $!; sleep 0.2", 3), ("(sleep 0.3; exit 4) & echo $!", 4)]
+    {
         // The engine must not reap its child: `exec` leaves the shell without a wait.
         let script = format!("{script}; exec sleep 0.1");
         let (mut r, w) = pipe();
@@ -145,15 +107,10 @@ fn what_a_program_leaves_behind_is_watched_even_if_it_has_ended() {
         r.read_to_string(&mut pid).unwrap();
         let cookie = Parent::new_cookie();
         let pid = pid.trim().parse().unwrap();
-        daemon
-            .run(daemon.parent.watch(pid, spawned.since, cookie))
-            .unwrap();
+        daemon.run(daemon.parent.watch(pid, spawned.since, cookie)).unwrap();
         let status = daemon.run(daemon.parent.exit_of(cookie)).unwrap().status;
         // A shell may have reaped the first one itself, and then nobody knows.
-        assert!(
-            status == expected || (expected == 3 && status == 255),
-            "{status}"
-        );
+        assert!(status == expected || (expected == 3 && status == 255), "{status}");
     }
 }
 
@@ -161,27 +118,17 @@ fn what_a_program_leaves_behind_is_watched_even_if_it_has_ended() {
 fn a_process_of_somebody_else_is_watched_without_its_status() {
     let home = Home::new();
     let daemon = home.daemon();
-    let mut child = std::process::Command::new("/bin/sleep")
-        .arg("100")
-        .spawn()
-        .unwrap();
+    let mut child = std::process::Command::new("/bin/sleep").arg("100").spawn().unwrap();
     let cookie = Parent::new_cookie();
-    daemon
-        .run(daemon.parent.watch(child.id(), 0, cookie))
-        .unwrap();
+    daemon.run(daemon.parent.watch(child.id(), 0, cookie)).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
     let exit = daemon.run(daemon.parent.exit_of(cookie)).unwrap();
     assert_eq!((exit.status, exit.signal), (255, None));
     // One that does not exist at all has ended as well.
     let cookie = Parent::new_cookie();
-    daemon
-        .run(daemon.parent.watch(child.id(), 0, cookie))
-        .unwrap();
-    assert_eq!(
-        daemon.run(daemon.parent.exit_of(cookie)).unwrap().status,
-        255
-    );
+    daemon.run(daemon.parent.watch(child.id(), 0, cookie)).unwrap();
+    assert_eq!(daemon.run(daemon.parent.exit_of(cookie)).unwrap().status, 255);
 }
 
 #[test]
@@ -190,17 +137,11 @@ fn exits_and_descriptors_survive_the_daemon() {
     let first = home.daemon();
     let cookie = Parent::new_cookie();
     let begun = SystemTime::now();
-    first
-        .run(first.parent.spawn(shell("sleep 0.2; exit 9", cookie)))
-        .unwrap();
+    first.run(first.parent.spawn(shell("sleep 0.2; exit 9", cookie))).unwrap();
     let (mut r, w) = pipe();
     first.run(async {
         for i in 0..1000 {
-            first
-                .parent
-                .keep(&format!("pod{}/ns/{i}", i % 10), w.as_fd())
-                .await
-                .unwrap();
+            first.parent.keep(&format!("pod{}/ns/{i}", i % 10), w.as_fd()).await.unwrap();
         }
     });
     drop(w);
@@ -226,24 +167,11 @@ fn exits_and_descriptors_survive_the_daemon() {
     names.sort();
     names.dedup();
     assert_eq!(names.len(), 1000);
-    let w = third
-        .run(third.parent.fetch("pod3/ns/13"))
-        .unwrap()
-        .unwrap();
+    let w = third.run(third.parent.fetch("pod3/ns/13")).unwrap().unwrap();
     std::io::Write::write_all(&mut std::fs::File::from(w), b"x").unwrap();
-    assert!(
-        third
-            .run(third.parent.fetch("pod3/ns/1"))
-            .unwrap()
-            .is_none()
-    );
+    assert!(third.run(third.parent.fetch("pod3/ns/1")).unwrap().is_none());
     third.run(third.parent.forget("pod3/ns/13")).unwrap();
-    assert!(
-        third
-            .run(third.parent.fetch("pod3/ns/13"))
-            .unwrap()
-            .is_none()
-    );
+    assert!(third.run(third.parent.fetch("pod3/ns/13")).unwrap().is_none());
     third.run(third.parent.forget("pod3/")).unwrap();
     assert_eq!(third.run(third.parent.status()).unwrap().kept, 900);
     assert!(third.run(third.parent.shutdown(false)).is_err());
@@ -252,9 +180,7 @@ fn exits_and_descriptors_survive_the_daemon() {
     r.read_to_string(&mut text).unwrap();
     assert_eq!(text, "x");
     third.run(third.parent.shutdown(false)).unwrap();
-    until("it ends", || {
-        !std::path::Path::new(&format!("/proc/{pid}")).exists()
-    });
+    until("it ends", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
 }
 
 #[test]
@@ -265,23 +191,13 @@ fn there_is_one_per_directory_and_the_newest_daemon_has_it() {
     assert_eq!(first.parent.pid(), second.parent.pid());
     assert!(first.run(first.parent.status()).is_err());
     assert!(second.run(second.parent.status()).is_ok());
-    let again = std::process::Command::new(support::program())
-        .arg(home.0.path())
-        .output()
-        .unwrap();
+    let again = std::process::Command::new(support::program()).arg(home.0.path()).output().unwrap();
     assert_eq!(again.status.code(), Some(1));
     let text = String::from_utf8_lossy(&again.stderr);
     assert!(text.contains("another sandbox-parent serves"), "{text}");
     let mode = |name: &str| {
         use std::os::unix::fs::PermissionsExt;
-        home.0
-            .path()
-            .join(name)
-            .metadata()
-            .unwrap()
-            .permissions()
-            .mode()
-            & 0o777
+        home.0.path().join(name).metadata().unwrap().permissions().mode() & 0o777
     };
     assert_eq!(mode("parent.sock") & 0o077, 0);
     assert_eq!(mode("parent.lock"), 0o600);
@@ -295,12 +211,7 @@ fn no_message_makes_it_stumble() {
     let address = UnixAddr::new(&home.0.path().join("parent.sock")).unwrap();
     let dial = || {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType};
-        let s = socket(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        );
+        let s = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None);
         let s = s.unwrap();
         connect(s.as_raw_fd(), &address).unwrap();
         s
@@ -322,12 +233,7 @@ fn no_message_makes_it_stumble() {
     let mut seed = 1u32;
     for round in 0..40 {
         let mad = dial();
-        send(
-            mad.as_raw_fd(),
-            &[1, 0, 0, 0, 0, 1, 0, 0, 0],
-            MsgFlags::MSG_NOSIGNAL,
-        )
-        .unwrap();
+        send(mad.as_raw_fd(), &[1, 0, 0, 0, 0, 1, 0, 0, 0], MsgFlags::MSG_NOSIGNAL).unwrap();
         for op in (2..=20u8).filter(|op| *op != 14) {
             let mut message = vec![op, 0, 0, 0, 0];
             for _ in 0..round * 3 {
@@ -379,31 +285,13 @@ fn a_pods_namespaces_live_without_a_process() {
     let refuse = |key: &str, ipc: bool| {
         let sysctls = vec![("kernel.shmmni", "100"), (key, "1")];
         let sysctls = if ipc { sysctls } else { sysctls[1..].to_vec() };
-        let q = PodNamespaces {
-            id: "p",
-            ipc,
-            sysctls,
-            ..PodNamespaces::default()
-        };
-        daemon
-            .run(daemon.parent.pod_namespaces(&q))
-            .unwrap_err()
-            .failure()
-            .unwrap()
+        let q = PodNamespaces { id: "p", ipc, sysctls, ..PodNamespaces::default() };
+        daemon.run(daemon.parent.pod_namespaces(&q)).unwrap_err().failure().unwrap()
     };
-    assert_eq!(
-        refuse("kernel.panic", true),
-        (libc::EINVAL, stage::SYSCTL + 1)
-    );
+    assert_eq!(refuse("kernel.panic", true), (libc::EINVAL, stage::SYSCTL + 1));
     assert_eq!(refuse("kernel.shm/../panic", true).1, stage::SYSCTL + 1);
-    assert_eq!(
-        refuse("kernel/shm/../panic", true),
-        (libc::EINVAL, stage::SYSCTL + 1)
-    );
-    assert_eq!(
-        refuse("net.ipv4.ip_forward", true),
-        (libc::EPERM, stage::SYSCTL + 1)
-    );
+    assert_eq!(refuse("kernel/shm/../panic", true), (libc::EINVAL, stage::SYSCTL + 1));
+    assert_eq!(refuse("net.ipv4.ip_forward", true), (libc::EPERM, stage::SYSCTL + 1));
     assert_eq!(refuse("kernel.shmmax", false), (libc::EPERM, stage::SYSCTL));
 }
 
@@ -417,19 +305,11 @@ fn the_init_of_a_shared_pid_namespace_reaps_and_ends_when_told() {
     let home = Home::new();
     let daemon = home.daemon();
     let id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-    let q = PodNamespaces {
-        id,
-        ipc: true,
-        uts: Some("h"),
-        pid: true,
-        ..PodNamespaces::default()
-    };
+    let q = PodNamespaces { id, ipc: true, uts: Some("h"), pid: true, ..PodNamespaces::default() };
     let made = daemon.run(daemon.parent.pod_namespaces(&q)).unwrap();
     let (init, _pidfd) = made.init.unwrap();
     let title = || std::fs::read(format!("/proc/{init}/cmdline")).unwrap_or_default();
-    until("it has its title", || {
-        title().starts_with(format!("[sandbox-{id}]").as_bytes())
-    });
+    until("it has its title", || title().starts_with(format!("[sandbox-{id}]").as_bytes()));
     until("it holds no descriptor", || {
         std::fs::read_dir(format!("/proc/{init}/fd")).is_ok_and(|d| d.count() == 0)
     });
@@ -440,10 +320,7 @@ fn the_init_of_a_shared_pid_namespace_reaps_and_ends_when_told() {
     assert_eq!(output(&daemon, &script, &SpawnOptions::default()).0, "0\n");
     let cookie = Parent::new_cookie();
     daemon.run(daemon.parent.watch(init, 0, cookie)).unwrap();
-    std::process::Command::new("kill")
-        .arg(init.to_string())
-        .status()
-        .unwrap();
+    std::process::Command::new("kill").arg(init.to_string()).status().unwrap();
     assert_eq!(daemon.run(daemon.parent.exit_of(cookie)).unwrap().status, 0);
 }
 
@@ -466,8 +343,6 @@ fn a_program_that_is_not_there_is_named_in_the_error() {
     let dir = tempfile::tempdir().unwrap();
     let options = sandbox_parent::client::ParentOptions::new(dir.path(), "/no/sandbox-parent");
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let error = runtime
-        .block_on(Parent::connect_or_spawn(&options))
-        .unwrap_err();
+    let error = runtime.block_on(Parent::connect_or_spawn(&options)).unwrap_err();
     assert_eq!(error.to_string(), "cannot start /no/sandbox-parent");
 }

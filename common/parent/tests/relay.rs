@@ -20,16 +20,10 @@ const DATA: u8 = 3;
 
 /// Nothing comes within a moment, and the connection is open.
 fn silent(client: &mut UnixStream) {
-    client
-        .set_read_timeout(Some(Duration::from_millis(300)))
-        .unwrap();
-    let e = client
-        .read(&mut [0; 1])
-        .expect_err("the connection must stay open and silent");
+    client.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let e = client.read(&mut [0; 1]).expect_err("the connection must stay open and silent");
     assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock);
-    client
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
 }
 
 fn unavailable(client: &mut UnixStream, stream: u32) {
@@ -43,10 +37,7 @@ fn frames_go_both_ways_unchanged() {
     let mut daemon = daemon(&home);
     let mut client = dial(&home, "p");
     let mut server = connection(&mut daemon);
-    for (i, size) in [0, 1, 500, 1024, 1100, 65_000, 70_000, 4_000_000]
-        .into_iter()
-        .enumerate()
-    {
+    for (i, size) in [0, 1, 500, 1024, 1100, 65_000, 70_000, 4_000_000].into_iter().enumerate() {
         let (stream, call) = (i as u32 * 2 + 1, request(i as u32 * 2 + 1, "Kill", 0, size));
         let (c, sent) = (client.try_clone().unwrap(), call.clone());
         let writer = std::thread::spawn(move || (&c).write_all(&sent).unwrap());
@@ -97,10 +88,7 @@ fn a_wait_survives_its_daemon_and_other_calls_are_unavailable() {
     assert_eq!(again[0].3, wait[10..]);
     assert_eq!(again[1].0, 9);
     server.write_all(&frame(1, RESPONSE, 0, b"exit 7")).unwrap();
-    assert_eq!(
-        read_frame(&mut client),
-        (1, RESPONSE, 0, b"exit 7".to_vec())
-    );
+    assert_eq!(read_frame(&mut client), (1, RESPONSE, 0, b"exit 7".to_vec()));
     silent(&mut client);
 }
 
@@ -193,10 +181,7 @@ fn a_long_answer_that_is_cut_off_is_filled_up_and_spoils_only_itself() {
     drop(server);
     first.kill();
     let (stream, _, _, body) = read_frame(&mut client);
-    assert_eq!(
-        (stream, body.len(), body[0], body[999_999]),
-        (1, 1_000_000, 7, 0)
-    );
+    assert_eq!((stream, body.len(), body[0], body[999_999]), (1, 1_000_000, 7, 0));
     let mut second = home.daemon();
     second.run(second.parent.ready()).unwrap();
     let mut server = connection(&mut second);

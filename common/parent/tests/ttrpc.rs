@@ -32,30 +32,21 @@ impl Task for Server {
     async fn wait(&self, _c: &TtrpcContext, q: WaitRequest) -> ttrpc::Result<WaitResponse> {
         self.seen.add_permits(1);
         self.exits.acquire().await.unwrap().forget();
-        Ok(WaitResponse {
-            exit_status: q.id.parse().unwrap_or(255),
-            ..Default::default()
-        })
+        Ok(WaitResponse { exit_status: q.id.parse().unwrap_or(255), ..Default::default() })
     }
     async fn state(&self, _c: &TtrpcContext, q: StateRequest) -> ttrpc::Result<StateResponse> {
         if q.exec_id == "hang" {
             self.seen.add_permits(1);
             std::future::pending::<()>().await;
         }
-        Ok(StateResponse {
-            bundle: "x".repeat(q.id.len()),
-            ..Default::default()
-        })
+        Ok(StateResponse { bundle: "x".repeat(q.id.len()), ..Default::default() })
     }
     async fn connect(
         &self,
         _c: &TtrpcContext,
         _q: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        Ok(ConnectResponse {
-            task_pid: 7,
-            ..Default::default()
-        })
+        Ok(ConnectResponse { task_pid: 7, ..Default::default() })
     }
 }
 
@@ -69,10 +60,7 @@ fn serve(daemon: &mut Daemon) -> (Arc<Semaphore>, Arc<Semaphore>) {
         let mut servers = Vec::new();
         while let Some(c) = connections.recv().await {
             // Each connection is a listener of one.
-            let service = create_task(Arc::new(Server {
-                exits: e.clone(),
-                seen: s.clone(),
-            }));
+            let service = create_task(Arc::new(Server { exits: e.clone(), seen: s.clone() }));
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("s");
             let mut server = ttrpc::asynchronous::Server::new()
@@ -113,33 +101,19 @@ fn a_wait_of_containerd_outlives_two_daemons() {
         clients.block_on(async { Client::connect(&format!("unix://{}", path.display())).await });
     let task = TaskClient::new(client.unwrap());
     let call = |task: &TaskClient, id: &str| {
-        let (task, q) = (
-            task.clone(),
-            WaitRequest {
-                id: id.into(),
-                ..Default::default()
-            },
-        );
+        let (task, q) = (task.clone(), WaitRequest { id: id.into(), ..Default::default() });
         clients.spawn(async move { task.wait(context(), &q).await })
     };
     let waits = [call(&task, "3"), call(&task, "4")];
     let t = task.clone();
     let hang = clients.spawn(async move {
-        let q = StateRequest {
-            exec_id: "hang".into(),
-            ..Default::default()
-        };
+        let q = StateRequest { exec_id: "hang".into(), ..Default::default() };
         t.state(context(), &q).await
     });
     let state = |len: usize| {
-        let q = StateRequest {
-            id: "i".repeat(len),
-            ..Default::default()
-        };
+        let q = StateRequest { id: "i".repeat(len), ..Default::default() };
         clients.block_on(async {
-            tokio::time::timeout(Duration::from_secs(20), task.state(context(), &q))
-                .await
-                .unwrap()
+            tokio::time::timeout(Duration::from_secs(20), task.state(context(), &q)).await.unwrap()
         })
     };
     for len in [1, 1000, 70_000, 2_000_000, 4_000_000] {
@@ -153,10 +127,7 @@ fn a_wait_of_containerd_outlives_two_daemons() {
         e => panic!("{e}"),
     };
     let hang = clients.block_on(async {
-        tokio::time::timeout(Duration::from_secs(10), hang)
-            .await
-            .unwrap()
-            .unwrap()
+        tokio::time::timeout(Duration::from_secs(10), hang).await.unwrap().unwrap()
     });
     assert_eq!(refused(hang.unwrap_err()), 14);
     assert_eq!(refused(state(10).unwrap_err()), 14);

@@ -36,12 +36,29 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// Something to do with a sandbox.
 pub(crate) enum Job {
-    Create { deadline: Option<Instant>, reply: Reply<()> },
-    Start { deadline: Option<Instant>, reply: Reply<Arc<Record>> },
-    Stop { timeout: Duration, deadline: Option<Instant>, reply: Reply<()> },
+    Create {
+        deadline: Option<Instant>,
+        reply: Reply<()>,
+    },
+    Start {
+        deadline: Option<Instant>,
+        reply: Reply<Arc<Record>>,
+    },
+    Stop {
+        timeout: Duration,
+        deadline: Option<Instant>,
+        reply: Reply<()>,
+    },
     /// `linger`: the request came over the pod's own socket, which must carry the answer.
-    Shutdown { linger: bool, reply: Reply<()> },
-    Update { spec: Box<SandboxSpec>, fields: Vec<String>, reply: Reply<()> },
+    Shutdown {
+        linger: bool,
+        reply: Reply<()>,
+    },
+    Update {
+        spec: Box<SandboxSpec>,
+        fields: Vec<String>,
+        reply: Reply<()>,
+    },
 }
 
 /// What all parts of the Controller share about one sandbox.
@@ -187,11 +204,7 @@ pub(crate) enum Left {
 }
 
 impl Actor {
-    pub(crate) fn new(
-        core: Arc<Core>,
-        sandbox: Arc<Sandbox>,
-        queue: mpsc::Receiver<Job>,
-    ) -> Self {
+    pub(crate) fn new(core: Arc<Core>, sandbox: Arc<Sandbox>, queue: mpsc::Receiver<Job>) -> Self {
         Self { core, sandbox, queue }
     }
 
@@ -233,9 +246,9 @@ impl Actor {
             let _ = match job {
                 Job::Shutdown { reply, .. } => reply.send(Ok(())).is_ok(),
                 Job::Start { reply, .. } => reply.send(Err(gone())).is_ok(),
-                Job::Create { reply, .. }
-                | Job::Stop { reply, .. }
-                | Job::Update { reply, .. } => reply.send(Err(gone())).is_ok(),
+                Job::Create { reply, .. } | Job::Stop { reply, .. } | Job::Update { reply, .. } => {
+                    reply.send(Err(gone())).is_ok()
+                }
             };
         }
     }
@@ -334,8 +347,7 @@ impl Actor {
         self.core.failpoint("sandbox.start.before")?;
         let ctx = self.sandbox.context(self.core.start_deadline(caller));
         let call = async { self.core.sandboxer.start(&ctx).await };
-        let started =
-            guard("starting the sandbox", self.core.options.stuck_timeout, call).await?;
+        let started = guard("starting the sandbox", self.core.options.stuck_timeout, call).await?;
         let shim = self.sandbox.record().bundle.is_some();
         let address = match &started.address {
             Some(address) if !shim => address.clone(),

@@ -4,8 +4,8 @@ use std::marker::PhantomData;
 
 use bytes::{Buf, BufMut};
 use protobuf::Message;
-use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::Status;
+use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 
 /// Encodes `E`, decodes `D`.
 #[derive(Debug)]

@@ -223,11 +223,7 @@ impl Controller {
         result
     }
 
-    async fn submit<T>(
-        &self,
-        sandbox: &Sandbox,
-        job: impl FnOnce(Reply<T>) -> Job,
-    ) -> Result<T> {
+    async fn submit<T>(&self, sandbox: &Sandbox, job: impl FnOnce(Reply<T>) -> Job) -> Result<T> {
         use mpsc::error::TrySendError;
         let (reply, answer) = oneshot::channel();
         sandbox.jobs.try_send(job(reply)).map_err(|e| match e {
@@ -473,7 +469,10 @@ impl Controller {
             let wanted = |k: &str| key.is_none_or(|key| key == k);
             match what {
                 "labels" => spec.labels.extend(
-                    new.labels.iter().filter(|(k, _)| wanted(k)).map(|(k, v)| (k.clone(), v.clone())),
+                    new.labels
+                        .iter()
+                        .filter(|(k, _)| wanted(k))
+                        .map(|(k, v)| (k.clone(), v.clone())),
                 ),
                 "extensions" => spec.extensions.extend(
                     new.extensions

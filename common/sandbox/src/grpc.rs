@@ -89,8 +89,9 @@ where
     W: Future<Output = Result<A>> + Send + 'static,
 {
     type Response = A;
-    type Future =
-        Pin<Box<dyn Future<Output = std::result::Result<tonic::Response<A>, tonic::Status>> + Send>>;
+    type Future = Pin<
+        Box<dyn Future<Output = std::result::Result<tonic::Response<A>, tonic::Status>> + Send>,
+    >;
 
     fn call(&mut self, request: tonic::Request<Q>) -> Self::Future {
         let Some(method) = self.2.take() else {

@@ -23,6 +23,9 @@ pub struct TaskProbe {
     pub exit: Option<(u32, SystemTime)>,
 }
 
+/// Whether the sandbox with this id has containers.
+pub type Busy = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
 /// Looks up a container by id.
 pub type TaskLookup = Arc<dyn Fn(&str) -> Option<TaskProbe> + Send + Sync>;
 
@@ -81,7 +84,7 @@ pub struct ControllerOptions {
     /// Knows the containers, for the shim binary's `delete`.
     pub tasks: Option<TaskLookup>,
     /// Whether a sandbox has containers; one that has is never removed unasked.
-    pub busy: Option<Arc<dyn Fn(&str) -> bool + Send + Sync>>,
+    pub busy: Option<Busy>,
 }
 
 impl Default for ControllerOptions {

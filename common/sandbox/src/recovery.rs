@@ -76,13 +76,12 @@ fn adopt(core: &Arc<Core>, record: &Record) {
     let id = &record.spec.id;
     let path = record.address.strip_prefix("ttrpc+unix://").map(std::path::PathBuf::from);
     // Before Start only a shim has a socket, and its name follows from the id.
-    let path = path.or_else(|| {
-        record.bundle.as_ref().and_then(|_| core.endpoints.default_path(id).ok())
-    });
-    let opened = record.bundle.as_ref().map(|bundle| Opened {
-        bundle: bundle.clone(),
-        namespace: record.spec.namespace.clone(),
-    });
+    let path =
+        path.or_else(|| record.bundle.as_ref().and_then(|_| core.endpoints.default_path(id).ok()));
+    let opened = record
+        .bundle
+        .as_ref()
+        .map(|bundle| Opened { bundle: bundle.clone(), namespace: record.spec.namespace.clone() });
     if let Some(path) = path
         && let Err(e) = core.endpoints.adopt(id, &path, opened)
     {

@@ -19,8 +19,8 @@ use kuasar_protos::shim::sandbox_api as rt;
 use kuasar_protos::shim::sandbox_async as service;
 use kuasar_protos::shim::types::platform::Platform;
 use protobuf::{Message, MessageField};
-use ttrpc::proto::{Request, Response};
 use ttrpc::r#async::{MethodHandler, Service, StreamHandler, StreamInner, TtrpcContext};
+use ttrpc::proto::{Request, Response};
 
 use crate::controller::{Call, Controller};
 use crate::endpoint::Late;
@@ -31,8 +31,23 @@ use crate::wire::ttrpc_error;
 
 const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 const TASK_METHODS: [&str; 17] = [
-    "State", "Create", "Start", "Delete", "Pids", "Pause", "Resume", "Checkpoint", "Kill", "Exec",
-    "ResizePty", "CloseIO", "Update", "Wait", "Stats", "Connect", "Shutdown",
+    "State",
+    "Create",
+    "Start",
+    "Delete",
+    "Pids",
+    "Pause",
+    "Resume",
+    "Checkpoint",
+    "Kill",
+    "Exec",
+    "ResizePty",
+    "CloseIO",
+    "Update",
+    "Wait",
+    "Stats",
+    "Connect",
+    "Shutdown",
 ];
 const STREAMING: &str = "containerd.services.streaming.v1.Streaming";
 
@@ -284,9 +299,9 @@ impl LateMethod {
             "Pids" => {
                 let q = task::PidsRequest::parse_from_bytes(&request.payload).ok()?;
                 self.pod.check(&q.id).ok()?;
-                let process = task::ProcessInfo { pid, info: MessageField::none(), ..Default::default() };
-                let answer =
-                    task::PidsResponse { processes: vec![process], ..Default::default() };
+                let process =
+                    task::ProcessInfo { pid, info: MessageField::none(), ..Default::default() };
+                let answer = task::PidsResponse { processes: vec![process], ..Default::default() };
                 answer.write_to_bytes().ok()
             }
             _ => None,

@@ -128,7 +128,8 @@ async fn the_namespace_and_the_sandbox_reach_the_sandboxer() {
     let sandbox = q.sandbox.mut_or_insert_default();
     sandbox.runtime.mut_or_insert_default().name = "io.containerd.kuasar-runc.v1".into();
     sandbox.labels.insert("name".into(), "x".into());
-    let metadata = br#"{"Version":"v1","Metadata":{"RuntimeHandler":"kuasar","CNIResult":{"a":1}}}"#;
+    let metadata =
+        br#"{"Version":"v1","Metadata":{"RuntimeHandler":"kuasar","CNIResult":{"a":1}}}"#;
     sandbox.extensions.insert("metadata".into(), any("m", metadata.to_vec()));
     let mut q = tonic::Request::new(q);
     q.metadata_mut().insert("containerd-namespace", "k8s.io".parse().unwrap());
@@ -155,8 +156,10 @@ async fn unknown_sandboxes_are_answered_as_the_engine_needs_it() {
     let platform = c.platform().await.platform;
     assert_eq!(platform.os, "linux");
     assert!(["amd64", "arm64", "riscv64"].contains(&&*platform.architecture));
-    assert_eq!(code(c.call::<_, Any>("Nonsense", tonic::Request::new(Any::new())).await),
-        Code::Unimplemented);
+    assert_eq!(
+        code(c.call::<_, Any>("Nonsense", tonic::Request::new(Any::new())).await),
+        Code::Unimplemented
+    );
 }
 
 #[tokio::test]
@@ -392,11 +395,14 @@ async fn failpoints_and_the_observer_are_called() {
     assert_eq!(c.state("pod").await, "NotFound");
     assert!(bed.sockets.pods().is_empty());
     let expected = [
-        "sandbox.create.before", "sandbox.create.after", "sandbox.start.before",
-        "sandbox.start.after", "sandbox.shutdown.before", "sandbox.shutdown.after",
+        "sandbox.create.before",
+        "sandbox.create.after",
+        "sandbox.start.before",
+        "sandbox.start.after",
+        "sandbox.shutdown.before",
+        "sandbox.shutdown.after",
     ];
     assert_eq!(*points.lock().unwrap(), expected);
-    let expected =
-        [("Create", Code::Ok), ("Start", Code::Internal), ("Status", Code::NotFound)];
+    let expected = [("Create", Code::Ok), ("Start", Code::Internal), ("Status", Code::NotFound)];
     assert_eq!(*seen.lock().unwrap(), expected);
 }

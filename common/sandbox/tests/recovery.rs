@@ -147,7 +147,8 @@ async fn a_torn_or_foreign_record_is_set_aside_alone() {
             std::fs::write(record("torn"), &text[..text.len() / 2]).unwrap();
             edit(dir, "foreign", |r| r["id"] = "good".into());
             let newer = std::fs::read_to_string(record("newer")).unwrap();
-            std::fs::write(record("newer"), newer.replace("\"version\":1", "\"version\":9")).unwrap();
+            std::fs::write(record("newer"), newer.replace("\"version\":1", "\"version\":9"))
+                .unwrap();
         })
         .await;
     let c = bed.grpc().await;

@@ -115,11 +115,8 @@ async fn a_restarted_daemon_answers_for_sandbox_and_tasks() {
     let bed = bed.restart(|_, _| {}).await;
     assert_eq!(straw_task::connect(&address, "pod").await.unwrap().task_pid, 43);
     assert_eq!(straw_task::connect(&address, "c").await.unwrap().task_pid, 7);
-    let existing = api::OpenRequest {
-        sandbox_id: "pod".into(),
-        existing: true,
-        ..Default::default()
-    };
+    let existing =
+        api::OpenRequest { sandbox_id: "pod".into(), existing: true, ..Default::default() };
     let endpoint = EndpointClient::new(bed.ttrpc().await);
     assert_eq!(endpoint.open(ctx(), &existing).await.unwrap().address, address);
 }

@@ -59,7 +59,8 @@ async fn a_message_over_the_limit_is_resource_exhausted() {
     assert_eq!(code(c.create_with(q).await), Code::ResourceExhausted);
     // One that fits is read, though it is larger than every window.
     let mut q = create_request("pod");
-    q.options = Some(Any { type_url: "x".into(), value: vec![0; 15 << 20], ..Default::default() }).into();
+    q.options =
+        Some(Any { type_url: "x".into(), value: vec![0; 15 << 20], ..Default::default() }).into();
     assert_eq!(code(c.create_with(q).await), Code::InvalidArgument);
     c.up("pod").await;
 }
@@ -67,7 +68,8 @@ async fn a_message_over_the_limit_is_resource_exhausted() {
 #[tokio::test]
 async fn silent_and_strange_clients_are_dropped() {
     let bed = bed_with(|o| o.hello_timeout = Duration::from_millis(50)).await;
-    for hello in [&b""[..], b"\x7fELF", b"GET / HTTP/1.1\r\n\r\n", b"PRI nonsense, really !!!\r\n"] {
+    for hello in [&b""[..], b"\x7fELF", b"GET / HTTP/1.1\r\n\r\n", b"PRI nonsense, really !!!\r\n"]
+    {
         let mut client = UnixStream::connect(&bed.options.socket).await.unwrap();
         client.write_all(hello).await.unwrap();
         let mut rest = Vec::new();
@@ -99,7 +101,8 @@ async fn a_thousand_idle_connections_do_not_disturb_the_engine() {
 
 #[tokio::test]
 async fn only_permitted_peers_may_connect() {
-    let bed = bed_with(|o| o.peer_check = Some(std::sync::Arc::new(|peer| peer.uid() == 4711))).await;
+    let bed =
+        bed_with(|o| o.peer_check = Some(std::sync::Arc::new(|peer| peer.uid() == 4711))).await;
     let mut client = UnixStream::connect(&bed.options.socket).await.unwrap();
     let end = tokio::time::timeout(Duration::from_secs(5), client.read_u8()).await.unwrap();
     assert!(end.is_err());

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use kuasar_protos::shim::shim_async::EventsClient;
 use kuasar_protos::shim::shim::event::Envelope;
+use kuasar_protos::shim::shim_async::EventsClient;
 use kuasar_protos::shim::{api, events, topics};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;

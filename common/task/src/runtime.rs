@@ -131,8 +131,13 @@ pub trait Runtime: Send + Sync + 'static {
     async fn start(&self, container: &str, pid: u32) -> Result<()>;
 
     /// Runs a further process in a running container. `spec` is the OCI `process` object (JSON).
-    async fn exec(&self, container: &str, exec: &str, spec: &[u8], io: ProcessIo)
-    -> Result<Spawned>;
+    async fn exec(
+        &self,
+        container: &str,
+        exec: &str,
+        spec: &[u8],
+        io: ProcessIo,
+    ) -> Result<Spawned>;
 
     /// Sends a signal; with `all`, to every process of the container. Signal 0 probes.
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()>;
@@ -150,8 +155,12 @@ pub trait Runtime: Send + Sync + 'static {
     async fn resume(&self, container: &str) -> Result<()>;
 
     /// Writes a checkpoint below `path`.
-    async fn checkpoint(&self, container: &str, path: &std::path::Path, options: Option<AnyMessage>)
-    -> Result<()>;
+    async fn checkpoint(
+        &self,
+        container: &str,
+        path: &std::path::Path,
+        options: Option<AnyMessage>,
+    ) -> Result<()>;
 
     /// Applies OCI `LinuxResources` (JSON) to the running container.
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()>;

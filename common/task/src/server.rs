@@ -21,9 +21,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, EventSender, timestamp};
 use crate::frame::{self, Decoder, Prefixed};
 use crate::journal::{ContainerRecord, Journal, ProcessRecord, Status, Stdio};
-use crate::runtime::{
-    CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned,
-};
+use crate::runtime::{CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned};
 use crate::stdio::{self, Io, Streams};
 
 /// Limits and identity of a [`TaskServer`].
@@ -250,8 +248,7 @@ impl TaskServer {
     }
 
     fn save(&self, c: &Container) -> Result<()> {
-        let processes =
-            lock(&c.processes).iter().map(|(k, p)| (k.clone(), p.record())).collect();
+        let processes = lock(&c.processes).iter().map(|(k, p)| (k.clone(), p.record())).collect();
         self.journal.save(&ContainerRecord {
             id: c.id.clone(),
             bundle: c.bundle.clone(),
@@ -379,12 +376,7 @@ impl TaskServer {
     }
 
     /// Waits for a process's end in a task of its own.
-    fn watch(
-        self: &Arc<Self>,
-        c: Arc<Container>,
-        p: Arc<Process>,
-        exit: BoxFuture<'static, Exit>,
-    ) {
+    fn watch(self: &Arc<Self>, c: Arc<Container>, p: Arc<Process>, exit: BoxFuture<'static, Exit>) {
         let this = self.clone();
         tokio::spawn(async move {
             let exit = exit.await;
@@ -413,7 +405,8 @@ impl TaskServer {
     async fn tell(&self, c: &Arc<Container>, p: &Arc<Process>, exit: Exit) {
         let outputs = lock(&p.io).take_outputs();
         if !outputs.is_empty() {
-            let aborts: Vec<_> = outputs.iter().map(tokio::task::JoinHandle::abort_handle).collect();
+            let aborts: Vec<_> =
+                outputs.iter().map(tokio::task::JoinHandle::abort_handle).collect();
             let drained = futures::future::join_all(outputs);
             if tokio::time::timeout(self.options.drain, drained).await.is_err() {
                 tracing::warn!(container = %c.id, exec = %p.exec, "output is not read: given up");
@@ -564,7 +557,13 @@ impl TaskServer {
         }
     }
 
-    pub(crate) async fn exec(&self, id: &str, exec: &str, stdio: Stdio, spec: String) -> Result<()> {
+    pub(crate) async fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        stdio: Stdio,
+        spec: String,
+    ) -> Result<()> {
         kuasar_host::id::check("exec", exec).map_err(|e| Error::InvalidArgument(e.to_string()))?;
         let c = self.container(id)?;
         let _ops = c.ops.lock().await;
@@ -910,9 +909,7 @@ fn wire_mount(m: &crate::runtime::Mount) -> pm::Mount {
 }
 
 /// The wire's status of a process.
-pub(crate) fn wire_status(
-    s: Status,
-) -> EnumOrUnknown<kuasar_protos::shim::types::task::Status> {
+pub(crate) fn wire_status(s: Status) -> EnumOrUnknown<kuasar_protos::shim::types::task::Status> {
     use kuasar_protos::shim::types::task::Status as Wire;
     EnumOrUnknown::new(match s {
         Status::Created => Wire::CREATED,

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kuasar_protos::shim::api;
 use kuasar_protos::shim::shim_async::{Task, create_task};
-use protobuf::well_known_types::any::Any;
 use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::error::Error;
@@ -44,9 +44,7 @@ impl TaskServer {
 }
 
 fn expect(any: &MessageField<Any>, what: &str, wanted: &str) -> Result<Vec<u8>, Error> {
-    let any = any
-        .as_ref()
-        .ok_or_else(|| Error::InvalidArgument(format!("{what} is missing")))?;
+    let any = any.as_ref().ok_or_else(|| Error::InvalidArgument(format!("{what} is missing")))?;
     // Versions of containerd differ in the prefix, not in the last part.
     let last = |s: &str| s.rsplit(['/', '.']).next().unwrap_or_default().to_owned();
     if !any.type_url.is_empty() && last(&any.type_url) != last(wanted) {

@@ -109,9 +109,9 @@ impl Args {
                 }
                 ("create", "--preserve-fds") => {
                     let text = words.value(&word, inline)?;
-                    create.preserve_fds = text
-                        .parse()
-                        .map_err(|_| Error::Usage(format!("--preserve-fds {text}: not a number")))?;
+                    create.preserve_fds = text.parse().map_err(|_| {
+                        Error::Usage(format!("--preserve-fds {text}: not a number"))
+                    })?;
                 }
                 ("exec", "--process" | "-p") => exec.process = words.value(&word, inline)?.into(),
                 ("exec", "--pid-file") => exec.pid_file = Some(words.value(&word, inline)?.into()),
@@ -199,7 +199,8 @@ mod tests {
 
     #[test]
     fn a_create_command_line_as_runc_takes_it() {
-        let args = parse("--root /r --log=/l create --bundle /b --pid-file /p --preserve-fds 2 c1").unwrap();
+        let args = parse("--root /r --log=/l create --bundle /b --pid-file /p --preserve-fds 2 c1")
+            .unwrap();
         assert_eq!(args.root, PathBuf::from("/r"));
         assert_eq!(args.log, Some(PathBuf::from("/l")));
         assert_eq!(args.id, "c1");

@@ -72,10 +72,9 @@ pub fn run(args: &Args, exec: &Exec) -> Result<()> {
     let pidfd = pidfd_open(pid)
         .map_err(|_| Error::Other(format!("container {} is not running", args.id)))?;
     let mut pid_file = match &exec.pid_file {
-        Some(path) => Some(
-            std::fs::File::create(path)
-                .map_err(|error| Error::io(path.display(), error))?,
-        ),
+        Some(path) => {
+            Some(std::fs::File::create(path).map_err(|error| Error::io(path.display(), error))?)
+        }
         None => None,
     };
     let console = match (&exec.console_socket, process.terminal()) {
@@ -221,7 +220,10 @@ fn join_cgroup(pid: i32, id: &str) -> Result<()> {
         let Some(mount) = cgroup_mount(&mounts, controllers) else { continue };
         let file = mount.join(path.trim_start_matches('/')).join("cgroup.procs");
         std::fs::write(&file, "0").map_err(|error| {
-            Error::io(format!("cannot join the cgroup of container {id} ({})", file.display()), error)
+            Error::io(
+                format!("cannot join the cgroup of container {id} ({})", file.display()),
+                error,
+            )
         })?;
     }
     Ok(())
@@ -264,7 +266,8 @@ fn host_uid(pid: i32, uid: u32) -> u32 {
 /// fork() whose child belongs to our parent.
 fn fork_sibling() -> Result<i32> {
     // SAFETY: clone without a stack is fork; this process has one thread.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) };
     match pid {
         -1 => Err(Error::os("clone")),
         pid => Ok(pid as i32),
@@ -290,9 +293,7 @@ fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
         nix::unistd::setuid(Uid::from_raw(0)).map_err(|error| format!("setuid 0: {error}"))?;
     }
     if let Some(socket) = &plan.console {
-        let size = process
-            .console_size()
-            .map(|size| (size.width() as u16, size.height() as u16));
+        let size = process.console_size().map(|size| (size.width() as u16, size.height() as u16));
         console::attach(socket, user.uid(), size)?;
     }
     let no_new_privileges = process.no_new_privileges() == Some(true);
@@ -313,17 +314,21 @@ fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
     }
     identity(process)?;
     if late_chdir {
-        nix::unistd::chdir(process.cwd())
-            .map_err(|error| format!("chdir to cwd ({:?}): {}", process.cwd().display(), error.desc()))?;
+        nix::unistd::chdir(process.cwd()).map_err(|error| {
+            format!("chdir to cwd ({:?}): {}", process.cwd().display(), error.desc())
+        })?;
     }
     // A directory handle of the host would show here (CVE-2024-21626).
-    std::env::current_dir()
-        .map_err(|_| "current working directory is outside of container mount namespace root".to_owned())?;
+    std::env::current_dir().map_err(|_| {
+        "current working directory is outside of container mount namespace root".to_owned()
+    })?;
     if no_new_privileges {
         seccomp(plan)?;
     }
     // SAFETY: marks everything but the standard streams close-on-exec; nothing is closed yet.
-    if unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) } != 0 {
+    if unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) }
+        != 0
+    {
         return Err(os("close_range"));
     }
     Ok(())
@@ -407,7 +412,9 @@ fn identity(process: &Process) -> std::result::Result<(), String> {
     unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 0, 0, 0, 0) };
     let Some(given) = process.capabilities() else { return Ok(()) };
     libcontainer::capabilities::reset_effective(syscall.as_ref())
-        .and_then(|()| libcontainer::capabilities::drop_privileges(&all_five(given), syscall.as_ref()))
+        .and_then(|()| {
+            libcontainer::capabilities::drop_privileges(&all_five(given), syscall.as_ref())
+        })
         .map_err(|error| format!("capabilities: {error}"))
 }
 
@@ -446,7 +453,8 @@ mod tests {
 
     #[test]
     fn an_absent_capability_set_is_emptied() {
-        let given: LinuxCapabilities = serde_json::from_str(r#"{"bounding":["CAP_CHOWN"]}"#).unwrap();
+        let given: LinuxCapabilities =
+            serde_json::from_str(r#"{"bounding":["CAP_CHOWN"]}"#).unwrap();
         let all = all_five(&given);
         assert_eq!(all.bounding().as_ref().unwrap().len(), 1);
         for set in [all.effective(), all.permitted(), all.inheritable(), all.ambient()] {

@@ -93,12 +93,7 @@ pub fn main(arguments: Vec<String>) -> u8 {
 
 fn open_log(path: &Path) -> Option<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(path)
-        .ok()
+    std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).ok()
 }
 
 fn report(log: Option<&mut std::fs::File>, message: &str) {

@@ -205,7 +205,10 @@ mod tests {
             find(&process(&["/no/such"], &[])).unwrap_err(),
             "exec: \"/no/such\": stat /no/such: no such file or directory"
         );
-        assert_eq!(find(&process(&["/etc/passwd"], &[])).unwrap_err(), "exec: \"/etc/passwd\": permission denied");
+        assert_eq!(
+            find(&process(&["/etc/passwd"], &[])).unwrap_err(),
+            "exec: \"/etc/passwd\": permission denied"
+        );
         assert_eq!(find(&process(&["/etc"], &[])).unwrap_err(), "exec: \"/etc\": is a directory");
     }
 

@@ -22,8 +22,20 @@ pub use stats::{V1_TYPE, V2_TYPE};
 
 /// Controllers of v1. Mount options that are none of them are not mistaken for one.
 const CONTROLLERS: [&str; 14] = [
-    "cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb",
-    "net_cls", "net_prio", "perf_event", "rdma", "misc",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "memory",
+    "devices",
+    "freezer",
+    "blkio",
+    "pids",
+    "hugetlb",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "rdma",
+    "misc",
 ];
 
 /// Where control groups are mounted on this host.
@@ -89,8 +101,11 @@ impl Layout {
     /// [`Error::Invalid`] for a path with `..`.
     pub fn group(&self, path: &str) -> Result<Cgroup> {
         let path = expand_systemd(path);
-        let rel: PathBuf = Path::new(&path).components().filter(|c| *c != Component::RootDir).collect();
-        if rel.as_os_str().is_empty() || rel.components().any(|c| !matches!(c, Component::Normal(_))) {
+        let rel: PathBuf =
+            Path::new(&path).components().filter(|c| *c != Component::RootDir).collect();
+        if rel.as_os_str().is_empty()
+            || rel.components().any(|c| !matches!(c, Component::Normal(_)))
+        {
             return Err(Error::Invalid(format!("cgroup path {path:?} is not allowed")));
         }
         Ok(Cgroup { layout: self.clone(), path: rel })
@@ -226,9 +241,8 @@ impl Cgroup {
     fn inherit_cpuset(&self, dir: &Path) {
         let Some(parent) = dir.parent() else { return };
         for file in ["cpuset.cpus", "cpuset.mems"] {
-            let empty = |p: &Path| {
-                fs::read_to_string(p.join(file)).is_ok_and(|t| t.trim().is_empty())
-            };
+            let empty =
+                |p: &Path| fs::read_to_string(p.join(file)).is_ok_and(|t| t.trim().is_empty());
             if empty(parent) {
                 self.inherit_cpuset(parent);
             }
@@ -389,10 +403,8 @@ impl Cgroup {
     pub fn oom_kills(&self) -> u64 {
         let file = if self.layout.is_v2() { "memory.events" } else { "memory.oom_control" };
         let text = self.dir("memory").and_then(|d| fs::read_to_string(d.join(file)).ok());
-        text.and_then(|t| {
-            t.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok())
-        })
-        .unwrap_or(0)
+        text.and_then(|t| t.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok()))
+            .unwrap_or(0)
     }
 }
 
@@ -513,7 +525,9 @@ mod tests {
             .unwrap();
         inner.add_process(child.id()).unwrap();
         assert!(group.pids().unwrap().contains(&child.id()));
-        group.update(br#"{"memory":{"limit":104857600},"cpu":{"quota":50000,"period":100000}}"#).unwrap();
+        group
+            .update(br#"{"memory":{"limit":104857600},"cpu":{"quota":50000,"period":100000}}"#)
+            .unwrap();
         let deadline = Duration::from_secs(5);
         if inner.need("freezer").is_ok() {
             inner.freeze(deadline).unwrap();

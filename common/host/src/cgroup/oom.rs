@@ -69,8 +69,8 @@ impl Cgroup {
                 event.into()
             }
             Layout::V2(_) => {
-                let i = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
-                    .context(what)?;
+                let i =
+                    Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(what)?;
                 i.add_watch(&dir.join("memory.events"), AddWatchFlags::IN_MODIFY).context(what)?;
                 i.into()
             }

@@ -41,9 +41,7 @@ impl Cgroup {
     pub fn metrics(&self) -> (String, Vec<u8>) {
         match self.layout {
             Layout::V1(_) => self.metrics_v1(),
-            Layout::V2(_) => {
-                (V2_TYPE.into(), self.unified().write_to_bytes().unwrap_or_default())
-            }
+            Layout::V2(_) => (V2_TYPE.into(), self.unified().write_to_bytes().unwrap_or_default()),
         }
     }
 

@@ -14,9 +14,17 @@ impl Resources {
     /// Takes resources; a value of a wrong type is told, not taken for one that is not given.
     fn parse(json: &[u8]) -> Result<Self> {
         const NUMBERS: [&str; 11] = [
-            "/blockIO/weight", "/cpu/burst", "/cpu/idle", "/cpu/period", "/cpu/quota",
-            "/cpu/shares", "/memory/limit", "/memory/reservation", "/memory/swap",
-            "/memory/swappiness", "/pids/limit",
+            "/blockIO/weight",
+            "/cpu/burst",
+            "/cpu/idle",
+            "/cpu/period",
+            "/cpu/quota",
+            "/cpu/shares",
+            "/memory/limit",
+            "/memory/reservation",
+            "/memory/swap",
+            "/memory/swappiness",
+            "/pids/limit",
         ];
         let r: Value = serde_json::from_slice(json)
             .map_err(|e| Error::Invalid(format!("resources are no LinuxResources JSON: {e}")))?;

@@ -21,11 +21,7 @@ pub struct IdMap<'a> {
 ///
 /// # Errors
 /// `EINVAL` when the filesystem cannot be mapped, `ENOSYS` on kernels without.
-pub fn clone_mapped(
-    source: &Path,
-    userns: BorrowedFd<'_>,
-    recursive: bool,
-) -> io::Result<OwnedFd> {
+pub fn clone_mapped(source: &Path, userns: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(source.as_os_str().as_bytes())?;
     let deep = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };

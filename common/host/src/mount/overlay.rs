@@ -73,8 +73,7 @@ pub(super) fn mount(
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     };
     // SAFETY: a valid string and an integer.
-    let fs =
-        own(unsafe { libc::syscall(libc::SYS_fsopen, c"overlay".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let fs = own(unsafe { libc::syscall(libc::SYS_fsopen, c"overlay".as_ptr(), FSOPEN_CLOEXEC) })?;
     let set = |cmd: u32, key: Option<&str>, value: Option<&str>| {
         let c = |s: &str| CString::new(s).map_err(|_| invalid());
         let (key, value) = (key.map(c).transpose()?, value.map(c).transpose()?);
@@ -124,9 +123,8 @@ pub(super) fn mount(
     ];
     let attr = attr.iter().filter(|(f, _)| flags.contains(*f)).fold(0, |a, (_, b)| a | b);
     // SAFETY: integer arguments.
-    let mount = own(unsafe {
-        libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, attr)
-    })?;
+    let mount =
+        own(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, attr) })?;
     attach(&mount, &target)
 }
 
@@ -142,8 +140,11 @@ pub(super) fn mount_relative(
     data: &[&str],
 ) -> io::Result<()> {
     let value = |key: &str| data.iter().find_map(|o| o.strip_prefix(key));
-    let lower: Vec<&Path> =
-        layers(value("lowerdir=").unwrap_or_default()).ok_or_else(invalid)?.into_iter().map(Path::new).collect();
+    let lower: Vec<&Path> = layers(value("lowerdir=").unwrap_or_default())
+        .ok_or_else(invalid)?
+        .into_iter()
+        .map(Path::new)
+        .collect();
     let base = common_dir(&lower).ok_or_else(invalid)?;
     let relative: Vec<String> = lower
         .iter()

@@ -14,10 +14,7 @@ const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(50);
 
 fn failed(what: impl Into<String>, source: io::Error) -> ParentError {
-    ParentError::Start {
-        what: what.into(),
-        source,
-    }
+    ParentError::Start { what: what.into(), source }
 }
 
 pub(super) async fn connect_or_spawn(
@@ -69,10 +66,7 @@ async fn spawn(options: &ParentOptions, cgroups: &[PathBuf]) -> Result<()> {
         command.arg(argument);
     }
     // The padding gives its title room for `[sandbox-<64 digits>]`.
-    command
-        .arg(format!("title={}", "-".repeat(90)))
-        .env_clear()
-        .stdin(Stdio::null());
+    command.arg(format!("title={}", "-".repeat(90))).env_clear().stdin(Stdio::null());
     let what = || format!("start {}", options.binary.display());
     let output = tokio::time::timeout(options.timeout, command.output())
         .await

@@ -12,11 +12,7 @@ impl Inner {
     pub(super) async fn send(&self, data: &[u8], fds: &[RawFd]) -> Result<()> {
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         loop {
-            let mut guard = self
-                .socket
-                .writable()
-                .await
-                .map_err(|_| ParentError::Lost)?;
+            let mut guard = self.socket.writable().await.map_err(|_| ParentError::Lost)?;
             let sent = guard.try_io(|s| {
                 let control = [ControlMessage::ScmRights(fds)];
                 let control: &[_] = if fds.is_empty() { &[] } else { &control };
@@ -38,11 +34,7 @@ impl Inner {
     pub(super) async fn receive(&self) -> Result<Answer> {
         use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
         loop {
-            let mut guard = self
-                .socket
-                .readable()
-                .await
-                .map_err(|_| ParentError::Lost)?;
+            let mut guard = self.socket.readable().await.map_err(|_| ParentError::Lost)?;
             let got = guard.try_io(|s| {
                 // Ask for the size first: a buffer of the largest size per event would be waste.
                 let peek = (libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT) as libc::c_int;
@@ -60,10 +52,7 @@ impl Inner {
                 for c in m.cmsgs()? {
                     if let ControlMessageOwned::ScmRights(raw) = c {
                         // SAFETY: the kernel has just installed these descriptors for us.
-                        fds.extend(
-                            raw.into_iter()
-                                .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-                        );
+                        fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
                     }
                 }
                 Ok((data, fds))

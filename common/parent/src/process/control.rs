@@ -117,10 +117,8 @@ impl Parent {
             libc::signal(libc::SIGPIPE, libc::SIG_IGN);
             let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
             let signals = sys::own(libc::signalfd(-1, &set, flags))?;
-            let spare = sys::own(libc::open(
-                c"/dev/null".as_ptr(),
-                libc::O_RDONLY | libc::O_CLOEXEC,
-            ));
+            let spare =
+                sys::own(libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC));
             (epoll, signals, spare?)
         };
         sys::epoll_add(epoll, listener, libc::EPOLLIN, token(LISTENER, 0, 0));
@@ -202,9 +200,7 @@ impl Parent {
         let mut info = [0u8; 128];
         let mut terminate = false;
         while let Ok(128) = sys::read(self.signals, &mut info) {
-            let signo = info
-                .first_chunk::<4>()
-                .map(|b| u32::from_ne_bytes(*b) as i32);
+            let signo = info.first_chunk::<4>().map(|b| u32::from_ne_bytes(*b) as i32);
             terminate |= matches!(signo, Some(libc::SIGTERM | libc::SIGINT));
         }
         self.reaper.reap();
@@ -406,10 +402,7 @@ impl Parent {
     }
 
     fn daemon_fd(&self) -> Option<Fd> {
-        self.daemon
-            .and_then(|i| self.controls.get(i))
-            .copied()
-            .filter(|f| f.is_some())
+        self.daemon.and_then(|i| self.controls.get(i)).copied().filter(|f| f.is_some())
     }
 
     fn daemon_interest(&self) {
@@ -437,11 +430,7 @@ impl Parent {
         self.store.set_listener(pod, Fd::NONE);
         if !drain {
             for i in self.connections.indices() {
-                if self
-                    .connections
-                    .get(i)
-                    .is_some_and(|c| usize::from(c.pod) == pod)
-                {
+                if self.connections.get(i).is_some_and(|c| usize::from(c.pod) == pod) {
                     self.end(i);
                 }
             }
@@ -451,12 +440,7 @@ impl Parent {
 
     fn drop_if_unused(&mut self, pod: usize) {
         let listens = self.store.listener(pod).is_some();
-        if !listens
-            && !self
-                .connections
-                .iter()
-                .any(|(_, c)| usize::from(c.pod) == pod)
-        {
+        if !listens && !self.connections.iter().any(|(_, c)| usize::from(c.pod) == pod) {
             self.store.remove_pod(pod);
         }
     }
@@ -464,12 +448,7 @@ impl Parent {
     /// Polls a watched process that is not our child.
     pub fn follow(&self, row: usize, pidfd: Fd) {
         if pidfd.is_some() {
-            sys::epoll_add(
-                self.epoll,
-                pidfd,
-                libc::EPOLLIN | libc::EPOLLET,
-                token(PIDFD, 0, row),
-            );
+            sys::epoll_add(self.epoll, pidfd, libc::EPOLLIN | libc::EPOLLET, token(PIDFD, 0, row));
         }
     }
 
@@ -497,11 +476,7 @@ impl Parent {
 
     /// An event of a connection, unless its row has been taken by another one since.
     fn client_event(&mut self, i: usize, generation: u16) {
-        if self
-            .connections
-            .get(i)
-            .is_some_and(|c| c.generation == generation)
-        {
+        if self.connections.get(i).is_some_and(|c| c.generation == generation) {
             self.turn(i);
         }
     }
@@ -541,11 +516,7 @@ impl Parent {
     fn catch_up(&mut self) {
         let room = self.store.pending.len() < self.limits.pending;
         if self.again || (self.starved && room) {
-            let mask = if room {
-                flag::AGAIN | flag::STARVED
-            } else {
-                flag::AGAIN
-            };
+            let mask = if room { flag::AGAIN | flag::STARVED } else { flag::AGAIN };
             self.again = false;
             self.starved &= !room;
             for i in self.connections.indices() {
@@ -582,10 +553,7 @@ impl Parent {
 
     /// Tells the daemon what it does not know yet: exits, and connections to take.
     fn tell(&mut self) {
-        let Some(fd) = self
-            .daemon_fd()
-            .filter(|_| !self.crowded && self.stuck.is_none())
-        else {
+        let Some(fd) = self.daemon_fd().filter(|_| !self.crowded && self.stuck.is_none()) else {
             return;
         };
         while self.reaper.news {
@@ -605,11 +573,7 @@ impl Parent {
         }
         self.offer = false;
         for i in self.connections.indices() {
-            let Some(c) = self
-                .connections
-                .get_mut(i)
-                .filter(|c| c.is_free_for_daemon())
-            else {
+            let Some(c) = self.connections.get_mut(i).filter(|c| c.is_free_for_daemon()) else {
                 continue;
             };
             let Ok((mut ours, mut theirs)) = sys::stream_pair() else {
@@ -620,8 +584,7 @@ impl Parent {
             let parked = c.count(&self.store, super::store::pending::PARKED) > 0;
             let mut buf = [0u8; MAX_NAME + 16];
             let mut m = Writer::fixed(&mut buf, op::CONNECTION, 0);
-            m.u8(u8::from(parked))
-                .bytes(self.store.pod_name(c.pod.into()));
+            m.u8(u8::from(parked)).bytes(self.store.pod_name(c.pod.into()));
             let sent = sys::send_packet(fd, m.finish().unwrap_or_default(), &[theirs]);
             theirs.close();
             if sent.is_err() {

@@ -43,13 +43,10 @@ fn reserve(len: usize) -> Result<*mut u8, i32> {
     // SAFETY: a new anonymous mapping; nothing of ours is at that address.
     let p = unsafe { libc::mmap(std::ptr::null_mut(), len.max(1), prot, flags, -1, 0) };
     if p == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(libc::ENOMEM));
+        return Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOMEM));
     }
-    if let Some([at, room]) = RESERVED
-        .iter()
-        .find(|r| r.iter().all(|v| v.load(Ordering::Relaxed) == 0))
+    if let Some([at, room]) =
+        RESERVED.iter().find(|r| r.iter().all(|v| v.load(Ordering::Relaxed) == 0))
     {
         at.store(p as usize, Ordering::Relaxed);
         room.store(len.max(1), Ordering::Relaxed);
@@ -75,10 +72,7 @@ pub struct Buffer {
 impl Buffer {
     /// Reserves `len` bytes.
     pub fn new(len: usize) -> Result<Self, i32> {
-        Ok(Self {
-            base: reserve(len)?,
-            len,
-        })
+        Ok(Self { base: reserve(len)?, len })
     }
 
     /// A part of it. The borrow is independent of `self`, so that a buffer may be filled from
@@ -107,10 +101,7 @@ pub fn trim_stack() {
     let here = 0u8;
     let here = std::hint::black_box(&raw const here) as usize;
     // The distance covers this frame, the red zone and the call below.
-    let (from, to) = (
-        (here - 64 * PAGE) & !(PAGE - 1),
-        (here - 1024) & !(PAGE - 1),
-    );
+    let (from, to) = ((here - 64 * PAGE) & !(PAGE - 1), (here - 1024) & !(PAGE - 1));
     // SAFETY: nothing below the stack pointer is in use: one thread, no signal handlers. What is
     // not mapped in the range is left out by the kernel.
     unsafe { libc::madvise(from as *mut _, to - from, libc::MADV_DONTNEED) };
@@ -132,14 +123,7 @@ impl<T: Row> Table<T> {
     /// Reserves room for `capacity` rows.
     pub fn new(capacity: usize) -> Result<Self, i32> {
         let base = reserve(capacity.saturating_mul(size_of::<T>()))?.cast();
-        Ok(Self {
-            base,
-            capacity,
-            high: 0,
-            low: 0,
-            used: 0,
-            rows: PhantomData,
-        })
+        Ok(Self { base, capacity, high: 0, low: 0, used: 0, rows: PhantomData })
     }
 
     fn rows(&self) -> &[T] {
@@ -180,21 +164,13 @@ impl<T: Row> Table<T> {
 
     /// All rows in use.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (usize, &mut T)> {
-        self.rows_mut()
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, r)| !r.is_free())
+        self.rows_mut().iter_mut().enumerate().filter(|(_, r)| !r.is_free())
     }
 
     /// Stores a row; `None` when the table is full.
     pub fn insert(&mut self, row: T) -> Option<usize> {
         let low = self.low;
-        let free = self
-            .rows()
-            .iter()
-            .skip(low)
-            .position(T::is_free)
-            .map_or(self.high, |i| i + low);
+        let free = self.rows().iter().skip(low).position(T::is_free).map_or(self.high, |i| i + low);
         if free >= self.capacity || row.is_free() {
             return None;
         }
@@ -263,11 +239,7 @@ pub struct Arena {
 impl Arena {
     /// Reserves `capacity` bytes.
     pub fn new(capacity: usize) -> Result<Self, i32> {
-        Ok(Self {
-            base: reserve(capacity)?,
-            capacity,
-            used: 0,
-        })
+        Ok(Self { base: reserve(capacity)?, capacity, used: 0 })
     }
 
     fn all(&mut self) -> &mut [u8] {
@@ -277,17 +249,13 @@ impl Arena {
 
     /// Stores a copy; `None` when it is full or `bytes` are too many.
     pub fn store(&mut self, bytes: &[u8]) -> Option<Text> {
-        let text = Text {
-            at: u32::try_from(self.used).ok()?,
-            len: u16::try_from(bytes.len()).ok()?,
-        };
+        let text =
+            Text { at: u32::try_from(self.used).ok()?, len: u16::try_from(bytes.len()).ok()? };
         if bytes.is_empty() {
             return Some(Text::default());
         }
         let used = self.used;
-        self.all()
-            .get_mut(used..used + bytes.len())?
-            .copy_from_slice(bytes);
+        self.all().get_mut(used..used + bytes.len())?.copy_from_slice(bytes);
         self.used += bytes.len();
         Some(text)
     }

@@ -39,26 +39,17 @@ pub unsafe fn remember_title(argc: i32, argv: *const *const libc::c_char) {
 
 /// Sets what `ps` shows for this process, as far as the arguments have made room for it.
 pub fn set_title(parts: &[&[u8]]) {
-    let (at, room) = (
-        TITLE.load(Ordering::Relaxed),
-        TITLE_ROOM.load(Ordering::Relaxed),
-    );
+    let (at, room) = (TITLE.load(Ordering::Relaxed), TITLE_ROOM.load(Ordering::Relaxed));
     let bytes = || parts.iter().flat_map(|p| p.iter().copied());
     let mut name = [0u8; 16];
-    name.iter_mut()
-        .take(15)
-        .zip(bytes())
-        .for_each(|(to, from)| *to = from);
+    name.iter_mut().take(15).zip(bytes()).for_each(|(to, from)| *to = from);
     // SAFETY: a null-terminated name; then the memory of the arguments, which is ours to
     // overwrite, which nobody reads any more, and which ends with a zero.
     unsafe {
         libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0);
         if !at.is_null() && room > 0 {
             let title = std::slice::from_raw_parts_mut(at, room - 1);
-            title
-                .iter_mut()
-                .zip(bytes().chain(std::iter::repeat(0)))
-                .for_each(|(to, b)| *to = b);
+            title.iter_mut().zip(bytes().chain(std::iter::repeat(0))).for_each(|(to, b)| *to = b);
         }
     }
 }

@@ -39,19 +39,8 @@ impl<'a> Request<'a> {
             m.str()?;
             m.bytes()?;
         }
-        let netns = if flags & ns::NETNS == 0 {
-            None
-        } else {
-            Some(fds.get(0)?)
-        };
-        Some(Self {
-            flags,
-            id,
-            hostname,
-            sysctls,
-            netns,
-            userns: None,
-        })
+        let netns = if flags & ns::NETNS == 0 { None } else { Some(fds.get(0)?) };
+        Some(Self { flags, id, hostname, sysctls, netns, userns: None })
     }
 }
 
@@ -95,10 +84,7 @@ pub fn make(m: &mut Reader<'_>, fds: &Passed) -> Result<Made, Failure> {
 }
 
 fn open(pid: libc::pid_t, request: &Request<'_>, init: libc::pid_t) -> Result<Made, Failure> {
-    let mut made = Made {
-        fds: [Fd::NONE; 3],
-        init,
-    };
+    let mut made = Made { fds: [Fd::NONE; 3], init };
     let [ipc, uts, user] = &mut made.fds;
     let opened = (|| {
         if request.flags & ns::IPC != 0 {
@@ -137,9 +123,7 @@ fn open_ns(pid: libc::pid_t, name: &[u8; 3]) -> Result<Fd, i32> {
     let mut path = [0u8; 32];
     let digits = digits.iter().skip(10 - count);
     let parts = b"/proc/".iter().chain(digits).chain(b"/ns/").chain(name);
-    path.iter_mut()
-        .zip(parts)
-        .for_each(|(to, from)| *to = *from);
+    path.iter_mut().zip(parts).for_each(|(to, from)| *to = *from);
     // SAFETY: at most 6 + 10 + 4 + 3 bytes and a zero behind them.
     sys::own(unsafe { libc::open(path.as_ptr().cast(), libc::O_RDONLY | libc::O_CLOEXEC) })
 }
@@ -193,11 +177,8 @@ fn unshare(q: &Request<'_>) -> Result<libc::pid_t, Failure> {
         }
         check(libc::unshare(flags)).map_err(at(stage::UNSHARE))?;
         if q.flags & ns::UTS != 0 && !q.hostname.is_empty() {
-            check(libc::sethostname(
-                q.hostname.as_ptr().cast(),
-                q.hostname.len(),
-            ))
-            .map_err(at(stage::HOSTNAME))?;
+            check(libc::sethostname(q.hostname.as_ptr().cast(), q.hostname.len()))
+                .map_err(at(stage::HOSTNAME))?;
         }
     }
     let mut m = q.sysctls;

@@ -93,13 +93,7 @@ pub struct Reaper {
 impl Reaper {
     pub fn new(watched: usize) -> Result<Self, i32> {
         let (watched, ring) = (Table::new(watched)?, Table::new(RING)?);
-        Ok(Self {
-            watched,
-            ring,
-            next: 1,
-            news: false,
-            zombies: false,
-        })
+        Ok(Self { watched, ring, next: 1, news: false, zombies: false })
     }
 
     /// Reaps everything that has ended.
@@ -112,22 +106,13 @@ impl Reaper {
                 return;
             }
             let at = sys::now_ns();
-            let found = self
-                .watched
-                .iter()
-                .find(|(_, w)| w.pid == pid && w.runs())
-                .map(|(i, _)| i);
+            let found = self.watched.iter().find(|(_, w)| w.pid == pid && w.runs()).map(|(i, _)| i);
             match found.and_then(|i| self.watched.get_mut(i)) {
                 Some(w) => {
                     w.end(status, at);
                     self.news = true;
                 }
-                None => self.note(Exit {
-                    number: self.next,
-                    at,
-                    pid,
-                    status,
-                }),
+                None => self.note(Exit { number: self.next, at, pid, status }),
             }
         }
     }
@@ -136,11 +121,7 @@ impl Reaper {
     fn note(&mut self, exit: Exit) {
         self.next += 1;
         if self.ring.len() >= RING {
-            let oldest = self
-                .ring
-                .iter()
-                .min_by_key(|(_, e)| e.number)
-                .map(|(i, _)| i);
+            let oldest = self.ring.iter().min_by_key(|(_, e)| e.number).map(|(i, _)| i);
             if let Some(i) = oldest {
                 self.ring.remove(i);
             }
@@ -157,32 +138,16 @@ impl Reaper {
     pub fn adopt(&mut self, cookie: u64, pid: i32) {
         self.forget(cookie);
         let state = State::Runs;
-        self.watched.insert(Watched {
-            cookie,
-            at: 0,
-            pid,
-            status: 0,
-            pidfd: Fd::NONE,
-            state,
-        });
+        self.watched.insert(Watched { cookie, at: 0, pid, status: 0, pidfd: Fd::NONE, state });
     }
 
     /// Starts to watch a process; finds an exit that came before. Answers the row, and a pidfd to
     /// poll when it is not our child.
     pub fn watch(&mut self, cookie: u64, pid: i32, since: u64) -> Result<(usize, Fd), i32> {
         self.forget(cookie);
-        let mut row = Watched {
-            cookie,
-            at: 0,
-            pid,
-            status: 0,
-            pidfd: Fd::NONE,
-            state: State::Runs,
-        };
-        let found = self
-            .ring
-            .iter()
-            .find(|(_, e)| e.pid == pid && e.number >= since);
+        let mut row =
+            Watched { cookie, at: 0, pid, status: 0, pidfd: Fd::NONE, state: State::Runs };
+        let found = self.ring.iter().find(|(_, e)| e.pid == pid && e.number >= since);
         if let Some((i, exit)) = found.map(|(i, e)| (i, *e)) {
             self.ring.remove(i);
             row.end(exit.status, exit.at);
@@ -208,11 +173,7 @@ impl Reaper {
     /// A pidfd has reported the end of the process in row `i`.
     pub fn ended(&mut self, i: usize) {
         self.reap();
-        let Some(w) = self
-            .watched
-            .get_mut(i)
-            .filter(|w| w.runs() && w.pidfd.is_some())
-        else {
+        let Some(w) = self.watched.get_mut(i).filter(|w| w.runs() && w.pidfd.is_some()) else {
             return;
         };
         if sys::exists(w.pid) && !is_child(w.pidfd) {
@@ -229,11 +190,7 @@ impl Reaper {
     pub fn look_again(&mut self) {
         self.reap();
         self.zombies = false;
-        for (_, w) in self
-            .watched
-            .iter_mut()
-            .filter(|(_, w)| w.state == State::Zombie)
-        {
+        for (_, w) in self.watched.iter_mut().filter(|(_, w)| w.state == State::Zombie) {
             if sys::exists(w.pid) {
                 self.zombies = true;
             } else {
@@ -245,11 +202,7 @@ impl Reaper {
 
     /// Drops an entry.
     pub fn forget(&mut self, cookie: u64) {
-        let found = self
-            .watched
-            .iter()
-            .find(|(_, w)| w.cookie == cookie)
-            .map(|(i, _)| i);
+        let found = self.watched.iter().find(|(_, w)| w.cookie == cookie).map(|(i, _)| i);
         if let Some(mut w) = found.and_then(|i| self.watched.remove(i)) {
             w.pidfd.close();
         }
@@ -262,11 +215,7 @@ impl Reaper {
 
     /// A new daemon knows of nothing.
     pub fn untell(&mut self) {
-        for (_, w) in self
-            .watched
-            .iter_mut()
-            .filter(|(_, w)| w.state == State::Told)
-        {
+        for (_, w) in self.watched.iter_mut().filter(|(_, w)| w.state == State::Told) {
             w.state = State::Ended;
         }
         self.news = true;
@@ -275,10 +224,7 @@ impl Reaper {
     /// The next exit that the daemon has not been told, written as an event; its row.
     pub fn untold(&self, m: &mut Writer<Fixed<'_>>) -> Option<usize> {
         let (i, w) = self.watched.iter().find(|(_, w)| w.state == State::Ended)?;
-        m.u64(w.cookie)
-            .u32(w.pid as u32)
-            .u32(w.status as u32)
-            .u64(w.at);
+        m.u64(w.cookie).u32(w.pid as u32).u32(w.status as u32).u64(w.at);
         Some(i)
     }
 

@@ -134,17 +134,7 @@ impl Connection {
     pub fn new(client: Fd, pod: u16, generation: u16) -> Self {
         let none = Flow { left: 0 };
         let daemon = Fd::NONE;
-        Self {
-            client,
-            daemon,
-            up: none,
-            down: none,
-            since: 0,
-            pod,
-            first: 0,
-            flags: 0,
-            generation,
-        }
+        Self { client, daemon, up: none, down: none, since: 0, pod, first: 0, flags: 0, generation }
     }
 
     fn is(&self, flag: u16) -> bool {
@@ -222,11 +212,7 @@ impl Connection {
         if self.is(flag::UNDECIDED) {
             return Step::Waits;
         }
-        let want = if self.down.left == 0 {
-            CHUNK
-        } else {
-            (self.down.left as usize).min(CHUNK)
-        };
+        let want = if self.down.left == 0 { CHUNK } else { (self.down.left as usize).min(CHUNK) };
         let Some(buf) = buf.get_mut(..want) else {
             return Step::Ends;
         };
@@ -405,10 +391,7 @@ impl Connection {
             let Some(out) = buf.get_mut(..n) else {
                 return Step::Ends;
             };
-            for (to, from) in out
-                .iter_mut()
-                .zip(request.iter().chain(init).chain(closing))
-            {
+            for (to, from) in out.iter_mut().zip(request.iter().chain(init).chain(closing)) {
                 *to = *from;
             }
             match sys::send(self.daemon, out) {
@@ -433,27 +416,15 @@ impl Connection {
     /// Client to daemon.
     fn up(&mut self, store: &mut Store, buf: &mut [u8]) -> Step {
         if self.is(flag::CLIENT_DONE) {
-            return if sys::peer_gone(self.client) {
-                Step::Ends
-            } else {
-                Step::Waits
-            };
+            return if sys::peer_gone(self.client) { Step::Ends } else { Step::Waits };
         }
         let discard = self.up.left > 0 && self.is(flag::DISCARD_UP);
         let busy = self.is(flag::UNDECIDED | flag::ORPHANED | flag::REPLAY | flag::BROKEN);
         if busy && !discard {
             // A client that is gone altogether ends its connection all the same.
-            return if sys::peer_gone(self.client) {
-                Step::Ends
-            } else {
-                Step::Waits
-            };
+            return if sys::peer_gone(self.client) { Step::Ends } else { Step::Waits };
         }
-        let want = if self.up.left == 0 {
-            CHUNK
-        } else {
-            (self.up.left as usize).min(CHUNK)
-        };
+        let want = if self.up.left == 0 { CHUNK } else { (self.up.left as usize).min(CHUNK) };
         let Some(buf) = buf.get_mut(..want) else {
             return Step::Ends;
         };
@@ -482,11 +453,7 @@ impl Connection {
                 Way::Forward => self.set(flag::DISCARD_UP, false),
                 Way::Discard => self.set(flag::DISCARD_UP, true),
                 Way::Hold => {
-                    return if sys::peer_gone(self.client) {
-                        Step::Ends
-                    } else {
-                        Step::Waits
-                    };
+                    return if sys::peer_gone(self.client) { Step::Ends } else { Step::Waits };
                 }
             }
             self.up.left = (HEADER + h.len) as u32;
@@ -526,11 +493,7 @@ impl Connection {
     }
 
     fn incomplete_up(&self) -> Step {
-        if sys::peer_closed(self.client) {
-            Step::Ends
-        } else {
-            Step::Waits
-        }
+        if sys::peer_closed(self.client) { Step::Ends } else { Step::Waits }
     }
 
     fn client_done(&mut self) -> Step {
@@ -563,11 +526,7 @@ impl Connection {
                     return Way::Hold;
                 }
                 if !attached {
-                    flags |= if parked.is_some() {
-                        pending::PARKED
-                    } else {
-                        pending::OWED
-                    };
+                    flags |= if parked.is_some() { pending::PARKED } else { pending::OWED };
                 }
                 if !self.add_pending(store, h.stream, flags, parked) {
                     self.set(flag::STARVED, true);
@@ -629,13 +588,7 @@ impl Connection {
             return false;
         };
         let (init, next) = (Default::default(), self.first);
-        match store.pending.insert(Pending {
-            stream,
-            frame,
-            init,
-            next,
-            flags,
-        }) {
+        match store.pending.insert(Pending { stream, frame, init, next, flags }) {
             Some(i) => {
                 self.first = i as u16 + 1;
                 true
@@ -688,10 +641,7 @@ impl Connection {
     /// Pending calls with a flag.
     pub fn count(&self, store: &Store, flag: u16) -> usize {
         let (mut at, mut n) = (self.first, 0);
-        while let Some(p) = at
-            .checked_sub(1)
-            .and_then(|i| store.pending.get(usize::from(i)))
-        {
+        while let Some(p) = at.checked_sub(1).and_then(|i| store.pending.get(usize::from(i))) {
             n += usize::from(p.flags & flag != 0);
             at = p.next;
         }

@@ -14,10 +14,7 @@ const BAD: Failure = (libc::EINVAL, stage::REQUEST);
 const FULL: Failure = (libc::ENOSPC, stage::FULL);
 
 fn name<'a>(m: &mut Reader<'a>) -> Result<&'a [u8], Failure> {
-    m.str()
-        .filter(|s| !s.is_empty() && s.len() <= MAX_NAME)
-        .map(str::as_bytes)
-        .ok_or(BAD)
+    m.str().filter(|s| !s.is_empty() && s.len() <= MAX_NAME).map(str::as_bytes).ok_or(BAD)
 }
 
 impl Parent {
@@ -45,10 +42,7 @@ impl Parent {
         match code {
             op::HELLO => {
                 self.take_over(control);
-                w.u32(VERSION)
-                    .u32(std::process::id())
-                    .u8(u8::from(self.idle()))
-                    .u32(CAPABILITIES);
+                w.u32(VERSION).u32(std::process::id()).u8(u8::from(self.idle())).u32(CAPABILITIES);
             }
             op::SPAWN => self.spawn(m, &fds, w)?,
             op::NAMESPACES => self.namespaces(m, &fds, w)?,
@@ -57,10 +51,8 @@ impl Parent {
                 let since = m.u64().ok_or(BAD)?;
                 let pid = i32::try_from(pid).ok().filter(|p| *p > 0).ok_or(BAD)?;
                 self.reaper.reap();
-                let (row, pidfd) = self
-                    .reaper
-                    .watch(cookie, pid, since)
-                    .map_err(at(stage::FULL))?;
+                let (row, pidfd) =
+                    self.reaper.watch(cookie, pid, since).map_err(at(stage::FULL))?;
                 self.follow(row, pidfd);
             }
             op::ACK => self.reaper.forget(m.u64().ok_or(BAD)?),
@@ -73,10 +65,7 @@ impl Parent {
                 })?;
             }
             op::FETCH => {
-                let fd = self
-                    .store
-                    .fetch(name(m)?)
-                    .ok_or((libc::ENOENT, stage::REQUEST))?;
+                let fd = self.store.fetch(name(m)?).ok_or((libc::ENOENT, stage::REQUEST))?;
                 self.outgoing.borrowed = true;
                 self.outgoing.push(fd);
             }
@@ -179,10 +168,7 @@ impl Parent {
     ) -> Result<(), Failure> {
         let since = self.reaper.next;
         let made = namespaces::make(m, fds)?;
-        made.fds
-            .iter()
-            .filter(|f| f.is_some())
-            .for_each(|f| self.outgoing.push(*f));
+        made.fds.iter().filter(|f| f.is_some()).for_each(|f| self.outgoing.push(*f));
         if made.init > 0 {
             let pidfd: Fd = sys::pidfd_open(made.init).map_err(at(stage::OPEN))?;
             self.outgoing.push(pidfd);

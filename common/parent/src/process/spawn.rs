@@ -27,10 +27,7 @@ impl Report {
     /// Writes stage and `errno`; stage 0 is success with a value.
     pub fn send(&self, stage: u8, errno: i32, value: u32) {
         let mut b = [0u8; 9];
-        let fields = [stage]
-            .into_iter()
-            .chain(errno.to_le_bytes())
-            .chain(value.to_le_bytes());
+        let fields = [stage].into_iter().chain(errno.to_le_bytes()).chain(value.to_le_bytes());
         b.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
         // SAFETY: nine bytes of a local array.
         unsafe { libc::write(self.0.get(), b.as_ptr().cast(), b.len()) };
@@ -114,11 +111,7 @@ fn strings(m: &mut Reader<'_>) -> Option<Vec<CString>> {
 fn indices(m: &mut Reader<'_>, fds: &Passed) -> Option<Vec<i32>> {
     let n = m.u8()?;
     let fd = |i: u8| {
-        if i == 255 {
-            Some(-1)
-        } else {
-            fds.get(i.into()).map(Fd::get)
-        }
+        if i == 255 { Some(-1) } else { fds.get(i.into()).map(Fd::get) }
     };
     (0..n).map(|_| m.u8().and_then(fd)).collect()
 }
@@ -161,11 +154,7 @@ fn become_program(
         if flags & spawn::SAME_SESSION == 0 {
             libc::setsid();
         }
-        libc::umask(if umask == spawn::NO_UMASK {
-            0o022
-        } else {
-            umask.into()
-        });
+        libc::umask(if umask == spawn::NO_UMASK { 0o022 } else { umask.into() });
         if !cwd.is_empty()
             && let Err(e) = check(libc::chdir(cwd.as_ptr()))
         {
@@ -181,24 +170,14 @@ fn become_program(
 }
 
 fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Failure> {
-    let limit = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
-    };
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: a valid structure.
-    check(unsafe { libc::setrlimit(resource as _, &limit) })
-        .map_err(at(stage::RLIMIT))
-        .map(drop)
+    check(unsafe { libc::setrlimit(resource as _, &limit) }).map_err(at(stage::RLIMIT)).map(drop)
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     let end: [*const libc::c_char; 1] = [ptr::null()];
-    strings
-        .iter()
-        .map(|s: &CString| -> &CStr { s })
-        .map(CStr::as_ptr)
-        .chain(end)
-        .collect()
+    strings.iter().map(|s: &CString| -> &CStr { s }).map(CStr::as_ptr).chain(end).collect()
 }
 
 /// Back to the state that a program expects: no blocked signals, default dispositions.
@@ -213,13 +192,7 @@ fn default_signals() {
             libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
         }
         let none = 0u64;
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            &raw const none,
-            0,
-            8,
-        );
+        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8);
     }
 }
 
@@ -235,11 +208,7 @@ fn place(targets: &[i32], report: Fd) -> Result<Fd, i32> {
     for &fd in targets {
         // SAFETY: opens a constant path.
         let null = || unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
-        lifted.push(if fd >= 0 {
-            high(fd)?
-        } else {
-            high(check(null())?)?
-        });
+        lifted.push(if fd >= 0 { high(fd)? } else { high(check(null())?)? });
     }
     for (i, &fd) in (0..).zip(&lifted) {
         // SAFETY: moves a descriptor of ours; the copy is inherited on purpose.

@@ -166,10 +166,7 @@ impl Store {
     }
 
     fn find_group(&self, name: &[u8]) -> Option<usize> {
-        self.groups
-            .iter()
-            .find(|(_, g)| self.get(g.text) == name)
-            .map(|(i, _)| i)
+        self.groups.iter().find(|(_, g)| self.get(g.text) == name).map(|(i, _)| i)
     }
 
     fn hold_group(&mut self, name: &[u8]) -> Option<u16> {
@@ -212,9 +209,7 @@ impl Store {
     }
 
     fn group(&self, group: u16) -> &[u8] {
-        self.groups
-            .get(usize::from(group))
-            .map_or(&[], |g| self.get(g.text))
+        self.groups.get(usize::from(group)).map_or(&[], |g| self.get(g.text))
     }
 
     /// Keeps a descriptor under a name, in place of an older one. Gives it back when full.
@@ -304,8 +299,7 @@ impl Store {
 
     /// The pod with this name.
     pub fn find_pod(&self, name: &[u8]) -> Option<usize> {
-        self.find_group(name)
-            .filter(|i| self.groups.get(*i).is_some_and(|g| g.is_pod))
+        self.find_group(name).filter(|i| self.groups.get(*i).is_some_and(|g| g.is_pod))
     }
 
     /// All pods.
@@ -320,10 +314,7 @@ impl Store {
 
     /// A pod's listening socket, unless it is drained.
     pub fn listener(&self, pod: usize) -> Option<Fd> {
-        self.groups
-            .get(pod)
-            .map(|g| g.listener)
-            .filter(|f| f.is_some())
+        self.groups.get(pod).map(|g| g.listener).filter(|f| f.is_some())
     }
 
     /// Gives a pod another listening socket, or none, and closes the one it had.

@@ -32,9 +32,7 @@ impl Fd {
 
 /// `errno` of the last call.
 pub fn errno() -> i32 {
-    std::io::Error::last_os_error()
-        .raw_os_error()
-        .unwrap_or(libc::EIO)
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
 }
 
 /// Turns -1 into `errno`.
@@ -58,10 +56,7 @@ pub fn epoll_change(epoll: Fd, fd: Fd, events: libc::c_int, token: u64) {
 }
 
 fn epoll_control(epoll: Fd, op: libc::c_int, fd: Fd, events: libc::c_int, token: u64) {
-    let mut ev = libc::epoll_event {
-        events: events as u32,
-        u64: token,
-    };
+    let mut ev = libc::epoll_event { events: events as u32, u64: token };
     // SAFETY: `ev` lives across the call; both descriptors are open.
     unsafe { libc::epoll_ctl(epoll.get(), op, fd.get(), &mut ev) };
 }
@@ -77,17 +72,13 @@ fn clock(id: libc::clockid_t) -> libc::timespec {
 /// Wall-clock time in nanoseconds since the epoch.
 pub fn now_ns() -> u64 {
     let ts = clock(libc::CLOCK_REALTIME);
-    (ts.tv_sec as u64)
-        .saturating_mul(1_000_000_000)
-        .saturating_add(ts.tv_nsec as u64)
+    (ts.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(ts.tv_nsec as u64)
 }
 
 /// Milliseconds of the monotonic clock; wraps after 49 days.
 pub fn now_ms() -> u32 {
     let ts = clock(libc::CLOCK_MONOTONIC);
-    (ts.tv_sec as u64)
-        .wrapping_mul(1000)
-        .wrapping_add(ts.tv_nsec as u64 / 1_000_000) as u32
+    (ts.tv_sec as u64).wrapping_mul(1000).wrapping_add(ts.tv_nsec as u64 / 1_000_000) as u32
 }
 
 /// A pidfd for `pid`, close-on-exec.
@@ -148,11 +139,7 @@ pub fn queued(fd: Fd) -> usize {
 
 /// Whether the peer will send no more: only what is queued is left.
 pub fn peer_closed(fd: Fd) -> bool {
-    let mut p = libc::pollfd {
-        fd: fd.get(),
-        events: libc::POLLRDHUP,
-        revents: 0,
-    };
+    let mut p = libc::pollfd { fd: fd.get(), events: libc::POLLRDHUP, revents: 0 };
     // SAFETY: one valid pollfd, and no waiting.
     unsafe { libc::poll(&mut p, 1, 0) };
     p.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
@@ -160,11 +147,7 @@ pub fn peer_closed(fd: Fd) -> bool {
 
 /// Whether the peer is gone in both directions.
 pub fn peer_gone(fd: Fd) -> bool {
-    let mut p = libc::pollfd {
-        fd: fd.get(),
-        events: 0,
-        revents: 0,
-    };
+    let mut p = libc::pollfd { fd: fd.get(), events: 0, revents: 0 };
     // SAFETY: one valid pollfd, and no waiting.
     unsafe { libc::poll(&mut p, 1, 0) };
     p.revents & (libc::POLLHUP | libc::POLLERR) != 0
@@ -180,23 +163,12 @@ pub fn shutdown(fd: Fd, how: libc::c_int) {
 pub fn accept(listener: Fd) -> Result<Fd, i32> {
     let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: null address pointers are allowed.
-    own(unsafe {
-        libc::accept4(
-            listener.get(),
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            flags,
-        )
-    })
+    own(unsafe { libc::accept4(listener.get(), std::ptr::null_mut(), std::ptr::null_mut(), flags) })
 }
 
 /// Whether a connection comes from our own user or root.
 pub fn same_user(fd: Fd) -> bool {
-    let mut cred = libc::ucred {
-        pid: 0,
-        uid: u32::MAX,
-        gid: 0,
-    };
+    let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: 0 };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: `cred` and `len` describe a valid out buffer; geteuid cannot fail.
     unsafe {
@@ -221,10 +193,7 @@ pub fn send_packet(fd: Fd, data: &[u8], fds: &[Fd]) -> Result<(), i32> {
         return Err(libc::EINVAL);
     }
     let mut control = Control([0; 160]);
-    let mut iov = libc::iovec {
-        iov_base: data.as_ptr() as *mut _,
-        iov_len: data.len(),
-    };
+    let mut iov = libc::iovec { iov_base: data.as_ptr() as *mut _, iov_len: data.len() };
     // SAFETY: all-zero is a valid msghdr.
     let mut msg: libc::msghdr = unsafe { mem::zeroed() };
     msg.msg_iov = &mut iov;
@@ -288,10 +257,7 @@ impl Drop for Passed {
 /// Receives one packet and its descriptors (close-on-exec).
 pub fn receive_packet(fd: Fd, buf: &mut [u8], passed: &mut Passed) -> Result<usize, i32> {
     let mut control = Control([0; 160]);
-    let mut iov = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
+    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: all-zero is a valid msghdr.
     let mut msg: libc::msghdr = unsafe { mem::zeroed() };
     msg.msg_iov = &mut iov;
@@ -299,13 +265,8 @@ pub fn receive_packet(fd: Fd, buf: &mut [u8], passed: &mut Passed) -> Result<usi
     msg.msg_control = control.0.as_mut_ptr().cast();
     msg.msg_controllen = control.0.len() as _;
     // SAFETY: `msg` refers to live buffers.
-    let n = unsafe {
-        libc::recvmsg(
-            fd.get(),
-            &mut msg,
-            libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT,
-        )
-    };
+    let n =
+        unsafe { libc::recvmsg(fd.get(), &mut msg, libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) };
     if n < 0 {
         return Err(errno());
     }

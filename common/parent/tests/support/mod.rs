@@ -17,10 +17,8 @@ use sandbox_parent::client::{Connection, Connections, Parent, ParentOptions, Spa
 
 /// The program under test: the one of this build, or a static release build.
 pub fn program() -> PathBuf {
-    std::env::var_os("SANDBOX_PARENT_BIN").map_or_else(
-        || env!("CARGO_BIN_EXE_sandbox-parent").into(),
-        PathBuf::from,
-    )
+    std::env::var_os("SANDBOX_PARENT_BIN")
+        .map_or_else(|| env!("CARGO_BIN_EXE_sandbox-parent").into(), PathBuf::from)
 }
 
 pub struct Home(pub tempfile::TempDir);
@@ -60,15 +58,9 @@ impl Home {
             .enable_all()
             .build()
             .unwrap();
-        let (parent, connections, fresh) = runtime
-            .block_on(Parent::connect_or_spawn(&options))
-            .unwrap();
-        Daemon {
-            parent,
-            connections,
-            fresh,
-            runtime,
-        }
+        let (parent, connections, fresh) =
+            runtime.block_on(Parent::connect_or_spawn(&options)).unwrap();
+        Daemon { parent, connections, fresh, runtime }
     }
 }
 
@@ -77,10 +69,8 @@ impl Drop for Home {
         // Whatever the test came to, sandbox-parent and its children end.
         let path = self.0.path().to_owned();
         let ended = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 if let Ok((p, _c)) = Parent::connect(&path, Duration::from_secs(5)).await {
                     let _ = p.shutdown(true).await;
@@ -102,20 +92,13 @@ pub struct Daemon {
 impl Daemon {
     pub fn run<T>(&self, f: impl Future<Output = T>) -> T {
         self.runtime.block_on(async {
-            tokio::time::timeout(Duration::from_secs(30), f)
-                .await
-                .expect("it takes too long")
+            tokio::time::timeout(Duration::from_secs(30), f).await.expect("it takes too long")
         })
     }
 
     /// Dies at once: every socket that its tasks hold is closed.
     pub fn kill(self) {
-        let Self {
-            parent,
-            connections,
-            runtime,
-            ..
-        } = self;
+        let Self { parent, connections, runtime, .. } = self;
         drop((parent, connections));
         runtime.shutdown_timeout(Duration::from_secs(5));
     }
@@ -143,24 +126,16 @@ impl Daemon {
 /// A client of a pod.
 pub fn dial(home: &Home, pod: &str) -> UnixStream {
     let stream = UnixStream::connect(home.socket(pod)).unwrap();
-    stream
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
-    stream
-        .set_write_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
     stream
 }
 
 /// The daemon's end of a connection, blocking.
 pub fn blocking(c: Connection) -> UnixStream {
     c.stream.set_nonblocking(false).unwrap();
-    c.stream
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
-    c.stream
-        .set_write_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
+    c.stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    c.stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
     c.stream
 }
 
@@ -206,10 +181,5 @@ pub fn read_frame(from: &mut UnixStream) -> (u32, u8, u8, Vec<u8>) {
     let len = u32::from_be_bytes(head[..4].try_into().unwrap()) as usize;
     let mut body = vec![0; len];
     from.read_exact(&mut body).expect("a frame's body");
-    (
-        u32::from_be_bytes(head[4..8].try_into().unwrap()),
-        head[8],
-        head[9],
-        body,
-    )
+    (u32::from_be_bytes(head[4..8].try_into().unwrap()), head[8], head[9], body)
 }

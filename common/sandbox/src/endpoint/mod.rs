@@ -214,16 +214,17 @@ impl Endpoints {
             })?;
             (taken, entry.cut.subscribe())
         };
-        let connections = futures::stream::unfold((waiting, cut), |(mut waiting, cut)| async move {
-            loop {
-                let stream = waiting.recv().await?;
-                let ready = stream.set_nonblocking(true);
-                match ready.and_then(|()| tokio::net::UnixStream::from_std(stream)) {
-                    Ok(s) => return Some((Ok(Cut::new(s, cut.clone())), (waiting, cut))),
-                    Err(e) => tracing::warn!("a connection to a pod could not be used: {e}"),
+        let connections =
+            futures::stream::unfold((waiting, cut), |(mut waiting, cut)| async move {
+                loop {
+                    let stream = waiting.recv().await?;
+                    let ready = stream.set_nonblocking(true);
+                    match ready.and_then(|()| tokio::net::UnixStream::from_std(stream)) {
+                        Ok(s) => return Some((Ok(Cut::new(s, cut.clone())), (waiting, cut))),
+                        Err(e) => tracing::warn!("a connection to a pod could not be used: {e}"),
+                    }
                 }
-            }
-        });
+            });
         let mut server = ttrpc::r#async::Server::new()
             .add_listener(ttrpc::r#async::transport::Listener::new(connections))
             .register_service(services);

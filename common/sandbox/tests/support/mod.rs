@@ -146,8 +146,8 @@ impl Sandboxer for StrawSandboxer {
 pub mod straw_task {
     use super::*;
     use kuasar_protos::shim::api::{ConnectRequest, ConnectResponse};
-    use ttrpc::proto::{Request, Response};
     use ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
+    use ttrpc::proto::{Request, Response};
 
     struct Connect;
 

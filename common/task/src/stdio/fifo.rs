@@ -39,7 +39,8 @@ pub fn open(path: &str, which: Which) -> Result<Opened> {
 pub fn open_ours(path: &str, which: Which) -> Result<Opened> {
     if path.starts_with("binary://") {
         return Err(Error::Unimplemented(
-            "binary:// logging is not supported: let containerd write logs (FIFO or streaming)".into(),
+            "binary:// logging is not supported: let containerd write logs (FIFO or streaming)"
+                .into(),
         ));
     }
     let path = path.strip_prefix("file://").unwrap_or(path);

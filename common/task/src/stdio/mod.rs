@@ -24,9 +24,9 @@ use crate::error::{Error, Result};
 use crate::journal::Stdio;
 use crate::runtime::{Keeper, ProcessIo};
 
-pub use streams::Streams;
 /// Makes a descriptor non-blocking and registers it with the async runtime.
 pub(crate) use pump::register as pump_register;
+pub use streams::Streams;
 
 /// One of the three.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +93,8 @@ pub fn stream_id(path: &str) -> Option<&str> {
 /// # Errors
 /// [`Error::InvalidArgument`] or [`Error::Unimplemented`] for a stdio that cannot be served.
 pub async fn open(stdio: &Stdio, name: &str, keeper: &dyn Keeper) -> Result<(ProcessIo, Prepared)> {
-    let mut p = Prepared { io: Io::default(), ours: Vec::new(), stdio: stdio.clone(), name: name.into() };
+    let mut p =
+        Prepared { io: Io::default(), ours: Vec::new(), stdio: stdio.clone(), name: name.into() };
     if stdio.terminal {
         return Ok((ProcessIo::Terminal { size: None }, p));
     }
