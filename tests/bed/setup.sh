@@ -53,7 +53,7 @@ EOF
   # shellcheck disable=SC2016 # apt's own placeholder
   m=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | awk '/debian/ && !/security/ && !n++')
   [ -n "$m" ] || { echo "no Debian mirror in this host's apt configuration" >&2; return 1; }
-  printf 'deb %s %s forky main\ndeb %s %s bookworm main\ndeb-src %s %s bookworm main\n' \
+  printf 'deb %s %s forky main\ndeb %s %s trixie main\ndeb-src %s %s bookworm main\n' \
     "$k" "$m" "$k" "$m" "$k" "$m" > "$B/apt/sources.list"
   APT_CONFIG=$B/apt/apt.conf apt-get update -qq
 }
@@ -64,9 +64,9 @@ part_engines() {
     export APT_CONFIG=$B/apt/apt.conf
     cd "$B/debs"
     apt-get download -qq containerd/forky containernetworking-plugins/forky runc/forky libc6/forky libseccomp2/forky
-    # forky's crun refuses a cgroup v1 hierarchy
+    # forky's crun refuses a cgroup v1 hierarchy, bookworm's the spec version of containerd 2
     mkdir -p crun && cd crun
-    apt-get download -qq {crun,libyajl2,libsystemd0,libcap2,libgcrypt20,libgpg-error0,liblz4-1,liblzma5,libzstd1}/bookworm
+    apt-get download -qq {crun,libyajl2,libsystemd0,libcap2,libgcrypt20,libgpg-error0,liblz4-1,liblzma5,libzstd1}/trixie
   )
   for d in "$B"/debs/{containerd,containernetworking}*.deb; do dpkg -x "$d" "$B/root"; done
   # its runc wants a newer glibc: it gets that loader and those libraries beside it
@@ -75,10 +75,10 @@ part_engines() {
   cp "$B/rt/usr/sbin/runc" "$B/bin/runc13"
   patchelf --set-interpreter "$(echo "$lib"/ld-linux*.so.*)" --set-rpath "$lib" "$B/bin/runc13"
   for d in "$B"/debs/crun/*.deb; do dpkg -x "$d" "$B/crun"; done
-  lib=$(gcc -dumpmachine)
   cp "$B/crun/usr/bin/crun" "$B/bin/crun"
   # DT_RPATH, unlike DT_RUNPATH, also serves the libraries' own libraries
-  patchelf --force-rpath --set-rpath "$B/crun/usr/lib/$lib:$B/crun/lib/$lib" "$B/bin/crun"
+  patchelf --set-interpreter "$(echo "$lib"/ld-linux*.so.*)" --force-rpath \
+    --set-rpath "$B/crun/usr/lib/$(gcc -dumpmachine):$lib" "$B/bin/crun"
   "$B/bin/crun" --version >/dev/null || { echo "bed: crun does not run here: left out"; rm -f "$B/bin/crun"; }
   "$B/bin/runc13" --version >/dev/null
 }
