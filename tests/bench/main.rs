@@ -40,6 +40,8 @@ struct Made {
 async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
     let mut config = pod_config("bench");
     if host_network {
+        // As kubelet does: the host's name is not the pod's to set.
+        config.hostname.clear();
         let security = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
         security.namespace_options.as_mut().unwrap().network = NamespaceMode::Node as i32;
     }
