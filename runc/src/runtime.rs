@@ -107,7 +107,7 @@ impl Containers {
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-    ) -> Result<(Meta, Vec<i32>)> {
+    ) -> Result<(Meta, Vec<i32>, Option<Value>)> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
             .map_err(internal("make the container's directory"))?;
@@ -166,7 +166,9 @@ impl Containers {
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
         record::write_file(&dir.join("config.json"), &text, 0o600)
             .map_err(internal("write the spec"))?;
-        Ok((meta, passed))
+        // On cgroup v2 the built-in engine enforces no device rules.
+        let devices = value.pointer_mut("/linux/resources/devices").map(Value::take);
+        Ok((meta, passed, devices.filter(|_| engine.is_builtin())))
     }
 
     /// Undoes a create; errors only slow down who comes later, so they are logged.
@@ -181,7 +183,7 @@ impl Containers {
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let engine_too = engine.clone();
-        let (mut meta, passed) =
+        let (mut meta, passed, devices) =
             blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal)).await?;
         let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
@@ -203,6 +205,12 @@ impl Containers {
         kuasar_daemon::metrics::observe("engine_create", begun.elapsed());
         meta.pid = left.pid;
         save(&dir, &meta)?;
+        if let Some(devices) = devices {
+            // Before the container's program runs: its init process waits for `start`.
+            self.cgroup(&request.id)?
+                .restrict_devices(&devices)
+                .map_err(internal("restrict the container's devices"))?;
+        }
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
     }

@@ -4,6 +4,7 @@
 //! The engine makes a container's group and writes its first limits; this module reads, updates,
 //! freezes, kills and removes. A controller that the host lacks is skipped, never an error.
 
+mod devices;
 mod oom;
 mod stats;
 mod update;
