@@ -31,6 +31,7 @@ pub fn observe(phase: &'static str, took: Duration) {
         let mut all = PHASES.lock().unwrap_or_else(PoisonError::into_inner);
         *all.entry(phase).or_insert_with(|| Box::leak(Box::default()))
     };
+    crate::memory::touch();
     let us = took.as_micros() as u64;
     histogram.sum_us.fetch_add(us, Ordering::Relaxed);
     histogram.count.fetch_add(1, Ordering::Relaxed);

@@ -104,6 +104,9 @@ pub struct Parts {
     pub servers: Arc<TaskServers>,
 }
 
+/// Idle for so long, the daemon gives memory back.
+const QUIET: Duration = Duration::from_secs(1);
+
 static REQUESTS: Counter =
     Counter { name: "kuasar_requests_total", labels: &["sandboxer", "rpc", "code"] };
 static MEMORY: Gauge =
@@ -261,6 +264,7 @@ where
     tracing::info!(listen = %setup.listen.display(), "ready");
     crate::notify::send("READY=1");
     crate::memory::trim();
+    tokio::spawn(crate::memory::trim_when_idle(QUIET));
     let (ended, shutdown) = tokio::sync::watch::channel(false);
     let serving = controller.serve_on(listener, shutdown);
     tokio::pin!(serving);

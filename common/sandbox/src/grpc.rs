@@ -47,9 +47,10 @@ async fn route(controller: Controller, request: Request<Incoming>) -> Response<B
     let path = request.uri().path().to_owned();
     macro_rules! rpc {
         ($name:literal, $method:ident) => {
-            unary(controller, request, |c, call, q| async move {
+            // Boxed: a Wait stays open as long as its sandbox and must not have the size of all.
+            Box::pin(unary(controller, request, |c, call, q| async move {
                 c.run($name, &call, c.$method(&call, q)).await
-            })
+            }))
             .await
         };
     }

@@ -131,8 +131,8 @@ pub struct TaskServer {
     streams: Arc<Streams>,
     /// Ids whose create is under way.
     creating: Mutex<std::collections::HashSet<String>>,
-    connections: tokio::sync::mpsc::Sender<Prefixed<tokio::net::UnixStream>>,
-    incoming: Mutex<Option<tokio::sync::mpsc::Receiver<Prefixed<tokio::net::UnixStream>>>>,
+    /// Made by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
+    connections: std::sync::OnceLock<tokio::sync::mpsc::Sender<Prefixed<tokio::net::UnixStream>>>,
     ttrpc: tokio::sync::Mutex<Option<ttrpc::r#async::Server>>,
 }
 
@@ -145,7 +145,6 @@ impl TaskServer {
         events: EventSender,
         options: TaskOptions,
     ) -> Arc<Self> {
-        let (tx, rx) = tokio::sync::mpsc::channel(16);
         Arc::new(Self {
             runtime,
             keeper,
@@ -155,8 +154,7 @@ impl TaskServer {
             containers: Mutex::default(),
             streams: Arc::default(),
             creating: Mutex::default(),
-            connections: tx,
-            incoming: Mutex::new(Some(rx)),
+            connections: std::sync::OnceLock::new(),
             ttrpc: tokio::sync::Mutex::new(None),
         })
     }
@@ -169,10 +167,10 @@ impl TaskServer {
         self: &Arc<Self>,
         extra: HashMap<String, ttrpc::r#async::Service>,
     ) -> Result<()> {
-        let incoming = lock(&self.incoming).take();
-        let Some(rx) = incoming else {
+        let (tx, rx) = tokio::sync::mpsc::channel(16);
+        if self.connections.set(tx).is_err() {
             return Err(Error::FailedPrecondition("this pod is served already".into()));
-        };
+        }
         let stream = futures::stream::unfold(rx, |mut rx| async move {
             rx.recv().await.map(|c| (Ok::<_, std::io::Error>(c), rx))
         });
@@ -195,7 +193,9 @@ impl TaskServer {
             self.streams.accept(socket, decoder, first.stream).await;
         } else {
             // If the server has ended, the connection ends with it.
-            let _ = self.connections.send(Prefixed::new(seen, socket)).await;
+            if let Some(served) = self.connections.get() {
+                let _ = served.send(Prefixed::new(seen, socket)).await;
+            }
         }
     }
 

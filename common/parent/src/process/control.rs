@@ -176,6 +176,7 @@ impl Parent {
                     self.scratch.trim(0..PASSING.end);
                 }
                 memory::trim_stack();
+                memory::trim_text();
             }
             for ev in events.iter().take(n.max(0) as usize) {
                 let (kind, generation) = (ev.u64 >> 48, (ev.u64 >> 32) as u16);
