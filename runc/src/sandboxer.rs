@@ -192,7 +192,7 @@ impl Sandboxer for RuncSandboxer {
         let modes = Modes::of(&spec.config, &spec.netns_path);
         open_netns(&spec.netns_path)?;
         files::sysctls(&spec.config, modes, false)?;
-        files::check_userns(&spec.config)?;
+        files::check_userns(&spec.config, &spec.netns_path)?;
         let has_userns = files::has_userns(&spec.config);
         let engine = config.engine_of(&spec.runtime, &spec.config.annotations, has_userns);
         self.engines.get(engine).map_err(Error::InvalidArgument)?;
