@@ -402,7 +402,13 @@ impl Sandboxer for RuncSandboxer {
             tracing::info!(sandbox = id, "removing what a lost pod has left");
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
-        self.servers.sweep(UNFINISHED).await?;
+        // A pod that has a journal and was not taken up is a newer version's.
+        let others = known.iter().any(|id| {
+            let journal = self.dir.join("sandboxes").join(id).join("tasks");
+            self.servers.get(id).is_none()
+                && std::fs::read_dir(journal).is_ok_and(|mut entries| entries.next().is_some())
+        });
+        self.servers.sweep(UNFINISHED, others).await?;
         let (dir, known) = (self.dir.clone(), known.to_vec());
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {

@@ -71,11 +71,12 @@ impl TaskServers {
 
     /// After recovery: what the last daemon had begun and not recorded is ended and removed, and
     /// sandbox-parent forgets exits that nobody will ask for. Engines that still run get
-    /// `patience` to finish first, so that nothing is removed under them.
+    /// `patience` to finish first, so that nothing is removed under them. With `others`, pods of a
+    /// newer daemon exist, whose exits are kept for it.
     ///
     /// # Errors
     /// When sandbox-parent does not answer.
-    pub async fn sweep(&self, patience: Duration) -> Result<()> {
+    pub async fn sweep(&self, patience: Duration, others: bool) -> Result<()> {
         let ask = |error| Error::internal("ask sandbox-parent for its processes", error);
         let known: Vec<u64> = self.all().iter().flat_map(|tasks| tasks.0.handles()).collect();
         let watched = self.parent.watched().await.map_err(ask)?;
@@ -86,7 +87,7 @@ impl TaskServers {
         for tasks in self.all() {
             tasks.0.sweep().await;
         }
-        for cookie in strangers {
+        for cookie in strangers.into_iter().filter(|_| !others) {
             self.parent.acknowledge(cookie).await;
         }
         Ok(())
