@@ -86,8 +86,9 @@ impl CommonConfig {
     /// What is wrong with the values, in words that name the key.
     ///
     /// # Errors
-    /// The first bound that is zero, or a time that is no time.
+    /// The first value without sense.
     pub fn check(&self) -> Result<(), String> {
+        crate::logging::check(self.log_level.as_deref().unwrap_or("info"))?;
         let l = &self.limits;
         for (key, value) in [
             ("max_message_bytes", l.max_message_bytes),
