@@ -72,6 +72,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             parent.shutdown(force).await.context("it keeps pods: remove them first, or say --force")
         });
     }
+    if let Some(level) = &given.log_level {
+        kuasar_daemon::logging::check(level).map_err(|error| anyhow!(error))?;
+    }
     if given.check_config {
         println!("the configuration is good");
         return Ok(());

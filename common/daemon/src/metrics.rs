@@ -108,6 +108,29 @@ pub fn process_memory(pid: u32) -> Option<ProcessMemory> {
 /// Connections that are answered at the same time.
 const MAX_CONNECTIONS: usize = 8;
 
+/// A loopback `address:port`; `None` for an absolute path.
+fn loopback(address: &str) -> Result<Option<std::net::SocketAddr>, String> {
+    if address.starts_with('/') {
+        return Ok(None);
+    }
+    let to: std::net::SocketAddr = address
+        .parse()
+        .map_err(|_| format!("metrics address {address:?}: use a path or 127.0.0.1:port"))?;
+    if to.ip().is_loopback() {
+        Ok(Some(to))
+    } else {
+        Err(format!("metrics address {address} is not the loopback"))
+    }
+}
+
+/// What is wrong with an address for [`serve`].
+///
+/// # Errors
+/// A text that says what would be right.
+pub fn check(address: &str) -> Result<(), String> {
+    loopback(address).map(drop)
+}
+
 /// Serves metrics on a unix socket (an absolute path, 0600) or a loopback `address:port`, until
 /// the future is dropped. `text` is asked for each request.
 ///
@@ -119,7 +142,9 @@ where
     T: Future<Output = String> + Send + 'static,
 {
     let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
-    if address.starts_with('/') {
+    let to = loopback(address)
+        .map_err(|text| std::io::Error::new(std::io::ErrorKind::InvalidInput, text))?;
+    let Some(to) = to else {
         let fd = kuasar_host::socket::bind_private(std::path::Path::new(address))?;
         let listener = std::os::unix::net::UnixListener::from(fd);
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -132,15 +157,7 @@ where
             };
             tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
         }
-    }
-    let to: std::net::SocketAddr = address.parse().map_err(|_| {
-        let text = format!("metrics address {address:?}: use a path or 127.0.0.1:port");
-        std::io::Error::new(std::io::ErrorKind::InvalidInput, text)
-    })?;
-    if !to.ip().is_loopback() {
-        let text = format!("metrics address {address} is not the loopback");
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
-    }
+    };
     let listener = tokio::net::TcpListener::bind(to).await?;
     loop {
         let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
