@@ -37,6 +37,7 @@ async fn bed(engine: &str) -> Option<Bed> {
         timeout: Duration::from_secs(10),
         max_connections: 16,
         hold: Duration::from_secs(1),
+        ..ParentOptions::new("", "")
     };
     let (parent, _connections, fresh) = Parent::connect_or_spawn(&options).await.unwrap();
     assert!(fresh);

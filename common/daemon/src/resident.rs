@@ -126,6 +126,26 @@ fn parent_binary(common: &CommonConfig) -> Result<PathBuf, ResidentError> {
         .ok_or(ResidentError::NoParent)
 }
 
+/// sandbox-parent's bounds follow from ours. It outlives the limits that it was started with, so
+/// there is always room for the usual number of pods, and for sockets of pods that are just going.
+fn parent_options(common: &CommonConfig, dir: PathBuf, binary: PathBuf) -> ParentOptions {
+    // Its tables end there.
+    const MOST: u32 = 60_000;
+    let usual = ParentOptions::new(dir, binary);
+    let sandboxes = common.limits.max_sandboxes;
+    let room = |each: u32, least: u32| sandboxes.saturating_mul(each).clamp(least, MOST);
+    ParentOptions {
+        timeout: common.timeouts.parent,
+        max_connections: common.limits.max_pod_connections,
+        pods: room(2, usual.pods),
+        // Namespaces of a pod, and the streams of some containers in it.
+        kept: room(16, usual.kept),
+        watched: room(8, usual.watched),
+        hold: common.timeouts.hold,
+        ..usual
+    }
+}
+
 /// Held as long as the daemon runs. One that is just ending gets a moment.
 async fn lock(dir: &Path, patience: Duration) -> Result<std::fs::File, ResidentError> {
     let path = dir.join("daemon.lock");
@@ -213,13 +233,7 @@ where
     kuasar_host::record::private_dir(&dir)
         .map_err(|error| ResidentError::Directory(dir.clone(), error))?;
     let _lock = lock(&dir, common.timeouts.finish + Duration::from_secs(2)).await?;
-    let options = ParentOptions {
-        dir: dir.clone(),
-        binary: parent_binary(common)?,
-        timeout: common.timeouts.parent,
-        max_connections: common.limits.max_pod_connections,
-        hold: common.timeouts.hold,
-    };
+    let options = parent_options(common, dir.clone(), parent_binary(common)?);
     let (parent, connections, fresh) = Parent::connect_or_spawn(&options).await?;
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");
     let unsent = common.limits.max_unsent_events as usize;
@@ -344,4 +358,22 @@ fn serve_metrics(
             tracing::error!(%address, %error, "metrics are not served");
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sandbox_parent_has_room_for_what_the_limits_allow() {
+        let with = |max_sandboxes| {
+            let mut common = CommonConfig::default();
+            common.limits.max_sandboxes = max_sandboxes;
+            let options = parent_options(&common, "/d".into(), "/b".into());
+            (options.pods, options.kept, options.watched)
+        };
+        assert_eq!(with(1), (4096, 32_768, 16_384));
+        assert_eq!(with(1024), (4096, 32_768, 16_384));
+        assert_eq!(with(4096), (8192, 60_000, 32_768));
+    }
 }
