@@ -46,13 +46,9 @@ pub fn write_etc(dir: &Path, config: &PodSandboxConfig, modes: Modes) -> Result<
     let hosts = std::fs::read("/etc/hosts")
         .unwrap_or_else(|_| b"127.0.0.1 localhost\n::1 localhost\n".to_vec());
     write("hosts", &hosts)?;
-    let dns_config = &config.dns_config;
-    for value in dns_config.servers.iter().chain(&dns_config.searches).chain(&dns_config.options) {
-        if !dns::is_plain(value) {
-            return Err(Error::InvalidArgument(format!("dns_config: {value:?} is not one word")));
-        }
-    }
-    let text = dns::resolv_conf(&dns_config.servers, &dns_config.searches, &dns_config.options);
+    let asked = &config.dns_config;
+    let text = dns::checked_resolv_conf(&asked.servers, &asked.searches, &asked.options)
+        .map_err(host("dns_config"))?;
     match text {
         Some(text) => write("resolv.conf", text.as_bytes()),
         None => write("resolv.conf", &std::fs::read("/etc/resolv.conf").unwrap_or_default()),
@@ -287,6 +283,24 @@ mod tests {
             .servers
             .push("1.1.1.1\nnameserver 6.6.6.6".into());
         assert!(write_etc(dir.path(), &config, POD).is_err());
+    }
+
+    #[test]
+    fn dns_values_of_kubelet_are_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = PodSandboxConfig::new();
+        let dns = config.dns_config.mut_or_insert_default();
+        dns.servers.push("10.96.0.10".into());
+        dns.searches = ["ns.svc.cluster.local", "svc.cluster.local", "cluster.local", "a.example"]
+            .map(Into::into)
+            .into();
+        dns.options = ["ndots:5", "edns0", "trust-ad"].map(Into::into).into();
+        write_etc(dir.path(), &config, POD).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("resolv.conf")).unwrap(),
+            "search ns.svc.cluster.local svc.cluster.local cluster.local a.example\n\
+             nameserver 10.96.0.10\noptions ndots:5 edns0 trust-ad\n"
+        );
     }
 
     #[test]
