@@ -351,10 +351,13 @@ impl Sandboxer for RuncSandboxer {
 
     async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()> {
         let state = state(ctx);
-        if let Some(tasks) = self.servers.get(&ctx.spec.id) {
-            tasks.stop(timeout).await;
-        }
+        let stopped = match self.servers.get(&ctx.spec.id) {
+            Some(tasks) => tasks.stop(timeout).await,
+            None => Ok(()),
+        };
         self.kill_leftovers(&ctx.dir, &state).await;
+        // The engine tears the network down when this has succeeded, and repeats it otherwise.
+        stopped?;
         self.parent
             .forget(&format!("{}/ns/", ctx.spec.id))
             .await

@@ -118,16 +118,21 @@ impl Tasks {
     }
 
     /// Kills every container and waits for their ends, `timeout` or ten seconds.
-    pub async fn stop(&self, timeout: Duration) {
+    ///
+    /// # Errors
+    /// When some have not ended by then.
+    pub async fn stop(&self, timeout: Duration) -> Result<()> {
         let deadline = if timeout.is_zero() { KILLED } else { timeout };
-        if let Err(error) = self.0.kill_all(deadline).await {
-            tracing::warn!(error = %error.chain(), "containers outlive their pod's stop");
-        }
+        self.0.kill_all(deadline).await.map_err(|error| {
+            Error::DeadlineExceeded(format!("containers outlive their pod's stop: {error}"))
+        })
     }
 
     /// Deletes every container.
     pub async fn remove(&self) {
-        self.stop(Duration::ZERO).await;
+        if let Err(error) = self.stop(Duration::ZERO).await {
+            tracing::warn!(error = %error.chain(), "the pod is removed all the same");
+        }
         if let Err(error) = self.0.delete_all().await {
             tracing::warn!(error = %error.chain(), "a container was not deleted cleanly");
         }
