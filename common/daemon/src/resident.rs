@@ -42,6 +42,12 @@ pub enum ResidentError {
     /// Another daemon uses it.
     #[error("another daemon uses {}: stop it, or choose another directory with --dir", .0.display())]
     Locked(PathBuf),
+    /// A daemon runs, and something was asked that needs it away.
+    #[error("a daemon is running in {}: stop it first", .0.display())]
+    Running(PathBuf),
+    /// sandbox-parent is not to be ended.
+    #[error("sandbox-parent keeps pods: remove them first, or say --force")]
+    KeepsPods,
     /// sandbox-parent's program is nowhere.
     #[error(
         "sandbox-parent is neither beside this program nor in PATH: install it, or set parent_binary"
@@ -170,6 +176,30 @@ async fn lock(dir: &Path, patience: Duration) -> Result<std::fs::File, ResidentE
         // flock(2) has no deadline of its own.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Ends the sandbox-parent of a directory in which no daemon runs; without `force` only when it
+/// keeps no pod.
+///
+/// # Errors
+/// [`ResidentError::Running`] while a daemon runs: its sandbox-parent is not to be taken over.
+/// [`ResidentError::KeepsPods`]; [`ResidentError::Parent`] when there is none, for example.
+pub async fn shutdown_parent(
+    dir: &Path,
+    timeout: Duration,
+    force: bool,
+) -> Result<(), ResidentError> {
+    let _lock = lock(dir, Duration::ZERO).await.map_err(|error| match error {
+        ResidentError::Locked(dir) => ResidentError::Running(dir),
+        other => other,
+    })?;
+    let (parent, _connections) = Parent::connect(dir, timeout).await?;
+    // What it keeps for a daemon (its socket, when that was killed) is no pod.
+    parent.forget(&format!("{}/", sockets::OWN_GROUP)).await?;
+    parent.shutdown(force).await.map_err(|error| match error.failure() {
+        Some((libc::EBUSY, _)) => ResidentError::KeepsPods,
+        _ => ResidentError::Parent(error),
+    })
 }
 
 fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOptions {
@@ -363,6 +393,16 @@ fn serve_metrics(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn sandbox_parent_is_not_taken_from_a_running_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = lock(dir.path(), Duration::ZERO).await.unwrap();
+        let ask = || shutdown_parent(dir.path(), Duration::from_millis(100), false);
+        assert!(matches!(ask().await, Err(ResidentError::Running(_))));
+        drop(daemon);
+        assert!(matches!(ask().await, Err(ResidentError::Parent(_))));
+    }
 
     #[test]
     fn sandbox_parent_has_room_for_what_the_limits_allow() {
