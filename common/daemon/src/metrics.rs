@@ -41,8 +41,9 @@ pub fn observe(phase: &'static str, took: Duration) {
     }
 }
 
-/// The text of all metrics; `gauges` are names and values of the moment.
-pub fn render(sandboxer: &str, gauges: &[(&str, u64)]) -> String {
+/// The text of all metrics; `gauges` are names and values of the moment, `counters` (whose names end
+/// in `_total`) have only grown.
+pub fn render(sandboxer: &str, gauges: &[(&str, u64)], counters: &[(&str, u64)]) -> String {
     let mut out = String::new();
     out.push_str("# HELP kuasar_phase_seconds Time spent in one phase of a request.\n");
     out.push_str("# TYPE kuasar_phase_seconds histogram\n");
@@ -61,10 +62,11 @@ pub fn render(sandboxer: &str, gauges: &[(&str, u64)]) -> String {
         let _ = writeln!(out, "kuasar_phase_seconds_sum{{{labels}}} {sum}");
         let _ = writeln!(out, "kuasar_phase_seconds_count{{{labels}}} {count}");
     }
-    for (name, value) in gauges {
-        let name = name.strip_prefix("kuasar_").unwrap_or(name);
-        let _ = writeln!(out, "# TYPE kuasar_{name} gauge");
-        let _ = writeln!(out, "kuasar_{name}{{sandboxer=\"{sandboxer}\"}} {value}");
+    for (kind, values) in [("gauge", gauges), ("counter", counters)] {
+        for (name, value) in values {
+            let _ = writeln!(out, "# TYPE {name} {kind}");
+            let _ = writeln!(out, "{name}{{sandboxer=\"{sandboxer}\"}} {value}");
+        }
     }
     out.push_str(&crate::registry::render());
     out
@@ -135,7 +137,8 @@ pub fn check(address: &str) -> Result<(), String> {
 /// the future is dropped. `text` is asked for each request.
 ///
 /// # Errors
-/// When it cannot listen, or for an address that is not the loopback: metrics name pods.
+/// When it cannot listen, or for an address that is not the loopback: metrics name no pod, but tell
+/// how many there are and what is done with them.
 pub async fn serve<F, T>(address: &str, text: F) -> std::io::Result<()>
 where
     F: Fn() -> T + Clone + Send + 'static,
@@ -211,12 +214,16 @@ mod tests {
     #[test]
     fn a_duration_lands_in_its_bucket_and_all_above() {
         observe("test_phase", Duration::from_micros(1500));
-        let text = render("x", &[("sandboxes", 3)]);
+        let gauges = [("kuasar_sandboxes", 3)];
+        let text = render("x", &gauges, &[("kuasar_lost_total", 4)]);
         let labels = "sandboxer=\"x\",phase=\"test_phase\"";
         assert!(text.contains(&format!("_bucket{{{labels},le=\"0.001\"}} 0")), "{text}");
         assert!(text.contains(&format!("_bucket{{{labels},le=\"0.002\"}} 1")));
         assert!(text.contains(&format!("_bucket{{{labels},le=\"+Inf\"}} 1")));
-        assert!(text.contains("kuasar_sandboxes{sandboxer=\"x\"} 3"));
+        assert!(
+            text.contains("# TYPE kuasar_sandboxes gauge\nkuasar_sandboxes{sandboxer=\"x\"} 3")
+        );
+        assert!(text.contains("# TYPE kuasar_lost_total counter\nkuasar_lost_total{"), "{text}");
     }
 
     #[tokio::test]

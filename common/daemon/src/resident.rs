@@ -372,14 +372,16 @@ fn serve_metrics(
             let gauges = [
                 ("kuasar_sandboxes", controller.sandboxes().len() as u64),
                 ("kuasar_containers", servers.containers() as u64),
-                ("kuasar_events_dropped", events.dropped()),
                 ("kuasar_parent_descriptors", kept.kept.into()),
                 ("kuasar_parent_processes", kept.watched.into()),
                 ("kuasar_parent_connections", kept.connections.into()),
                 ("kuasar_parent_parked_calls", kept.parked.into()),
-                ("kuasar_parent_refused", kept.refused),
             ];
-            crate::metrics::render(kind, &gauges)
+            let counters = [
+                ("kuasar_events_dropped_total", events.dropped()),
+                ("kuasar_parent_refused_total", kept.refused),
+            ];
+            crate::metrics::render(kind, &gauges, &counters)
         }
     };
     tokio::spawn(async move {
