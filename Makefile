@@ -57,10 +57,16 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
 	target/tools/bin/cargo-deny check
 
-install: build ## programs into $(DESTDIR)$(PREFIX)/bin
-	install -d $(DESTDIR)$(PREFIX)/bin
+install: build ## programs, unit and (unless there is one) configuration
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
 	install -m 0755 $(BIN)/runc-sandboxer $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
 	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-runc-v1
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-runc.service \
+	  > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
+	@# An operator's configuration is never replaced.
+	[ -e $(DESTDIR)/etc/kuasar/runc-sandboxer.toml ] || \
+	  install -m 0644 packaging/runc-sandboxer.toml $(DESTDIR)/etc/kuasar/runc-sandboxer.toml
 
 clean: ## removes target/
 	cargo clean

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::CommonConfig;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::engine::{BUILTIN, EngineConfig, Limits};
 
@@ -19,7 +19,8 @@ pub const ENGINE_ANNOTATION: &str = "io.kuasar.runc.engine";
 pub struct Config {
     /// Engine of pods that choose none: `builtin`, or a name of `[engines]`.
     pub engine: String,
-    /// Command-line engines by name. `runc` and `crun` are there by default.
+    /// Command-line engines by name. `runc` and `crun` are there unless they are given.
+    #[serde(deserialize_with = "engines")]
     pub engines: BTreeMap<String, EngineConfig>,
     /// Engine by `runtime_type` of the runtime handler.
     pub runtimes: BTreeMap<String, String>,
@@ -38,15 +39,27 @@ pub struct Config {
     pub heeds_annotation: bool,
 }
 
+/// `runc` and `crun`, as they are found in `PATH`.
+fn default_engines() -> BTreeMap<String, EngineConfig> {
+    let cli = |name: &str| {
+        let path = PathBuf::from(name);
+        (name.to_owned(), EngineConfig { path, systemd_cgroup: false, args: Vec::new() })
+    };
+    BTreeMap::from([cli("runc"), cli("crun")])
+}
+
+/// What is given, beside the defaults.
+fn engines<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, EngineConfig>, D::Error> {
+    let mut all = default_engines();
+    all.extend(BTreeMap::deserialize(d)?);
+    Ok(all)
+}
+
 impl Default for Config {
     fn default() -> Self {
-        let cli = |name: &str| {
-            let path = PathBuf::from(name);
-            (name.to_owned(), EngineConfig { path, systemd_cgroup: false, args: Vec::new() })
-        };
         Self {
             engine: BUILTIN.into(),
-            engines: BTreeMap::from([cli("runc"), cli("crun")]),
+            engines: default_engines(),
             runtimes: BTreeMap::new(),
             userns_engine: "runc".into(),
             engine_timeouts: Limits::default(),
@@ -161,6 +174,16 @@ mod tests {
         );
         assert_eq!(config.engine_of("other", &HashMap::new(), false), "builtin");
         assert_eq!(config.engine_of("other", &HashMap::new(), true), "runc");
+    }
+
+    #[test]
+    fn engines_are_added_to_the_defaults() {
+        let config: Config =
+            toml::from_str("[engines.youki]\npath = '/y'\n[engines.runc]\npath = '/r'\n").unwrap();
+        config.check().unwrap();
+        let path = |name: &str| config.engines[name].path.clone();
+        assert_eq!((path("youki"), path("runc")), ("/y".into(), "/r".into()));
+        assert_eq!(path("crun"), PathBuf::from("crun"));
     }
 
     #[test]

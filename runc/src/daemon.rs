@@ -27,12 +27,11 @@ pub async fn run(
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let config = shared.clone();
     let make = |parts: &resident::Parts| {
-        let now = config.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let (table, limits) = (now.engines.clone(), now.engine_timeouts);
-        let engines = Engines::new(parts.parent.clone(), exe.path(), table, limits);
+        let engines = Engines::new(parts.parent.clone(), exe.path(), config.clone());
         Ok(RuncSandboxer::new(config.clone(), parts, engines, cgroups, dir))
     };
     let reload = move || {
+        // Everything is checked, the log level too, before anything counts.
         let (common, new) = Config::load(args.config.as_deref())?;
         *shared.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
         let log_level = args.log_level.clone().or(common.log_level);

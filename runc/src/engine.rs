@@ -6,16 +6,16 @@
 //! pidfds, process lists, freezing, limits and statistics through cgroups (`crate::runtime`),
 //! and starting or deleting a container of the built-in engine is a connect or an unlink.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use containerd_task::error::{Error, Result};
 use sandbox_parent::client::{Parent, Spawn};
 use serde::Deserialize;
 
+use crate::config::Config;
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
@@ -60,8 +60,7 @@ impl Default for Limits {
 pub struct Engines {
     parent: Parent,
     builtin: String,
-    table: BTreeMap<String, EngineConfig>,
-    limits: Limits,
+    config: Arc<RwLock<Arc<Config>>>,
 }
 
 /// A chosen engine.
@@ -91,15 +90,18 @@ pub struct Left {
 }
 
 impl Engines {
-    /// The engines of this configuration; `builtin` is the path of our own program for
-    /// sandbox-parent (see [`crate::selfexe`]).
-    pub fn new(
-        parent: Parent,
-        builtin: String,
-        table: BTreeMap<String, EngineConfig>,
-        limits: Limits,
-    ) -> Self {
-        Self { parent, builtin, table, limits }
+    /// The engines of this configuration, as it is at each call; `builtin` is the path of our own
+    /// program for sandbox-parent (see [`crate::selfexe`]).
+    pub fn new(parent: Parent, builtin: String, config: Arc<RwLock<Arc<Config>>>) -> Self {
+        Self { parent, builtin, config }
+    }
+
+    fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.config().engine_timeouts
     }
 
     /// The engine with this name; otherwise the text names those that there are.
@@ -107,8 +109,9 @@ impl Engines {
         if name == BUILTIN {
             return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
         }
-        let Some(config) = self.table.get(name) else {
-            let names: Vec<_> = self.table.keys().map(String::as_str).collect();
+        let all = self.config();
+        let Some(config) = all.engines.get(name) else {
+            let names: Vec<_> = all.engines.keys().map(String::as_str).collect();
             return Err(format!(
                 "unknown engine {name:?}: configured are {BUILTIN}{}{}",
                 if names.is_empty() { "" } else { ", " },
@@ -213,7 +216,7 @@ impl Engine {
             Streams::Console(_) => vec![None, None, None],
         };
         fds.extend(passed.iter().copied().map(Some));
-        let since = self.run(dir, words, fds, self.all.limits.create).await?;
+        let since = self.run(dir, words, fds, self.all.limits().create).await?;
         let pid = std::fs::read_to_string(pid_file).map_err(|error| {
             Error::internal(format!("engine {} left no pid file", self.name), error)
         })?;
@@ -231,7 +234,7 @@ impl Engine {
         if self.is_builtin() && !has_hooks {
             return start_builtin(dir, id);
         }
-        self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits.other)
+        self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits().other)
             .await
             .map(drop)
     }
@@ -247,12 +250,12 @@ impl Engine {
                 .map_err(|error| Error::internal(format!("remove {}", state.display()), error));
         }
         let words = vec!["delete".into(), "--force".into(), id.into()];
-        self.run(dir, words, Vec::new(), self.all.limits.other).await.map(drop)
+        self.run(dir, words, Vec::new(), self.all.limits().other).await.map(drop)
     }
 
     /// Any other command of a command-line engine (checkpoint, restore).
     pub async fn command(&self, dir: &Path, words: Vec<String>) -> Result<()> {
-        self.run(dir, words, Vec::new(), self.all.limits.create).await.map(drop)
+        self.run(dir, words, Vec::new(), self.all.limits().create).await.map(drop)
     }
 
     /// Runs the engine and waits for its end; answers the number for `watch`.

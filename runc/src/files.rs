@@ -46,13 +46,9 @@ pub fn write_etc(dir: &Path, config: &PodSandboxConfig, modes: Modes) -> Result<
     let hosts = std::fs::read("/etc/hosts")
         .unwrap_or_else(|_| b"127.0.0.1 localhost\n::1 localhost\n".to_vec());
     write("hosts", &hosts)?;
-    let dns_config = &config.dns_config;
-    for value in dns_config.servers.iter().chain(&dns_config.searches).chain(&dns_config.options) {
-        if !dns::is_plain(value) {
-            return Err(Error::InvalidArgument(format!("dns_config: {value:?} is not one word")));
-        }
-    }
-    let text = dns::resolv_conf(&dns_config.servers, &dns_config.searches, &dns_config.options);
+    let asked = &config.dns_config;
+    let text = dns::checked_resolv_conf(&asked.servers, &asked.searches, &asked.options)
+        .map_err(host("dns_config"))?;
     match text {
         Some(text) => write("resolv.conf", text.as_bytes()),
         None => write("resolv.conf", &std::fs::read("/etc/resolv.conf").unwrap_or_default()),
@@ -153,10 +149,18 @@ pub fn has_userns(config: &PodSandboxConfig) -> bool {
 }
 
 /// Refuses user namespaces that are not the pod's: containers cannot have one each, or another's.
-pub fn check_userns(config: &PodSandboxConfig) -> Result<()> {
+/// Nor can a pod on the host's network: the namespace is the one that owns the pod's network
+/// namespace, and its containers would silently run without.
+pub fn check_userns(config: &PodSandboxConfig, netns_path: &str) -> Result<()> {
     let options = &config.linux.security_context.namespace_options;
     let Some(user) = options.userns_options.as_ref() else { return Ok(()) };
+    let mapped = !user.uids.is_empty() || !user.gids.is_empty();
     match user.mode.enum_value() {
+        Ok(NamespaceMode::POD) if mapped && netns_path.is_empty() => Err(Error::InvalidArgument(
+            "a pod on the host's network cannot have a user namespace: containerd makes it \
+                 together with the network namespace; set hostUsers: true or hostNetwork: false"
+                .into(),
+        )),
         Ok(NamespaceMode::POD | NamespaceMode::NODE) => Ok(()),
         other => Err(Error::InvalidArgument(format!(
             "user namespace mode {other:?} is not supported: use POD or NODE"
@@ -231,11 +235,35 @@ mod tests {
                 config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
             let options = options.namespace_options.mut_or_insert_default();
             options.userns_options.mut_or_insert_default().mode = mode.into();
-            check_userns(&config)
+            check_userns(&config, "/run/netns/n")
         };
         assert!(with(NamespaceMode::POD).is_ok() && with(NamespaceMode::NODE).is_ok());
         assert!(with(NamespaceMode::CONTAINER).is_err() && with(NamespaceMode::TARGET).is_err());
-        check_userns(&PodSandboxConfig::new()).unwrap();
+        check_userns(&PodSandboxConfig::new(), "").unwrap();
+    }
+
+    #[test]
+    fn a_pod_on_the_hosts_network_gets_no_user_namespace() {
+        let mut config = PodSandboxConfig::new();
+        let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        let user = options.namespace_options.mut_or_insert_default();
+        let user = user.userns_options.mut_or_insert_default();
+        user.mode = NamespaceMode::POD.into();
+        check_userns(&config, "").unwrap();
+        user_mapping(&mut config);
+        check_userns(&config, "/run/netns/n").unwrap();
+        let error = check_userns(&config, "").unwrap_err().to_string();
+        assert!(error.contains("hostNetwork"), "{error}");
+    }
+
+    fn user_mapping(config: &mut PodSandboxConfig) {
+        let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        let user = options.namespace_options.mut_or_insert_default();
+        user.userns_options.mut_or_insert_default().uids.push(kuasar_protos::cri::IDMapping {
+            host_id: 65536,
+            length: 65536,
+            ..Default::default()
+        });
     }
 
     #[test]
@@ -255,6 +283,24 @@ mod tests {
             .servers
             .push("1.1.1.1\nnameserver 6.6.6.6".into());
         assert!(write_etc(dir.path(), &config, POD).is_err());
+    }
+
+    #[test]
+    fn dns_values_of_kubelet_are_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = PodSandboxConfig::new();
+        let dns = config.dns_config.mut_or_insert_default();
+        dns.servers.push("10.96.0.10".into());
+        dns.searches = ["ns.svc.cluster.local", "svc.cluster.local", "cluster.local", "a.example"]
+            .map(Into::into)
+            .into();
+        dns.options = ["ndots:5", "edns0", "trust-ad"].map(Into::into).into();
+        write_etc(dir.path(), &config, POD).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("resolv.conf")).unwrap(),
+            "search ns.svc.cluster.local svc.cluster.local cluster.local a.example\n\
+             nameserver 10.96.0.10\noptions ndots:5 edns0 trust-ad\n"
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod spec;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use clap::Parser;
 use kuasar_daemon::args::DaemonArgs;
 use kuasar_daemon::resident::Setup;
@@ -66,11 +66,12 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
     let setup = Setup::new("runc", &given, common);
     if let Some(Command::ShutdownParent { force }) = arguments.command {
-        return kuasar_daemon::memory::runtime()?.block_on(async {
-            let limit = setup.common.timeouts.parent;
-            let (parent, _) = sandbox_parent::client::Parent::connect(&setup.dir, limit).await?;
-            parent.shutdown(force).await.context("it keeps pods: remove them first, or say --force")
-        });
+        let limit = setup.common.timeouts.parent;
+        let ended = kuasar_daemon::resident::shutdown_parent(&setup.dir, limit, force);
+        return Ok(kuasar_daemon::memory::runtime()?.block_on(ended)?);
+    }
+    if let Some(level) = &given.log_level {
+        kuasar_daemon::logging::check(level).map_err(|error| anyhow!(error))?;
     }
     if given.check_config {
         println!("the configuration is good");

@@ -18,6 +18,7 @@ use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
+use kuasar_daemon::registry::Counter;
 use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_host::mount::{IdMap, Mount};
 use kuasar_host::{process, record};
@@ -50,6 +51,8 @@ pub struct Containers {
     engines: Arc<Engines>,
     cgroups: Arc<Layout>,
 }
+
+static EXITS: Counter = Counter { name: "kuasar_task_exits_total", labels: &["sandboxer"] };
 
 /// How long a cgroup may take to freeze, or to lose its killed processes.
 const CGROUP_DEADLINE: Duration = Duration::from_secs(5);
@@ -299,6 +302,7 @@ fn make_cwd(spec: &Value, rootfs: &Path) {
 fn exit_of(parent: Parent, cookie: u64, pid: u32) -> BoxFuture<'static, Exit> {
     Box::pin(async move {
         if let Ok(exit) = parent.exit_of(cookie).await {
+            EXITS.add(&["runc"], 1);
             return Exit { status: exit.status, at: exit.at };
         }
         if let Ok(pidfd) = process::pidfd_open(pid) {
@@ -308,6 +312,7 @@ fn exit_of(parent: Parent, cookie: u64, pid: u32) -> BoxFuture<'static, Exit> {
                 let _ = ready.readable().await;
             }
         }
+        EXITS.add(&["runc"], 1);
         Exit { status: 255, at: SystemTime::now() }
     })
 }

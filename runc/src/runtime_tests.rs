@@ -37,15 +37,14 @@ async fn bed(engine: &str) -> Option<Bed> {
         timeout: Duration::from_secs(10),
         max_connections: 16,
         hold: Duration::from_secs(1),
+        ..ParentOptions::new("", "")
     };
     let (parent, _connections, fresh) = Parent::connect_or_spawn(&options).await.unwrap();
     assert!(fresh);
-    let config = Config::default();
     let engines = Arc::new(Engines::new(
         parent.clone(),
         program.to_str().unwrap().into(),
-        config.engines.clone(),
-        config.engine_timeouts,
+        Arc::new(std::sync::RwLock::new(Arc::new(Config::default()))),
     ));
     if let Err(reason) = engines.get(engine) {
         eprintln!("skipped: {reason}");

@@ -127,6 +127,32 @@ impl RuncSandboxer {
         let _ = tokio::task::spawn_blocking(work).await;
     }
 
+    /// Ends what runs of pods whose records are lost: in quarantine, or where they were when that
+    /// is full. Only what the containers' own records name is touched, never what a pod of
+    /// `known` names.
+    async fn clear_lost(&self, known: &[String]) {
+        let (dir, layout, known) = (self.dir.clone(), self.cgroups.clone(), known.to_vec());
+        let work = move || {
+            let held = known.iter().map(|id| dir.join("sandboxes").join(id));
+            let held: Vec<String> = held.flat_map(|dir| container_cgroups(&dir)).collect();
+            for lost in lost_dirs(&dir, &known) {
+                match clear_lost_dir(&layout, &lost, &held) {
+                    Ok(false) => {}
+                    Ok(true) => tracing::warn!(
+                        dir = %lost.display(),
+                        "the containers of a pod whose record is lost were ended"
+                    ),
+                    Err(error) => tracing::error!(
+                        dir = %lost.display(),
+                        error = %error.chain(),
+                        "a pod whose record is lost cannot be cleared"
+                    ),
+                }
+            }
+        };
+        let _ = tokio::task::spawn_blocking(work).await;
+    }
+
     fn started(&self, ctx: &SandboxContext, pod: &Pod) -> Started {
         let mut labels = BTreeMap::new();
         let options = &ctx.spec.config.linux.security_context.selinux_options;
@@ -163,6 +189,39 @@ fn container_cgroups(dir: &Path) -> Vec<String> {
         .collect()
 }
 
+/// Directories of pods below `dir` that are not in `known`.
+fn lost_dirs(dir: &Path, known: &[String]) -> Vec<PathBuf> {
+    let list = |dir: PathBuf| std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let unknown = list(dir.join("sandboxes"))
+        .filter(|entry| known.iter().all(|id| entry.file_name().to_str() != Some(id)));
+    list(dir.join("quarantine")).chain(unknown).map(|entry| entry.path()).collect()
+}
+
+/// Kills the processes of a lost pod's containers, and removes their cgroups and mounts; `held`
+/// are cgroups of others. Answers whether there was anything. What is done is noted by the names
+/// of the containers' records.
+fn clear_lost_dir(layout: &Layout, dir: &Path, held: &[String]) -> Result<bool> {
+    let paths: Vec<String> =
+        container_cgroups(dir).into_iter().filter(|path| !held.contains(path)).collect();
+    let groups: Vec<_> = paths.iter().filter_map(|path| layout.group(path).ok()).collect();
+    for group in &groups {
+        let _ = group.signal_all(libc::SIGKILL);
+    }
+    for group in &groups {
+        group.remove(Duration::from_secs(5)).map_err(host("remove a container's cgroup"))?;
+    }
+    for rootfs in container_rootfs(dir) {
+        kuasar_host::mount::unmount_below(&rootfs).map_err(host("unmount a rootfs"))?;
+    }
+    kuasar_host::mount::unmount_below(dir).map_err(host("unmount the pod's shm"))?;
+    for entry in std::fs::read_dir(dir.join("containers")).into_iter().flatten().flatten() {
+        let record = entry.path().join("meta.json");
+        // A later container may have the same cgroup: this one is not to be killed again.
+        let _ = std::fs::rename(&record, record.with_file_name("meta.cleared.json"));
+    }
+    Ok(!groups.is_empty())
+}
+
 fn state(ctx: &SandboxContext) -> PodState {
     serde_json::from_value(ctx.state.clone()).unwrap_or_default()
 }
@@ -192,7 +251,7 @@ impl Sandboxer for RuncSandboxer {
         let modes = Modes::of(&spec.config, &spec.netns_path);
         open_netns(&spec.netns_path)?;
         files::sysctls(&spec.config, modes, false)?;
-        files::check_userns(&spec.config)?;
+        files::check_userns(&spec.config, &spec.netns_path)?;
         let has_userns = files::has_userns(&spec.config);
         let engine = config.engine_of(&spec.runtime, &spec.config.annotations, has_userns);
         self.engines.get(engine).map_err(Error::InvalidArgument)?;
@@ -292,10 +351,13 @@ impl Sandboxer for RuncSandboxer {
 
     async fn stop(&self, ctx: &SandboxContext, timeout: Duration) -> Result<()> {
         let state = state(ctx);
-        if let Some(tasks) = self.servers.get(&ctx.spec.id) {
-            tasks.stop(timeout).await;
-        }
+        let stopped = match self.servers.get(&ctx.spec.id) {
+            Some(tasks) => tasks.stop(timeout).await,
+            None => Ok(()),
+        };
         self.kill_leftovers(&ctx.dir, &state).await;
+        // The engine tears the network down when this has succeeded, and repeats it otherwise.
+        stopped?;
         self.parent
             .forget(&format!("{}/ns/", ctx.spec.id))
             .await
@@ -400,9 +462,20 @@ impl Sandboxer for RuncSandboxer {
         strangers.dedup();
         for id in strangers {
             tracing::info!(sandbox = id, "removing what a lost pod has left");
+            // The init of a shared PID namespace takes every process in it along.
+            if let Ok(Some(pidfd)) = self.fetch(id, "init").await {
+                let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+            }
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
-        self.servers.sweep(UNFINISHED).await?;
+        self.clear_lost(known).await;
+        // A pod that has a journal and was not taken up is a newer version's.
+        let others = known.iter().any(|id| {
+            let journal = self.dir.join("sandboxes").join(id).join("tasks");
+            self.servers.get(id).is_none()
+                && std::fs::read_dir(journal).is_ok_and(|mut entries| entries.next().is_some())
+        });
+        self.servers.sweep(UNFINISHED, others).await?;
         let (dir, known) = (self.dir.clone(), known.to_vec());
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
@@ -492,5 +565,32 @@ fn explain(error: ParentError, sysctls: &[(String, String)]) -> Error {
             std::io::Error::from_raw_os_error(errno)
         )),
         _ => Error::internal("make the pod's namespaces", error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_pod_is_one_in_quarantine_or_unknown_and_is_cleared_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let container = |pod: &str| {
+            let dir = dir.path().join(pod).join("containers/c");
+            std::fs::create_dir_all(&dir).unwrap();
+            let text = r#"{"cgroup": "/kuasar-test-nowhere/c", "rootfs": "/nowhere/rootfs"}"#;
+            std::fs::write(dir.join("meta.json"), text).unwrap();
+        };
+        ["sandboxes/good", "sandboxes/stays", "quarantine/torn-0"].into_iter().for_each(container);
+        let known = ["good".to_owned()];
+        let mut lost = lost_dirs(dir.path(), &known);
+        lost.sort();
+        let at = |name: &str| dir.path().join(name);
+        assert_eq!(lost, [at("quarantine/torn-0"), at("sandboxes/stays")]);
+        let Ok(layout) = Layout::detect() else { return };
+        let held = container_cgroups(&at("sandboxes/good"));
+        assert!(!clear_lost_dir(&layout, &at("sandboxes/stays"), &held).unwrap());
+        assert!(clear_lost_dir(&layout, &at("quarantine/torn-0"), &[]).unwrap());
+        assert!(!clear_lost_dir(&layout, &at("quarantine/torn-0"), &[]).unwrap());
     }
 }

@@ -1,7 +1,29 @@
 //! Bad input that comes through CRI gets the right answer, and everybody else goes on.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, handler, inside, leaks, ours, switch};
+use kuasar_tests::{bed, handler, inside, leaks, ours, switch, wait_for};
+
+/// Directories of a process' cgroups below its pod's; none when it has ended.
+fn cgroup_of(pid: u32) -> Vec<PathBuf> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let paths = text.lines().filter_map(|line| line.rsplit(':').next());
+    let paths = paths.filter(|path| path.contains(&format!("{}/", cgroup_root())));
+    let hierarchies = || std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten();
+    let mut all: Vec<PathBuf> = paths
+        .map(|path| path.trim_start_matches('/').to_owned())
+        .flat_map(|path| {
+            let v2 = PathBuf::from("/sys/fs/cgroup").join(&path);
+            hierarchies().map(move |entry| entry.path().join(&path)).chain([v2])
+        })
+        .filter(|dir| dir.is_dir())
+        .collect();
+    all.sort();
+    all.dedup();
+    all
+}
 
 fn still_works() {
     let pod = Pod::run(pod_config("works"));
@@ -72,12 +94,21 @@ fn a_torn_record_costs_one_pod() {
     }
     let (good, bad) = (Pod::run(pod_config("good")), Pod::run(pod_config("torn")));
     let c = good.start(&["sleep", "1000"]);
+    let lost = bad.start(&["sleep", "1000"]);
+    let pid = lost.pid();
+    let cgroup = cgroup_of(pid);
+    assert!(cgroup.iter().any(|dir| dir.is_dir()), "{cgroup:?}");
     switch(&["daemon", "kill"], &[]);
     let record = bed().join("run/kuasar-runc/sandboxes").join(&bad.id).join("sandbox.json");
     inside(&["truncate", "-s", "20", &record.to_string_lossy()]);
     switch(&["daemon", "start"], &[]);
     assert!(c.is_running());
     assert_eq!(c.sh("echo on"), "on");
+    // Nobody is in charge of the torn one's container any more: it must not go on.
+    wait_for("its process ends", Duration::from_secs(10), || cgroup_of(pid) != cgroup);
+    wait_for("its cgroup goes", Duration::from_secs(10), || cgroup.iter().all(|dir| !dir.exists()));
+    // containerd finds that its task is gone, after a retry.
+    lost.wait();
     bad.remove().unwrap();
     still_works();
 }

@@ -98,6 +98,7 @@ fn a_bad_configuration_is_kept_out_with_a_message() {
         ("no_such_key = 1", "no_such_key"),
         ("this is no TOML", "TOML"),
         ("shm_size = \"large\"", "shm_size"),
+        ("shm_size = 8192\nlog_level = \"info,a=loud\"", "log_level"),
     ] {
         let told = settings.reload(lines, "configuration is unchanged");
         assert!(told.contains(word), "{word}: {told}");

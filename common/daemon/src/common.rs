@@ -8,6 +8,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// Most connections to all pods' sockets.
+const MAX_POD_CONNECTIONS: u32 = 60_000;
+/// Most sandboxes.
+const MAX_SANDBOXES: u32 = 4096;
+/// Longest time that calls wait for a daemon.
+const MAX_HOLD: Duration = Duration::from_secs(600);
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -86,8 +93,13 @@ impl CommonConfig {
     /// What is wrong with the values, in words that name the key.
     ///
     /// # Errors
-    /// The first bound that is zero, or a time that is no time.
+    /// The first value without sense.
     pub fn check(&self) -> Result<(), String> {
+        crate::logging::check(self.log_level.as_deref().unwrap_or("info"))?;
+        let metrics = self.metrics_listen.as_deref().unwrap_or_default();
+        if !metrics.is_empty() {
+            crate::metrics::check(metrics).map_err(|e| format!("metrics_listen: {e}"))?;
+        }
         let l = &self.limits;
         for (key, value) in [
             ("max_message_bytes", l.max_message_bytes),
@@ -105,6 +117,15 @@ impl CommonConfig {
         ] {
             if value == 0 {
                 return Err(format!("limits.{key} = 0: at least 1 is needed"));
+            }
+        }
+        // sandbox-parent's tables end there.
+        for (key, value, most) in [
+            ("max_pod_connections", l.max_pod_connections, MAX_POD_CONNECTIONS),
+            ("max_sandboxes", l.max_sandboxes, MAX_SANDBOXES),
+        ] {
+            if value > most {
+                return Err(format!("limits.{key} = {value}: at most {most}"));
             }
         }
         if l.max_streams < l.max_sandboxes {
@@ -131,6 +152,9 @@ impl CommonConfig {
             if value.is_zero() || value > Duration::from_secs(86_400) {
                 return Err(format!("timeouts.{key}: more than nothing and at most 24h"));
             }
+        }
+        if t.hold > MAX_HOLD {
+            return Err("timeouts.hold: at most 10m, or 0s".into());
         }
         Ok(())
     }
@@ -346,12 +370,22 @@ mod tests {
         CommonConfig::default().check().unwrap();
         for (text, key) in [
             ("[limits]\nmax_execs = 0", "limits.max_execs"),
-            ("[limits]\nmax_sandboxes = 5000", "limits.max_streams"),
+            ("[limits]\nmax_streams = 100", "limits.max_streams"),
+            ("[limits]\nmax_sandboxes = 4097\nmax_streams = 5000", "limits.max_sandboxes"),
+            ("[limits]\nmax_pod_connections = 60001", "limits.max_pod_connections"),
             ("[timeouts]\nstop = '0s'", "timeouts.stop"),
             ("[timeouts]\nstuck = '25h'", "timeouts.stuck"),
+            ("[timeouts]\nhold = '601s'", "timeouts.hold"),
+            ("log_level = 'info,a=loud'", "log_level"),
+            ("metrics_listen = '0.0.0.0:9000'", "metrics_listen"),
+            ("metrics_listen = 'run/m.sock'", "metrics_listen"),
         ] {
             let error = toml::from_str::<CommonConfig>(text).unwrap().check().unwrap_err();
             assert!(error.contains(key), "{error}");
+        }
+        for good in ["", "/run/m.sock", "127.0.0.1:9000", "[::1]:9000"] {
+            let metrics_listen = Some(good.to_owned());
+            CommonConfig { metrics_listen, ..CommonConfig::default() }.check().unwrap();
         }
     }
 

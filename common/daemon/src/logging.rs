@@ -17,14 +17,25 @@ const MAX_LINE: usize = 4096;
 #[derive(Clone)]
 pub struct LevelHandle(reload::Handle<EnvFilter, tracing_subscriber::Registry>);
 
+fn filter(level: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(level).map_err(|e| format!("log_level {level:?}: {e}"))
+}
+
+/// What is wrong with a level or filter.
+///
+/// # Errors
+/// A text that names it.
+pub fn check(level: &str) -> Result<(), String> {
+    filter(level).map(drop)
+}
+
 impl LevelHandle {
     /// Sets a new level or filter.
     ///
     /// # Errors
     /// A text that says what is wrong with it.
     pub fn set(&self, level: &str) -> Result<(), String> {
-        let filter = EnvFilter::try_new(level).map_err(|e| format!("log_level {level:?}: {e}"))?;
-        self.0.reload(filter).map_err(|e| e.to_string())
+        self.0.reload(filter(level)?).map_err(|e| e.to_string())
     }
 }
 
@@ -43,8 +54,7 @@ pub fn init(level: &str) -> Result<LevelHandle, String> {
 pub fn init_as(level: &str, format: LogFormat) -> Result<LevelHandle, String> {
     use tracing_subscriber::layer::SubscriberExt;
     use tracing_subscriber::util::SubscriberInitExt;
-    let filter = EnvFilter::try_new(level).map_err(|e| format!("log_level {level:?}: {e}"))?;
-    let (filter, handle) = reload::Layer::new(filter);
+    let (filter, handle) = reload::Layer::new(filter(level)?);
     let format = match format {
         LogFormat::Text if std::env::var_os("JOURNAL_STREAM").is_some() => LogFormat::Journal,
         other => other,

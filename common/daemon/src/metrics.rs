@@ -42,8 +42,9 @@ pub fn observe(phase: &'static str, took: Duration) {
     }
 }
 
-/// The text of all metrics; `gauges` are names and values of the moment.
-pub fn render(sandboxer: &str, gauges: &[(&str, u64)]) -> String {
+/// The text of all metrics; `gauges` are names and values of the moment, `counters` (whose names end
+/// in `_total`) have only grown.
+pub fn render(sandboxer: &str, gauges: &[(&str, u64)], counters: &[(&str, u64)]) -> String {
     let mut out = String::new();
     out.push_str("# HELP kuasar_phase_seconds Time spent in one phase of a request.\n");
     out.push_str("# TYPE kuasar_phase_seconds histogram\n");
@@ -62,10 +63,11 @@ pub fn render(sandboxer: &str, gauges: &[(&str, u64)]) -> String {
         let _ = writeln!(out, "kuasar_phase_seconds_sum{{{labels}}} {sum}");
         let _ = writeln!(out, "kuasar_phase_seconds_count{{{labels}}} {count}");
     }
-    for (name, value) in gauges {
-        let name = name.strip_prefix("kuasar_").unwrap_or(name);
-        let _ = writeln!(out, "# TYPE kuasar_{name} gauge");
-        let _ = writeln!(out, "kuasar_{name}{{sandboxer=\"{sandboxer}\"}} {value}");
+    for (kind, values) in [("gauge", gauges), ("counter", counters)] {
+        for (name, value) in values {
+            let _ = writeln!(out, "# TYPE {name} {kind}");
+            let _ = writeln!(out, "{name}{{sandboxer=\"{sandboxer}\"}} {value}");
+        }
     }
     out.push_str(&crate::registry::render());
     out
@@ -109,18 +111,44 @@ pub fn process_memory(pid: u32) -> Option<ProcessMemory> {
 /// Connections that are answered at the same time.
 const MAX_CONNECTIONS: usize = 8;
 
+/// A loopback `address:port`; `None` for an absolute path.
+fn loopback(address: &str) -> Result<Option<std::net::SocketAddr>, String> {
+    if address.starts_with('/') {
+        return Ok(None);
+    }
+    let to: std::net::SocketAddr = address
+        .parse()
+        .map_err(|_| format!("metrics address {address:?}: use a path or 127.0.0.1:port"))?;
+    if to.ip().is_loopback() {
+        Ok(Some(to))
+    } else {
+        Err(format!("metrics address {address} is not the loopback"))
+    }
+}
+
+/// What is wrong with an address for [`serve`].
+///
+/// # Errors
+/// A text that says what would be right.
+pub fn check(address: &str) -> Result<(), String> {
+    loopback(address).map(drop)
+}
+
 /// Serves metrics on a unix socket (an absolute path, 0600) or a loopback `address:port`, until
 /// the future is dropped. `text` is asked for each request.
 ///
 /// # Errors
-/// When it cannot listen, or for an address that is not the loopback: metrics name pods.
+/// When it cannot listen, or for an address that is not the loopback: metrics name no pod, but tell
+/// how many there are and what is done with them.
 pub async fn serve<F, T>(address: &str, text: F) -> std::io::Result<()>
 where
     F: Fn() -> T + Clone + Send + 'static,
     T: Future<Output = String> + Send + 'static,
 {
     let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
-    if address.starts_with('/') {
+    let to = loopback(address)
+        .map_err(|text| std::io::Error::new(std::io::ErrorKind::InvalidInput, text))?;
+    let Some(to) = to else {
         let fd = kuasar_host::socket::bind_private(std::path::Path::new(address))?;
         let listener = std::os::unix::net::UnixListener::from(fd);
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -133,15 +161,7 @@ where
             };
             tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
         }
-    }
-    let to: std::net::SocketAddr = address.parse().map_err(|_| {
-        let text = format!("metrics address {address:?}: use a path or 127.0.0.1:port");
-        std::io::Error::new(std::io::ErrorKind::InvalidInput, text)
-    })?;
-    if !to.ip().is_loopback() {
-        let text = format!("metrics address {address} is not the loopback");
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
-    }
+    };
     let listener = tokio::net::TcpListener::bind(to).await?;
     loop {
         let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
@@ -195,12 +215,16 @@ mod tests {
     #[test]
     fn a_duration_lands_in_its_bucket_and_all_above() {
         observe("test_phase", Duration::from_micros(1500));
-        let text = render("x", &[("sandboxes", 3)]);
+        let gauges = [("kuasar_sandboxes", 3)];
+        let text = render("x", &gauges, &[("kuasar_lost_total", 4)]);
         let labels = "sandboxer=\"x\",phase=\"test_phase\"";
         assert!(text.contains(&format!("_bucket{{{labels},le=\"0.001\"}} 0")), "{text}");
         assert!(text.contains(&format!("_bucket{{{labels},le=\"0.002\"}} 1")));
         assert!(text.contains(&format!("_bucket{{{labels},le=\"+Inf\"}} 1")));
-        assert!(text.contains("kuasar_sandboxes{sandboxer=\"x\"} 3"));
+        assert!(
+            text.contains("# TYPE kuasar_sandboxes gauge\nkuasar_sandboxes{sandboxer=\"x\"} 3")
+        );
+        assert!(text.contains("# TYPE kuasar_lost_total counter\nkuasar_lost_total{"), "{text}");
     }
 
     #[tokio::test]

@@ -42,6 +42,12 @@ pub enum ResidentError {
     /// Another daemon uses it.
     #[error("another daemon uses {}: stop it, or choose another directory with --dir", .0.display())]
     Locked(PathBuf),
+    /// A daemon runs, and something was asked that needs it away.
+    #[error("a daemon is running in {}: stop it first", .0.display())]
+    Running(PathBuf),
+    /// sandbox-parent is not to be ended.
+    #[error("sandbox-parent keeps pods: remove them first, or say --force")]
+    KeepsPods,
     /// sandbox-parent's program is nowhere.
     #[error(
         "sandbox-parent is neither beside this program nor in PATH: install it, or set parent_binary"
@@ -129,6 +135,26 @@ fn parent_binary(common: &CommonConfig) -> Result<PathBuf, ResidentError> {
         .ok_or(ResidentError::NoParent)
 }
 
+/// sandbox-parent's bounds follow from ours. It outlives the limits that it was started with, so
+/// there is always room for the usual number of pods, and for sockets of pods that are just going.
+fn parent_options(common: &CommonConfig, dir: PathBuf, binary: PathBuf) -> ParentOptions {
+    // Its tables end there.
+    const MOST: u32 = 60_000;
+    let usual = ParentOptions::new(dir, binary);
+    let sandboxes = common.limits.max_sandboxes;
+    let room = |each: u32, least: u32| sandboxes.saturating_mul(each).clamp(least, MOST);
+    ParentOptions {
+        timeout: common.timeouts.parent,
+        max_connections: common.limits.max_pod_connections,
+        pods: room(2, usual.pods),
+        // Namespaces of a pod, and the streams of some containers in it.
+        kept: room(16, usual.kept),
+        watched: room(8, usual.watched),
+        hold: common.timeouts.hold,
+        ..usual
+    }
+}
+
 /// Held as long as the daemon runs. One that is just ending gets a moment.
 async fn lock(dir: &Path, patience: Duration) -> Result<std::fs::File, ResidentError> {
     let path = dir.join("daemon.lock");
@@ -153,6 +179,30 @@ async fn lock(dir: &Path, patience: Duration) -> Result<std::fs::File, ResidentE
         // flock(2) has no deadline of its own.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Ends the sandbox-parent of a directory in which no daemon runs; without `force` only when it
+/// keeps no pod.
+///
+/// # Errors
+/// [`ResidentError::Running`] while a daemon runs: its sandbox-parent is not to be taken over.
+/// [`ResidentError::KeepsPods`]; [`ResidentError::Parent`] when there is none, for example.
+pub async fn shutdown_parent(
+    dir: &Path,
+    timeout: Duration,
+    force: bool,
+) -> Result<(), ResidentError> {
+    let _lock = lock(dir, Duration::ZERO).await.map_err(|error| match error {
+        ResidentError::Locked(dir) => ResidentError::Running(dir),
+        other => other,
+    })?;
+    let (parent, _connections) = Parent::connect(dir, timeout).await?;
+    // What it keeps for a daemon (its socket, when that was killed) is no pod.
+    parent.forget(&format!("{}/", sockets::OWN_GROUP)).await?;
+    parent.shutdown(force).await.map_err(|error| match error.failure() {
+        Some((libc::EBUSY, _)) => ResidentError::KeepsPods,
+        _ => ResidentError::Parent(error),
+    })
 }
 
 fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOptions {
@@ -216,13 +266,7 @@ where
     kuasar_host::record::private_dir(&dir)
         .map_err(|error| ResidentError::Directory(dir.clone(), error))?;
     let _lock = lock(&dir, common.timeouts.finish + Duration::from_secs(2)).await?;
-    let options = ParentOptions {
-        dir: dir.clone(),
-        binary: parent_binary(common)?,
-        timeout: common.timeouts.parent,
-        max_connections: common.limits.max_pod_connections,
-        hold: common.timeouts.hold,
-    };
+    let options = parent_options(common, dir.clone(), parent_binary(common)?);
     let (parent, connections, fresh) = Parent::connect_or_spawn(&options).await?;
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");
     let unsent = common.limits.max_unsent_events as usize;
@@ -332,14 +376,16 @@ fn serve_metrics(
             let gauges = [
                 ("kuasar_sandboxes", controller.sandboxes().len() as u64),
                 ("kuasar_containers", servers.containers() as u64),
-                ("kuasar_events_dropped", events.dropped()),
                 ("kuasar_parent_descriptors", kept.kept.into()),
                 ("kuasar_parent_processes", kept.watched.into()),
                 ("kuasar_parent_connections", kept.connections.into()),
                 ("kuasar_parent_parked_calls", kept.parked.into()),
-                ("kuasar_parent_refused", kept.refused),
             ];
-            crate::metrics::render(kind, &gauges)
+            let counters = [
+                ("kuasar_events_dropped_total", events.dropped()),
+                ("kuasar_parent_refused_total", kept.refused),
+            ];
+            crate::metrics::render(kind, &gauges, &counters)
         }
     };
     tokio::spawn(async move {
@@ -348,4 +394,32 @@ fn serve_metrics(
             tracing::error!(%address, %error, "metrics are not served");
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn sandbox_parent_is_not_taken_from_a_running_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = lock(dir.path(), Duration::ZERO).await.unwrap();
+        let ask = || shutdown_parent(dir.path(), Duration::from_millis(100), false);
+        assert!(matches!(ask().await, Err(ResidentError::Running(_))));
+        drop(daemon);
+        assert!(matches!(ask().await, Err(ResidentError::Parent(_))));
+    }
+
+    #[test]
+    fn sandbox_parent_has_room_for_what_the_limits_allow() {
+        let with = |max_sandboxes| {
+            let mut common = CommonConfig::default();
+            common.limits.max_sandboxes = max_sandboxes;
+            let options = parent_options(&common, "/d".into(), "/b".into());
+            (options.pods, options.kept, options.watched)
+        };
+        assert_eq!(with(1), (4096, 32_768, 16_384));
+        assert_eq!(with(1024), (4096, 32_768, 16_384));
+        assert_eq!(with(4096), (8192, 60_000, 32_768));
+    }
 }

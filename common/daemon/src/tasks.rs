@@ -71,11 +71,12 @@ impl TaskServers {
 
     /// After recovery: what the last daemon had begun and not recorded is ended and removed, and
     /// sandbox-parent forgets exits that nobody will ask for. Engines that still run get
-    /// `patience` to finish first, so that nothing is removed under them.
+    /// `patience` to finish first, so that nothing is removed under them. With `others`, pods of a
+    /// newer daemon exist, whose exits are kept for it.
     ///
     /// # Errors
     /// When sandbox-parent does not answer.
-    pub async fn sweep(&self, patience: Duration) -> Result<()> {
+    pub async fn sweep(&self, patience: Duration, others: bool) -> Result<()> {
         let ask = |error| Error::internal("ask sandbox-parent for its processes", error);
         let known: Vec<u64> = self.all().iter().flat_map(|tasks| tasks.0.handles()).collect();
         let watched = self.parent.watched().await.map_err(ask)?;
@@ -86,7 +87,7 @@ impl TaskServers {
         for tasks in self.all() {
             tasks.0.sweep().await;
         }
-        for cookie in strangers {
+        for cookie in strangers.into_iter().filter(|_| !others) {
             self.parent.acknowledge(cookie).await;
         }
         Ok(())
@@ -117,16 +118,21 @@ impl Tasks {
     }
 
     /// Kills every container and waits for their ends, `timeout` or ten seconds.
-    pub async fn stop(&self, timeout: Duration) {
+    ///
+    /// # Errors
+    /// When some have not ended by then.
+    pub async fn stop(&self, timeout: Duration) -> Result<()> {
         let deadline = if timeout.is_zero() { KILLED } else { timeout };
-        if let Err(error) = self.0.kill_all(deadline).await {
-            tracing::warn!(error = %error.chain(), "containers outlive their pod's stop");
-        }
+        self.0.kill_all(deadline).await.map_err(|error| {
+            Error::DeadlineExceeded(format!("containers outlive their pod's stop: {error}"))
+        })
     }
 
     /// Deletes every container.
     pub async fn remove(&self) {
-        self.stop(Duration::ZERO).await;
+        if let Err(error) = self.stop(Duration::ZERO).await {
+            tracing::warn!(error = %error.chain(), "the pod is removed all the same");
+        }
         if let Err(error) = self.0.delete_all().await {
             tracing::warn!(error = %error.chain(), "a container was not deleted cleanly");
         }

@@ -2,9 +2,7 @@
 
 use crate::{Error, Result};
 
-/// `resolv.conf` for these servers, search domains and options; `None` when all are empty, which
-/// means: take the host's (as containerd's own sandbox controller does).
-pub fn resolv_conf(servers: &[String], searches: &[String], options: &[String]) -> Option<String> {
+fn resolv_conf(servers: &[String], searches: &[String], options: &[String]) -> Option<String> {
     if servers.is_empty() && searches.is_empty() && options.is_empty() {
         return None;
     }
@@ -21,13 +19,14 @@ pub fn resolv_conf(servers: &[String], searches: &[String], options: &[String]) 
     Some(text)
 }
 
-/// Most search domains and bytes of their line that Kubernetes allows.
+/// Most search domains, and bytes of all with a blank between them, that Kubernetes allows.
 pub const MAX_SEARCHES: (usize, usize) = (32, 2048);
 /// Most servers that resolvers use; Kubernetes passes no more.
 pub const MAX_SERVERS: usize = 3;
 
-/// As [`resolv_conf`], after a check of every value: each stays on its line, servers are IP
-/// addresses, and their number is within Kubernetes' bounds.
+/// `resolv.conf` for these servers, search domains and options; `None` when all are empty, which
+/// means: take the host's (as containerd's own sandbox controller does). Every value is checked:
+/// each stays on its line, servers are IP addresses, and their number is within Kubernetes' bounds.
 ///
 /// # Errors
 /// [`Error::Invalid`] that names the value.
@@ -42,7 +41,7 @@ pub fn checked_resolv_conf(
             servers.len()
         )));
     }
-    let line: usize = searches.iter().map(|s| s.len() + 1).sum();
+    let line = searches.iter().map(|s| s.len() + 1).sum::<usize>().saturating_sub(1);
     if searches.len() > MAX_SEARCHES.0 || line > MAX_SEARCHES.1 {
         return Err(Error::Invalid(format!(
             "DNS configuration has {} search domains of {line} bytes; {} of {} are allowed",
@@ -119,7 +118,7 @@ pub fn hostname(name: &str) -> Result<String> {
 }
 
 /// Whether a value from a DNS configuration stays on its line.
-pub fn is_plain(value: &str) -> bool {
+fn is_plain(value: &str) -> bool {
     !value.is_empty() && !value.chars().any(|c| c.is_control() || c.is_whitespace())
 }
 
@@ -146,6 +145,10 @@ mod tests {
         let v = |s: &str, n| vec![s.to_string(); n];
         assert!(checked_resolv_conf(&v("1.1.1.1", 3), &v("a", 32), &[]).unwrap().is_some());
         assert!(checked_resolv_conf(&v("fe80::1%eth0", 1), &[], &[]).is_ok());
+        // 2048 bytes, as kubelet counts them.
+        let (most, more) = ([v(&"a".repeat(1023), 1), v(&"b".repeat(1024), 1)], v("c", 1));
+        assert!(checked_resolv_conf(&[], &most.concat(), &[]).is_ok());
+        assert!(checked_resolv_conf(&[], &[most.concat(), more].concat(), &[]).is_err());
         for bad in [
             checked_resolv_conf(&v("1.1.1.1", 4), &[], &[]),
             checked_resolv_conf(&v("dns.example", 1), &[], &[]),

@@ -79,6 +79,12 @@ pub struct ParentOptions {
     pub timeout: Duration,
     /// Most client connections that it relays at the same time.
     pub max_connections: u32,
+    /// Most pods' sockets that it holds at the same time.
+    pub pods: u32,
+    /// Most descriptors that it keeps.
+    pub kept: u32,
+    /// Most processes whose exits it keeps.
+    pub watched: u32,
     /// How long calls wait for a daemon while there is none, before they are refused. Counts for
     /// a sandbox-parent that is started; one that runs keeps what it was started with.
     pub hold: Duration,
@@ -93,6 +99,9 @@ impl ParentOptions {
             binary: binary.into(),
             timeout,
             max_connections: 16_384,
+            pods: 4096,
+            kept: 32_768,
+            watched: 16_384,
             hold: Duration::from_secs(10),
         }
     }

@@ -255,6 +255,13 @@ impl Controller {
         {
             spec.namespace.clone_from(&opened.namespace);
         }
+        // A failed create is rolled back: it must not come to that for what is not ours.
+        if self.core.find(&spec.id).is_err() && self.core.store.has(&spec.id) {
+            return Err(Error::AlreadyExists(format!(
+                "sandbox {id} has a record that this version cannot use: {}",
+                self.core.store.dir(&id).display()
+            )));
+        }
         let actor = self.core.register(Record::new(spec, opened.map(|o| o.bundle)))?;
         let sandbox = actor.sandbox().clone();
         sandbox.name();

@@ -1,7 +1,7 @@
 //! containerd's sandbox Controller, served once for every sandboxer.
 //!
 //! A daemon brings a [`Sandboxer`](sandboxer::Sandboxer), which makes and removes one kind of
-//! sandbox, and a [`PodSockets`](endpoint::PodSockets), which owns the pods' listening sockets
+//! sandbox, and a [`PodSockets`], which owns the pods' listening sockets
 //! and outlives the daemon (sandbox-parent). This crate does everything between those and the
 //! engine:
 //!

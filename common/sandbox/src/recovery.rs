@@ -27,11 +27,18 @@ impl Controller {
     pub async fn recover(&self) -> Result<()> {
         let since = std::time::Instant::now();
         let mut actors = Vec::new();
-        for record in self.core.store.load()? {
+        let loaded = self.core.store.load()?;
+        // Not ours to clear: what a newer version wrote, and what is more than the limit allows.
+        let mut spared = loaded.newer;
+        for record in loaded.records {
             adopt(&self.core, &record);
+            let id = record.spec.id.clone();
             match self.core.register(record) {
                 Ok(actor) => actors.push(actor),
-                Err(e) => tracing::error!("a recorded sandbox is left alone: {}", e.chain()),
+                Err(e) => {
+                    tracing::error!("a recorded sandbox is left alone: {}", e.chain());
+                    spared.push(id);
+                }
             }
         }
         let count = actors.len();
@@ -41,14 +48,16 @@ impl Controller {
             .buffer_unordered(parallel)
             .for_each(|()| async {})
             .await;
-        let known: Vec<String> = self.core.all().iter().map(|s| s.id.clone()).collect();
+        let mut known: Vec<String> = self.core.all().iter().map(|s| s.id.clone()).collect();
+        let left = known.len();
+        known.extend(spared.iter().cloned());
         let limit = self.core.options.stuck_timeout;
         let orphans = async { self.core.sandboxer.remove_orphans(&known).await };
         if let Err(e) = guard("removing what belongs to no sandbox", limit, orphans).await {
             tracing::error!("{}", e.chain());
         }
-        self.core.endpoints.ready().await?;
-        tracing::info!(sandboxes = count, left = known.len(), took = ?since.elapsed(), "recovered");
+        self.core.endpoints.ready(&spared).await?;
+        tracing::info!(sandboxes = count, left, took = ?since.elapsed(), "recovered");
         Ok(())
     }
 

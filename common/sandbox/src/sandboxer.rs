@@ -108,7 +108,8 @@ pub trait Sandboxer: Send + Sync + 'static {
     async fn recover(&self, ctx: &SandboxContext) -> Result<Recovered>;
 
     /// Removes what belongs to no recorded sandbox (a daemon that died between two steps).
-    /// Called once, after recovery, with the ids that exist.
+    /// Called once, after recovery, with the ids that exist. Among them are those that a newer
+    /// version has recorded, for which `recover` was not called: nothing of theirs is to go.
     async fn remove_orphans(&self, known: &[String]) -> Result<()>;
 
     /// Additional entries for Status' `info` (verbose); values are JSON texts.

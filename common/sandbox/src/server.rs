@@ -65,6 +65,8 @@ impl Controller {
         let (ttrpc, _server) = self.ttrpc_server().await;
         let options = &self.core.options;
         let period = options.open_timeout.min(options.unstarted_timeout).min(TICK);
+        // A timeout of nothing is allowed; a period of nothing is not.
+        let period = period.max(std::time::Duration::from_millis(1));
         let mut tick = tokio::time::interval(period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {

@@ -197,6 +197,15 @@ fn from_stored(s: Stored) -> std::result::Result<Record, Box<dyn std::error::Err
     })
 }
 
+/// What the directory has.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// The sandboxes that this program can take up.
+    pub records: Vec<Record>,
+    /// Ids of those that a newer program has recorded: nothing of theirs is to be touched.
+    pub newer: Vec<String>,
+}
+
 /// The directory of all records.
 #[derive(Debug)]
 pub struct Store {
@@ -225,6 +234,11 @@ impl Store {
     /// The directory of one sandbox.
     pub fn dir(&self, id: &str) -> PathBuf {
         self.sandboxes.join(id)
+    }
+
+    /// Whether there is a record with this id, of whatever version.
+    pub fn has(&self, id: &str) -> bool {
+        self.dir(id).join(FILE).exists()
     }
 
     /// Makes the directory of a new sandbox, 0700, and writes its first record.
@@ -269,13 +283,14 @@ impl Store {
         Ok(())
     }
 
-    /// Reads all records. A torn or foreign one is put into quarantine and the rest is read.
+    /// Reads all records. A torn or foreign one is put into quarantine and the rest is read; one
+    /// of a newer version stays where it is, for the program that wrote it.
     ///
     /// # Errors
     /// When the directory itself cannot be read.
-    pub fn load(&self) -> Result<Vec<Record>> {
+    pub fn load(&self) -> Result<Loaded> {
         let read = |e| Error::internal(format!("cannot read {}", self.sandboxes.display()), e);
-        let mut records = Vec::new();
+        let mut loaded = Loaded::default();
         for entry in fs::read_dir(&self.sandboxes).map_err(read)? {
             let entry = entry.map_err(read)?;
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -287,11 +302,18 @@ impl Store {
                 continue;
             }
             match self.read(&entry.path(), &name) {
-                Ok(record) => records.push(record),
+                Ok(record) => loaded.records.push(record),
+                Err(e) if is_too_new(&*e) => {
+                    tracing::error!(
+                        sandbox = name,
+                        "it is left alone, with its processes: {e}; start the newer version again"
+                    );
+                    loaded.newer.push(name);
+                }
                 Err(e) => self.set_aside(&entry.path(), &name, &*e),
             }
         }
-        Ok(records)
+        Ok(loaded)
     }
 
     fn read(
@@ -330,4 +352,8 @@ impl Store {
             ),
         }
     }
+}
+
+fn is_too_new(e: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(e.downcast_ref::<kuasar_host::Error>(), Some(kuasar_host::Error::TooNew { .. }))
 }

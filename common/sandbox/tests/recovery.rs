@@ -153,12 +153,23 @@ async fn a_torn_or_foreign_record_is_set_aside_alone() {
         .await;
     let c = bed.grpc().await;
     assert_eq!(c.state("good").await, "SANDBOX_READY");
-    for id in ["torn", "foreign", "newer"] {
+    for id in ["torn", "foreign"] {
         assert_eq!(c.state(id).await, "NotFound");
         assert!(bed.options.dir.join("quarantine").join(format!("{id}-0")).exists());
         c.shutdown(id).await.unwrap();
     }
-    assert_eq!(bed.sockets.pods(), ["good"]);
+    // That of a newer version is left to it, with its socket.
+    assert_eq!(c.state("newer").await, "NotFound");
+    c.shutdown("newer").await.unwrap();
+    assert!(c.create("newer").await.is_err());
+    assert!(bed.sandbox_dir("newer").join("sandbox.json").exists());
+    let sorted = |mut list: Vec<String>| {
+        list.sort();
+        list
+    };
+    assert_eq!(sorted(bed.sockets.pods()), ["good", "newer"]);
+    let known = bed.sandboxer.known.lock().unwrap().clone().unwrap();
+    assert_eq!(sorted(known), ["good", "newer"]);
     c.up("torn").await;
 }
 

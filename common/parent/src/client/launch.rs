@@ -59,6 +59,9 @@ async fn spawn(options: &ParentOptions, cgroups: &[PathBuf]) -> Result<()> {
     command
         .arg(&options.dir)
         .arg(format!("connections={}", options.max_connections))
+        .arg(format!("pods={}", options.pods))
+        .arg(format!("kept={}", options.kept))
+        .arg(format!("watched={}", options.watched))
         .arg(format!("hold={}", options.hold.as_millis()));
     for cgroup in cgroups {
         let mut argument = OsString::from("cgroup=");

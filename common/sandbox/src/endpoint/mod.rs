@@ -289,13 +289,17 @@ impl Endpoints {
         });
     }
 
-    /// After recovery: forgets foreign pods and lets connections come.
-    pub(crate) async fn ready(&self) -> Result<()> {
-        let known: Vec<String> = self.pods().keys().cloned().collect();
+    /// After recovery: forgets foreign pods, except those that are `spared`, and lets connections
+    /// come.
+    pub(crate) async fn ready(&self, spared: &[String]) -> Result<()> {
+        let mut known: Vec<String> = self.pods().keys().cloned().collect();
+        known.extend(spared.iter().cloned());
         let wrap = |e| Error::internal("cannot take over the pods' sockets", e);
         self.0.sockets.retain(&known).await.map_err(wrap)?;
-        let used: Vec<PathBuf> =
-            self.pods().values().filter_map(|p| p.path.parent().map(Into::into)).collect();
+        let parent = |path: &Path| path.parent().map(Into::into);
+        let mut used: Vec<PathBuf> = self.pods().values().filter_map(|p| parent(&p.path)).collect();
+        let sockets = spared.iter().filter_map(|id| self.default_path(id).ok());
+        used.extend(sockets.filter_map(|path| parent(&path)));
         for entry in std::fs::read_dir(&self.0.dir).into_iter().flatten().flatten() {
             if used.contains(&entry.path()) {
                 continue;
