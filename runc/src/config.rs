@@ -30,6 +30,10 @@ pub struct Config {
     pub userns_engine: String,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
+    /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
+    /// `0s`: never.
+    #[serde(with = "kuasar_daemon::common::duration")]
+    pub warm_cgroups: Duration,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
@@ -63,6 +67,7 @@ impl Default for Config {
             runtimes: BTreeMap::new(),
             userns_engine: "runc".into(),
             engine_timeouts: Limits::default(),
+            warm_cgroups: Duration::from_millis(250),
             shm_size: 64 << 20,
             unprivileged_ports: true,
             heeds_annotation: false,
@@ -115,6 +120,9 @@ impl Config {
             if value.is_zero() || value > Duration::from_secs(3600) {
                 return Err(format!("engine_timeouts.{key}: more than nothing and at most 1h"));
             }
+        }
+        if self.warm_cgroups > Duration::from_secs(10) {
+            return Err("warm_cgroups: at most 10s".into());
         }
         if self.shm_size < 4096 {
             return Err(format!("shm_size = {}: at least 4096 bytes", self.shm_size));

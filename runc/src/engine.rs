@@ -8,10 +8,11 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use containerd_task::error::{Error, Result};
+use kuasar_host::cgroup::{Layout, Warmer};
 use sandbox_parent::client::{Parent, Spawn};
 use serde::Deserialize;
 
@@ -61,6 +62,7 @@ pub struct Engines {
     parent: Parent,
     builtin: String,
     config: Arc<RwLock<Arc<Config>>>,
+    warmer: OnceLock<Warmer>,
 }
 
 /// A chosen engine.
@@ -93,7 +95,15 @@ impl Engines {
     /// The engines of this configuration, as it is at each call; `builtin` is the path of our own
     /// program for sandbox-parent (see [`crate::selfexe`]).
     pub fn new(parent: Parent, builtin: String, config: Arc<RwLock<Arc<Config>>>) -> Self {
-        Self { parent, builtin, config }
+        Self { parent, builtin, config, warmer: OnceLock::new() }
+    }
+
+    /// Processes are about to be moved into cgroups: see [`Warmer`].
+    pub fn expect_moves(&self, layout: &Layout) {
+        let span = self.config().warm_cgroups;
+        if !span.is_zero() {
+            self.warmer.get_or_init(|| Warmer::new(layout)).keep(span);
+        }
     }
 
     fn config(&self) -> Arc<Config> {

@@ -183,6 +183,7 @@ impl Containers {
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let engine = self.engine(&self.pod.engine)?;
+        self.engines.expect_moves(&self.cgroups);
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let engine_too = engine.clone();

@@ -285,6 +285,9 @@ impl Sandboxer for RuncSandboxer {
         let netns = open_netns(&spec.netns_path)?;
         let hostname = files::hostname(&spec.config, modes)?;
         let sysctls = files::sysctls(&spec.config, modes, config.unprivileged_ports)?;
+        // Its containers come next. Not earlier: the first of these moves holds up every mkdir of
+        // a cgroup.
+        self.engines.expect_moves(&self.cgroups);
         let begun = Instant::now();
         let made = self
             .parent

@@ -85,7 +85,8 @@ pub fn ours() -> Weight {
     let home = programs();
     for pid in processes() {
         let Ok(exe) = std::fs::read_link(format!("/proc/{pid}/exe")) else { continue };
-        if pid != daemon && exe.starts_with(&home) {
+        let own = std::process::id();
+        if pid != daemon && pid != own && exe.starts_with(&home) {
             let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
             weight.add(&name, pid);
         }

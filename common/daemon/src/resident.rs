@@ -155,6 +155,17 @@ fn parent_options(common: &CommonConfig, dir: PathBuf, binary: PathBuf) -> Paren
     }
 }
 
+/// A pod has some six descriptors here. After sandbox-parent is started, which passes the limit
+/// that it has found on to containers.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 /// Held as long as the daemon runs. One that is just ending gets a moment.
 async fn lock(dir: &Path, patience: Duration) -> Result<std::fs::File, ResidentError> {
     let path = dir.join("daemon.lock");
@@ -269,6 +280,7 @@ where
     let options = parent_options(common, dir.clone(), parent_binary(common)?);
     let (parent, connections, fresh) = Parent::connect_or_spawn(&options).await?;
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");
+    raise_descriptor_limit();
     let unsent = common.limits.max_unsent_events as usize;
     let events = match common.events() {
         "" => EventSender::none(),

@@ -9,6 +9,7 @@ mod oom;
 mod stats;
 mod update;
 mod wait;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,6 +21,7 @@ use crate::{Context, Error, Result};
 
 pub use oom::OomWatch;
 pub use stats::{V1_TYPE, V2_TYPE};
+pub use warm::Warmer;
 
 /// Controllers of v1. Mount options that are none of them are not mistaken for one.
 const CONTROLLERS: [&str; 14] = [
