@@ -111,7 +111,7 @@ pub struct Parts {
 }
 
 /// Idle for so long, the daemon gives memory back.
-const QUIET: Duration = Duration::from_secs(1);
+const QUIET: Duration = Duration::from_millis(400);
 
 static REQUESTS: Counter =
     Counter { name: "kuasar_requests_total", labels: &["sandboxer", "rpc", "code"] };
