@@ -30,7 +30,8 @@ case ${1:-all} in
   all)
     unit
     e2e
-    conformance kuasar-runc
+    # The handler to which containerd offers all that it offers to stock runc.
+    conformance kuasar-runc-v2
     ;;
   unit) unit ;;
   e2e) shift; e2e "$@" ;;
