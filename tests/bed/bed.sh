@@ -95,6 +95,26 @@ up() {
   ctr -n k8s.io images ls -q | grep -q pause:3.10 ||
     inside ctr -a "$CONTAINERD_ADDRESS" -n k8s.io images import "$B/images/base.tar" >/dev/null
 }
+# critest on stock runc leaves a shim behind now and then, whose pod containerd has forgotten: not
+# ours, but not to stay either.
+end_stock_shims() {
+  local exe pid child groups group
+  for exe in /proc/[0-9]*/exe; do
+    [ "$(readlink "$exe" 2>/dev/null || true)" = "$B/root/usr/bin/containerd-shim-runc-v2" ] || continue
+    pid=${exe#/proc/}; pid=${pid%/exe}
+    groups=
+    for child in $(pgrep -P "$pid" || true); do
+      groups="$groups $(cut -d: -f3 "/proc/$child/cgroup" 2>/dev/null | sort -u || true)"
+      kill -KILL "$child" 2>/dev/null || true
+    done
+    kill -KILL "$pid" 2>/dev/null || true
+    wait_for 5 gone "$pid" || true
+    for group in $groups; do
+      [ "$group" = / ] || rmdir /sys/fs/cgroup/*/"$group" /sys/fs/cgroup/"$group" 2>/dev/null || true
+    done
+    echo "bed: ended a shim that stock containerd has left ($pid)"
+  done
+}
 down() {
   if alive "$(pid_of ns)"; then
     # What is left of a failed test may be past removing: the namespaces go all the same.
@@ -102,6 +122,7 @@ down() {
     end containerd TERM || end containerd KILL || true
     end daemon TERM || end daemon KILL || true
     inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true
+    end_stock_shims
     end registry TERM || true
     end ns KILL || true
   fi

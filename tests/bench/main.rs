@@ -272,9 +272,7 @@ fn own_phases(report: &mut Report) {
         report.note("the daemon serves no metrics: its own phases are left out");
         return;
     };
-    for (phase, mean, count) in report::phases(&text) {
-        report.phase(&phase, mean, count);
-    }
+    report.phases(report::phases(&text));
 }
 
 fn main() {

@@ -50,7 +50,7 @@ fn shown(value: Option<f64>) -> String {
 pub struct Report {
     handlers: [String; 2],
     rows: Vec<Row>,
-    phases: Vec<(String, f64, u64)>,
+    phases: Vec<Phase>,
     notes: Vec<String>,
     load: String,
 }
@@ -72,8 +72,8 @@ impl Report {
         self.rows.push(row);
     }
 
-    pub fn phase(&mut self, name: &str, mean: f64, count: u64) {
-        self.phases.push((name.into(), mean, count));
+    pub fn phases(&mut self, phases: Vec<Phase>) {
+        self.phases = phases;
     }
 
     pub fn note(&mut self, text: &str) {
@@ -115,10 +115,12 @@ impl Report {
         if !self.phases.is_empty() {
             let _ = writeln!(
                 out,
-                "\n## The daemon's own share (from its metrics)\n\n| phase | mean ms | calls |\n|---|---|---|"
+                "\n## The daemon's own share (from its metrics)\n\n| phase | p50 ms | p99 ms | mean ms | \
+                 calls |\n|---|---|---|---|---|"
             );
-            for (name, mean, count) in &self.phases {
-                let _ = writeln!(out, "| {name} | {mean:.2} | {count} |");
+            for p in &self.phases {
+                let [p50, p99, mean] = [p.p50, p.p99, p.mean].map(|v| shown(Some(v)));
+                let _ = writeln!(out, "| {} | {p50} | {p99} | {mean} | {} |", p.name, p.calls);
             }
         }
         if !self.notes.is_empty() {
@@ -142,7 +144,7 @@ impl Report {
         let phases: Vec<_> = self
             .phases
             .iter()
-            .map(|(name, mean, count)| json!({ "phase": name, "mean_ms": mean, "calls": count }))
+            .map(|p| json!({ "phase": p.name, "mean_ms": p.mean, "p50_ms": p.p50, "p99_ms": p.p99, "calls": p.calls }))
             .collect();
         json!({ "handlers": self.handlers, "load": self.load.trim(), "rows": rows, "phases": phases, "notes": self.notes })
     }
@@ -224,21 +226,53 @@ pub fn scrape(socket: &Path) -> Option<String> {
     Some(text)
 }
 
-/// Name, mean in milliseconds and count of each phase in a page of metrics.
-pub fn phases(text: &str) -> Vec<(String, f64, u64)> {
-    let value = |kind: &str, phase: &str| -> Option<f64> {
-        let line = text.lines().find(|l| {
-            l.starts_with(&format!("kuasar_phase_seconds_{kind}{{"))
-                && l.contains(&format!("phase=\"{phase}\""))
-        })?;
-        line.rsplit(' ').next()?.parse().ok()
+/// What the daemon's own histogram says of one phase, in milliseconds.
+pub struct Phase {
+    pub name: String,
+    pub mean: f64,
+    pub p50: f64,
+    pub p99: f64,
+    pub calls: u64,
+}
+
+/// The phases in a page of metrics. Percentiles are read from the buckets, as if calls were spread
+/// evenly within each.
+pub fn phases(text: &str) -> Vec<Phase> {
+    let of = |line: &str| Some(line.split("phase=\"").nth(1)?.split('"').next()?.to_owned());
+    let number = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
+    let value = |kind: &str, phase: &str| {
+        let head = format!("kuasar_phase_seconds_{kind}{{");
+        let line = text.lines().find(|l| l.starts_with(&head) && of(l).as_deref() == Some(phase))?;
+        number(line)
+    };
+    let quantile = |phase: &str, q: f64, count: f64| {
+        let (mut below, mut lower) = (0.0, 0.0);
+        for line in text.lines().filter(|l| l.starts_with("kuasar_phase_seconds_bucket{")) {
+            let bound = line.split("le=\"").nth(1).and_then(|l| l.split('"').next());
+            let bound = bound.and_then(|b| b.parse::<f64>().ok());
+            let (Some(upper), Some(n)) = (bound, number(line)) else { continue };
+            if of(line).as_deref() != Some(phase) || !upper.is_finite() {
+                continue;
+            }
+            if n >= q * count && n > below {
+                return (lower + (upper - lower) * (q * count - below) / (n - below)) * 1e3;
+            }
+            (below, lower) = (n, upper);
+        }
+        f64::INFINITY
     };
     text.lines()
         .filter(|l| l.starts_with("kuasar_phase_seconds_count{"))
         .filter_map(|l| {
-            let phase = l.split("phase=\"").nth(1)?.split('"').next()?;
-            let (count, sum) = (value("count", phase)?, value("sum", phase)?);
-            (count > 0.0).then(|| (phase.to_owned(), sum / count * 1e3, count as u64))
+            let name = of(l)?;
+            let (count, sum) = (value("count", &name)?, value("sum", &name)?);
+            (count > 0.0).then(|| Phase {
+                mean: sum / count * 1e3,
+                p50: quantile(&name, 0.5, count),
+                p99: quantile(&name, 0.99, count),
+                calls: count as u64,
+                name,
+            })
         })
         .collect()
 }
