@@ -242,7 +242,8 @@ pub fn phases(text: &str) -> Vec<Phase> {
     let number = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
     let value = |kind: &str, phase: &str| {
         let head = format!("kuasar_phase_seconds_{kind}{{");
-        let line = text.lines().find(|l| l.starts_with(&head) && of(l).as_deref() == Some(phase))?;
+        let line =
+            text.lines().find(|l| l.starts_with(&head) && of(l).as_deref() == Some(phase))?;
         number(line)
     };
     let quantile = |phase: &str, q: f64, count: f64| {

@@ -157,7 +157,8 @@ const SPARE: u8 = 6;
 
 impl Insn {
     const fn new(op: u8, to: u8, from: u8, value: i32) -> Self {
-        let registers = if cfg!(target_endian = "little") { from << 4 | to } else { to << 4 | from };
+        let registers =
+            if cfg!(target_endian = "little") { from << 4 | to } else { to << 4 | from };
         Self { op, registers, offset: 0, value }
     }
 
@@ -201,8 +202,14 @@ fn load(code: &[Insn]) -> io::Result<OwnedFd> {
     let [license_low, license_high] = halves(license.as_ptr() as usize);
     // prog_type, insn_cnt, insns, license; the rest is zero: no log.
     let mut attr = [0u32; 18];
-    let words =
-        [PROG_TYPE_CGROUP_DEVICE, code.len() as u32, code_low, code_high, license_low, license_high];
+    let words = [
+        PROG_TYPE_CGROUP_DEVICE,
+        code.len() as u32,
+        code_low,
+        code_high,
+        license_low,
+        license_high,
+    ];
     attr.iter_mut().zip(words).for_each(|(to, from)| *to = from);
     if cfg!(target_endian = "big") {
         attr.swap(2, 3);
@@ -295,7 +302,8 @@ mod tests {
         ]))
         .unwrap();
         attach(&group.0, &rules).unwrap();
-        let mut shell = Command::new("sh").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut shell =
+            Command::new("sh").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         std::fs::write(group.0.join("cgroup.procs"), shell.id().to_string()).unwrap();
         let script = "t() { if eval \"$2\" 2>/dev/null; then echo $1 yes; else echo $1 no; fi; }\n\
             t null-w 'true > /dev/null'\n t zero-r 'true < /dev/zero'\n t zero-w 'true > /dev/zero'\n\
