@@ -118,7 +118,9 @@ end_stock_shims() {
 down() {
   if alive "$(pid_of ns)"; then
     # What is left of a failed test may be past removing: the namespaces go all the same.
-    alive "$(pid_of containerd)" && timeout 60 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1 || true
+    if alive "$(pid_of containerd)"; then
+      timeout 60 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1 || true
+    fi
     end containerd TERM || end containerd KILL || true
     end daemon TERM || end daemon KILL || true
     inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true
