@@ -128,22 +128,12 @@ impl Engines {
                 names.join(", ")
             ));
         };
-        let path = find_program(&config.path).ok_or_else(|| {
+        let path = kuasar_host::process::find_program(&config.path).ok_or_else(|| {
             format!("engine {name:?}: program {} is not installed", config.path.display())
         })?;
         let cli = Some(EngineConfig { path, ..config.clone() });
         Ok(Engine { all: self.clone(), name: name.into(), cli })
     }
-}
-
-/// A program by absolute path or by name in `PATH`.
-pub fn find_program(name: &Path) -> Option<PathBuf> {
-    if name.is_absolute() {
-        return name.is_file().then(|| name.to_owned());
-    }
-    let default = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into();
-    let path = std::env::var_os("PATH").unwrap_or(default);
-    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
 }
 
 impl Engine {

@@ -477,7 +477,7 @@ impl Runtime for Containers {
                 "the built-in engine makes no checkpoints: choose runc or crun for this pod".into(),
             ));
         }
-        if crate::engine::find_program(Path::new("criu")).is_none() {
+        if process::find_program(Path::new("criu")).is_none() {
             return Err(Error::Unimplemented(
                 "checkpoints need criu, which is not installed".into(),
             ));

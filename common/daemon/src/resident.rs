@@ -128,11 +128,7 @@ fn parent_binary(common: &CommonConfig) -> Result<PathBuf, ResidentError> {
     if let Some(beside) = beside.filter(|path| path.is_file()) {
         return Ok(beside);
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .find(|path| path.is_file())
-        .ok_or(ResidentError::NoParent)
+    kuasar_host::process::find_program(Path::new(name)).ok_or(ResidentError::NoParent)
 }
 
 /// sandbox-parent's bounds follow from ours. It outlives the limits that it was started with, so
@@ -327,7 +323,8 @@ where
     let lost = tokio::select! {
         () = stop.wait() => false,
         _ = &mut pump => true,
-        () = &mut serving => false,
+        // Does not come: it ends only when it is told to, below. It must not be polled again.
+        () = &mut serving => return Ok(()),
     };
     ended.send_replace(true);
     serving.await;

@@ -1,8 +1,19 @@
 //! Processes by pidfd, and what identifies a process across a restart.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use crate::{Context, Result};
+
+/// A program by absolute path, or by name in `PATH`.
+pub fn find_program(name: &Path) -> Option<PathBuf> {
+    if name.is_absolute() {
+        return name.is_file().then(|| name.to_owned());
+    }
+    let default = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into();
+    let path = std::env::var_os("PATH").unwrap_or(default);
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
 
 /// Opens a pidfd (close-on-exec).
 ///
