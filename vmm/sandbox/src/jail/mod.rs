@@ -96,7 +96,7 @@ pub struct JailConfig {
     /// a host does not have are left out.
     pub libraries: Vec<PathBuf>,
     /// Open descriptors of a program, at most. virtiofsd holds one for each file that its guest
-    /// knows.
+    /// knows. Not more than the daemon itself may have.
     pub files: u64,
     /// What is added to a VMM's badness when memory runs out, -1000 to 1000. Lowering it below
     /// the daemon's needs `CAP_SYS_RESOURCE`, and is left out without it.

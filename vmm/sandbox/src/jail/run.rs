@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, execve, fork, pipe2};
 
 use super::{Plan, privileges, root, seccomp};
@@ -131,6 +131,8 @@ fn jail(arguments: Arguments) -> Result<(), Failed> {
     let plan: Plan =
         serde_json::from_slice(&text).map_err(io::Error::from).step(|| "read the plan")?;
     plan.config.check().map_err(Failed)?;
+    // Before the change of root: it may be named by path.
+    let pid = arguments.pid.open(true).step(|| "open the pid file")?;
     for cgroup in &plan.cgroups {
         std::fs::write(cgroup, "0").step(|| format!("enter the cgroup of {}", cgroup.display()))?;
     }
@@ -167,7 +169,6 @@ fn jail(arguments: Arguments) -> Result<(), Failed> {
                 let _ = nix::sys::wait::waitpid(child, None);
                 return Err(Failed(text));
             }
-            let pid = arguments.pid.open(true).step(|| "open the pid file")?;
             pid.write_all_at(child.to_string().as_bytes(), 0).step(|| "write the pid file")
         }
     }
@@ -199,7 +200,9 @@ fn become_program(plan: &Plan, program: &[CString]) -> Result<Infallible, Failed
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .step(|| "follow the jailer's end")?;
     root::finish()?;
-    let files = plan.config.files;
+    // More than a daemon has itself it cannot give.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).step(|| "read the limit of open files")?;
+    let files = plan.config.files.min(most);
     setrlimit(Resource::RLIMIT_NOFILE, files, files)
         .step(|| format!("limit open files to {files}"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).step(|| "forbid core dumps")?;

@@ -317,7 +317,7 @@ impl Launcher {
     pub async fn run(&self, program: Program<'_>) -> Result<Process> {
         let wanted = program.argv.first().cloned().unwrap_or_default();
         let path = kuasar_host::process::find_program(wanted.as_ref())
-            .ok_or_else(|| Error::NoProgram(wanted))?;
+            .ok_or(Error::NoProgram(wanted))?;
         let mut argv = program.argv;
         if let Some(first) = argv.first_mut() {
             *first = text(&path)?;

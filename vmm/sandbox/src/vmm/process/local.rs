@@ -20,6 +20,17 @@ use super::{Command, Exit, Processes};
 pub struct Local {
     exits: Mutex<HashMap<u64, watch::Receiver<Option<Exit>>>>,
     kept: Mutex<HashMap<String, OwnedFd>>,
+    /// Of every process that was followed.
+    pidfds: Mutex<Vec<OwnedFd>>,
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        for pidfd in lock(&self.pidfds).drain(..) {
+            // Most have ended.
+            let _ = kuasar_host::process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -38,6 +49,8 @@ impl Local {
 
     fn follow(&self, pid: u32, cookie: u64) -> Result<()> {
         let pidfd = kuasar_host::process::pidfd_open(pid)?;
+        let copy = pidfd.try_clone().doing(|| "duplicate a descriptor")?;
+        lock(&self.pidfds).push(copy);
         // SAFETY: an OwnedFd always answers the same descriptor and closes it only when dropped.
         let pidfd =
             unsafe { AsyncFd::register(pidfd) }.map_err(std::io::Error::from).doing(|| "watch")?;

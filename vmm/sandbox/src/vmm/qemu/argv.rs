@@ -196,9 +196,12 @@ pub(super) fn build(
     let machine = config.machine;
     let argv = vec![text(&config.path)?];
     let mut line = Line { argv, fds, machine, devices: 0, fdset: 0 };
-    line.option("name", format!("{},debug-threads=off", spec.id));
+    line.option("name", spec.id.clone());
     line.flag("no-user-config");
     line.flag("nodefaults");
+    for dir in &config.data_dirs {
+        line.option("L", text(dir)?);
+    }
     line.option("display", "none");
     line.flag("no-reboot");
     line.option("sandbox", SECCOMP);
@@ -207,7 +210,7 @@ pub(super) fn build(
     line.option("chardev", "stdio,id=console,signal=off");
     line.option("serial", "chardev:console");
     line.chardev("qmp", sockets.qmp, true);
-    line.option("mon", "chardev=qmp,mode=control");
+    line.option("qmp", "chardev:qmp");
 
     boot(config, spec, &mut line)?;
     for disk in &spec.disks {

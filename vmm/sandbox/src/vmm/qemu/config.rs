@@ -33,7 +33,7 @@ pub struct QemuConfig {
     pub unplug_timeout_ms: u64,
     /// How long saving or loading a snapshot, and resizing memory, may take, in milliseconds.
     pub snapshot_timeout_ms: u64,
-    /// Further directories that QEMU reads from: firmware. Shown in the jail, read-only.
+    /// Directories with QEMU's firmware (`-L`), in order. Shown in the jail, read-only.
     pub data_dirs: Vec<PathBuf>,
 }
 

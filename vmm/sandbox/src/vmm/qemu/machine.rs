@@ -37,6 +37,8 @@ pub(super) struct Private {
     pub slots: Slots,
     /// Devices that cannot be saved, or nothing.
     pub unsaveable: Option<String>,
+    /// It has the port of the serial channel, also when that is not the channel in use.
+    pub serial: bool,
     /// Ids of disks and NICs from the boot: they stay for good.
     pub fixed: Vec<String>,
 }
@@ -46,13 +48,13 @@ pub(super) struct Machine {
     pub config: Arc<QemuConfig>,
     pub state: Mutex<(VmState, Private)>,
     pub process: Arc<Process>,
-    helpers: Vec<Arc<Process>>,
+    helpers: Mutex<Vec<Arc<Process>>>,
     /// `None` when it had ended before it was taken up again.
     qmp: Option<Qmp>,
     pub events: broadcast::Sender<Event>,
     /// One change of devices or of state at a time.
     pub change: AsyncMutex<()>,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -64,8 +66,12 @@ impl std::fmt::Debug for Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         // The processes go on: another daemon may take them up.
-        self.tasks.iter().for_each(JoinHandle::abort);
+        held(&self.tasks).iter().for_each(JoinHandle::abort);
     }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) fn features(config: &QemuConfig) -> Features {
@@ -113,7 +119,7 @@ impl Machine {
     ) -> Self {
         let ports = if config.machine.pci() { config.root_ports } else { 0 };
         let vsock = matches!(spec.channel, Channel::HybridVsock { .. }).then_some("vsock");
-        let shared = spec.shares.iter().next().map(|share| match share.kind {
+        let shared = spec.shares.first().map(|share| match share.kind {
             ShareKind::Virtiofs => "a virtiofs share",
             ShareKind::Ninep => "a 9p share",
         });
@@ -123,6 +129,7 @@ impl Machine {
             balloon: config.balloon,
             slots: Slots::new(ports),
             unsaveable: vsock.or(shared).map(str::to_owned),
+            serial: matches!(spec.channel, Channel::Serial { .. }),
             fixed: fixed.chain(spec.nics.iter().map(|nic| nic.id.clone())).collect(),
         };
         let state = VmState {
@@ -160,6 +167,7 @@ impl Machine {
             }
         }
         let state = Mutex::new((state, private));
+        let (helpers, tasks) = (Mutex::new(helpers), Mutex::new(tasks));
         let change = AsyncMutex::default();
         Self { config, state, process, helpers, qmp, events, change, tasks }
     }
@@ -211,7 +219,20 @@ impl Machine {
     }
 
     pub fn locked(&self) -> MutexGuard<'_, (VmState, Private)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        held(&self.state)
+    }
+
+    /// A helper of a device that was plugged in.
+    pub fn add_helper(&self, process: Process) {
+        let process = Arc::new(process);
+        self.locked().0.helpers.push(process.record().clone());
+        let watch = watch_helper(process.clone(), self.events.clone());
+        held(&self.tasks).push(tokio::spawn(watch));
+        held(&self.helpers).push(process);
+    }
+
+    fn helpers(&self) -> Vec<Arc<Process>> {
+        held(&self.helpers).clone()
     }
 
     pub fn qmp(&self) -> Result<&Qmp> {
@@ -349,7 +370,7 @@ impl Vm for Machine {
             Some(exit) => exit,
             None => self.process.kill().await?,
         };
-        for helper in &self.helpers {
+        for helper in self.helpers() {
             helper.kill().await?;
         }
         Ok(exit)
@@ -362,7 +383,7 @@ impl Vm for Machine {
             (state.id.clone(), state.dir.clone(), state.channel.clone(), self.process.processes())
         };
         console::forget(&*processes, &id).await;
-        for process in self.helpers.iter().chain([&self.process]) {
+        for process in self.helpers().iter().chain([&self.process]) {
             process.acknowledge().await;
         }
         let mut sockets = vec![dir.join("qmp.sock")];

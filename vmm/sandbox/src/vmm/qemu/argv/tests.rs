@@ -37,6 +37,7 @@ fn config(machine: Machine) -> QemuConfig {
         accel: Accel::Tcg,
         balloon: false,
         root_ports: 2,
+        data_dirs: vec!["/fw".into()],
         ..QemuConfig::default()
     }
 }
@@ -57,13 +58,13 @@ fn the_smallest_microvm() {
     let line = line(&config(Machine::Microvm), &spec(), &Sockets { qmp: 3, ..Sockets::default() });
     assert_eq!(
         line,
-        "qemu -name pod,debug-threads=off -no-user-config -nodefaults -display none -no-reboot \
+        "qemu -name pod -no-user-config -nodefaults -L /fw -display none -no-reboot \
          -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
          -machine microvm,acpi=off,memory-backend=ram -global virtio-mmio.force-legacy=false \
          -accel tcg -cpu max -smp cpus=1 -m size=128M \
          -object memory-backend-memfd,id=ram,size=128M,share=on \
          -chardev stdio,id=console,signal=off -serial chardev:console \
-         -chardev socket,id=qmp,fd=3,server=on,wait=off -mon chardev=qmp,mode=control \
+         -chardev socket,id=qmp,fd=3,server=on,wait=off -qmp chardev:qmp \
          -kernel /k/vmlinux -initrd /k/initrd \
          -append console=ttyS0 panic=-1 reboot=t nolapic_timer quiet"
     );
