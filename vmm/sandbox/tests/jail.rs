@@ -221,7 +221,7 @@ async fn virtiofsds_role_keeps_what_serving_files_takes_and_follows_the_hosts_mo
         run(&launcher, &["/bin/sleep", "1000"], view, &Fds::default(), &[], None).await.unwrap();
     let status = read(&jailed, "status");
     for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
-        assert_eq!(field(&status, set), "00000000880400db", "{set}");
+        assert_eq!(field(&status, set), "00000000880401db", "{set}");
     }
     for set in ["CapInh:", "CapAmb:"] {
         assert_eq!(field(&status, set), "0000000000000000", "{set}");

@@ -9,6 +9,7 @@
 //! | `KUASAR_TEST_VIRTIOFSD`, `KUASAR_TEST_VSOCK` | virtiofsd, `vhost-device-vsock` |
 //! | `KUASAR_TEST_KERNEL` | guest kernel with virtio-mmio, virtiofs and vsock built in |
 //! | `KUASAR_TEST_KERNEL_PCI` | the same with PCI, ACPI and hot-plug |
+//! | `KUASAR_TEST_MKFS_EROFS` | makes the guest's root an EROFS disk instead of an initramfs |
 //! | `KUASAR_TEST_LIBRARIES` | further directories (`:` between) that a jail must show |
 //! | `KUASAR_TEST_ACCEL` | `tcg` (default) or `kvm` |
 //!
@@ -118,6 +119,14 @@ impl Bench {
         self.dir.path().join("vm/console.log")
     }
 
+    fn root(&self) -> Root {
+        if self.initrd.extension().is_some_and(|kind| kind == "erofs") {
+            let disk = Disk::open("root", &self.initrd, DiskFormat::Raw, true).unwrap();
+            return Root::Image { disk, fstype: "erofs".into() };
+        }
+        Root::Initrd(self.initrd.clone())
+    }
+
     fn spec(&self, channel: &str) -> VmSpec {
         let dir = self.dir.path().join("vm");
         VmSpec {
@@ -127,8 +136,8 @@ impl Bench {
             hugepages: false,
             boot: Boot {
                 kernel: self.kernel.clone(),
-                root: Root::Initrd(self.initrd.clone()),
-                params: vec![format!("probe.channel={channel}")],
+                root: self.root(),
+                params: vec!["init=/init".into(), format!("probe.channel={channel}")],
             },
             shares: Vec::new(),
             nics: Vec::new(),
@@ -299,8 +308,8 @@ async fn boots_talks_shares_and_its_exit_is_seen(machine: Machine) -> Option<()>
     let mut second = Probe::dial(&bench).await;
     assert_eq!(second.ask("echo again").await, "again");
     assert_eq!(probe.ask("mount kuasar virtiofs").await, "ok");
-    assert_eq!(probe.ask("read /mnt/kuasar/hello").await, "from the host");
-    assert_eq!(probe.ask("write /mnt/kuasar/back guest").await, "ok");
+    assert_eq!(probe.ask("read /run/kuasar/hello").await, "from the host");
+    assert_eq!(probe.ask("write /run/kuasar/back guest").await, "ok");
     assert_eq!(fs::read_to_string(share.join("back")).unwrap(), "guest");
     let disks = probe.ask("disks").await;
     let name = disks.split(' ').find_map(|disk| disk.strip_prefix("cold:")).expect(&disks);

@@ -19,8 +19,8 @@
 //!
 //! **virtiofsd** has to act for every user of the guest on files of every owner. It keeps user 0
 //! and what that takes: `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETGID`, `SETUID`, `MKNOD`,
-//! `SETFCAP`, and `SYS_CHROOT` for its own sandbox, which it gives up before it serves. It sees
-//! the share and nothing else, has no network, and never has `SYS_ADMIN`.
+//! `SETFCAP`, and `SYS_CHROOT` and `SETPCAP` for its own sandbox, which it gives up before it
+//! serves. It sees the share and nothing else, has no network, and never has `SYS_ADMIN`.
 //!
 //! Each step that fails ends the jailer with status 1 and one line on standard error that names
 //! the step.

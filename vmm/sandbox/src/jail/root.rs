@@ -14,8 +14,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{chdir, pivot_root};
 
-use super::Plan;
 use super::run::{Failed, Step};
+use super::{Plan, Role};
 
 /// Where the tmpfs is put together: a directory that every host has and nothing in a jail needs.
 const PLACE: &str = "/sys";
@@ -74,10 +74,17 @@ pub(super) fn enter(plan: &Plan, program: Option<&std::ffi::CString>) -> Result<
 }
 
 /// In the PID namespace: its `/proc`, and nothing changes from here on.
-pub(super) fn finish() -> Result<(), Failed> {
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+pub(super) fn finish(role: Role) -> Result<(), Failed> {
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     // Only processes, and of those only the program's: nothing of the kernel's settings.
-    mount(Some("proc"), "/proc", Some("proc"), flags, Some("subset=pid")).step(|| "mount /proc")?;
+    let mut options = Some("subset=pid");
+    if role == Role::FileServer {
+        // virtiofsd ends when it cannot read fs/nr_open. It is user 0, so read-only is what keeps
+        // it from writing settings; its own change of root takes the rest away.
+        options = None;
+        flags |= MsFlags::MS_RDONLY;
+    }
+    mount(Some("proc"), "/proc", Some("proc"), flags, options).step(|| "mount /proc")?;
     let flags = MsFlags::MS_REMOUNT
         | MsFlags::MS_BIND
         | MsFlags::MS_RDONLY

@@ -199,7 +199,7 @@ fn become_program(plan: &Plan, program: &[CString]) -> Result<Infallible, Failed
     // Whoever kills a jailer that takes too long means its child, too.
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
         .step(|| "follow the jailer's end")?;
-    root::finish()?;
+    root::finish(plan.view.role)?;
     // More than a daemon has itself it cannot give.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).step(|| "read the limit of open files")?;
     let files = plan.config.files.min(most);

@@ -316,8 +316,8 @@ impl Launcher {
     /// [`Error::NoProgram`]; [`Error::Ended`] with the jailer's words, which name the step.
     pub async fn run(&self, program: Program<'_>) -> Result<Process> {
         let wanted = program.argv.first().cloned().unwrap_or_default();
-        let path = kuasar_host::process::find_program(wanted.as_ref())
-            .ok_or(Error::NoProgram(wanted))?;
+        let path =
+            kuasar_host::process::find_program(wanted.as_ref()).ok_or(Error::NoProgram(wanted))?;
         let mut argv = program.argv;
         if let Some(first) = argv.first_mut() {
             *first = text(&path)?;

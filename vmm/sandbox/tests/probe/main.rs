@@ -114,7 +114,7 @@ fn obey(line: &str) -> String {
             };
             format!("{}", kib("MemTotal:") / 1024)
         }
-        ["mount", tag, kind] => match mount(tag, &format!("/mnt/{tag}"), kind) {
+        ["mount", tag, kind] => match mount(tag, &format!("/run/{tag}"), kind) {
             Ok(()) => "ok".into(),
             Err(error) => error,
         },

@@ -29,6 +29,9 @@ fn build() -> Result<PathBuf, String> {
     if !built.status.success() {
         return Err(format!("the probe: {}", String::from_utf8_lossy(&built.stderr)));
     }
+    if let Some(mkfs) = std::env::var_os("KUASAR_TEST_MKFS_EROFS") {
+        return image(&dir, &program, &mkfs);
+    }
     let mut archive = Vec::new();
     for name in ["dev", "proc", "sys", "run", "mnt"] {
         entry(&mut archive, name, 0o040_755, &[], (0, 0));
@@ -40,6 +43,19 @@ fn build() -> Result<PathBuf, String> {
     fs::write(&path, archive).map_err(|e| e.to_string())?;
     fs::remove_file(program).map_err(|e| e.to_string())?;
     Ok(path)
+}
+
+/// The same as an EROFS image, for kernels that take no initramfs.
+fn image(dir: &Path, program: &Path, mkfs: &std::ffi::OsStr) -> Result<PathBuf, String> {
+    let (tree, image) = (dir.join("tree"), dir.join("image.erofs"));
+    for name in ["dev", "proc", "sys", "run", "mnt"] {
+        fs::create_dir_all(tree.join(name)).map_err(|e| e.to_string())?;
+    }
+    fs::rename(program, tree.join("init")).map_err(|e| e.to_string())?;
+    let made = Command::new(mkfs).arg("--quiet").arg(&image).arg(&tree).output();
+    let made = made.map_err(|e| format!("mkfs.erofs: {e}"))?;
+    fs::remove_dir_all(&tree).map_err(|e| e.to_string())?;
+    if made.status.success() { Ok(image) } else { Err(format!("mkfs.erofs: {made:?}")) }
 }
 
 /// One file in cpio's "newc" format (Documentation/driver-api/early-userspace of Linux).
