@@ -1,0 +1,4 @@
+//! Sandboxes that are microVMs.
+
+pub mod jail;
+pub mod vmm;
