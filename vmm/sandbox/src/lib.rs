@@ -1,0 +1,3 @@
+//! Sandboxes that are microVMs.
+
+pub mod network;
