@@ -1,3 +1,5 @@
 //! Sandboxes that are microVMs.
 
+pub mod guest;
 pub mod network;
+pub mod stdio;

@@ -18,7 +18,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use kuasar_host::netlink::{Link, Netlink, Route};
+use kuasar_host::netlink::{Link, Netlink, RouteEntry};
 use nix::sched::CloneFlags;
 use serde::{Deserialize, Serialize};
 use vmm_common::guest;
@@ -213,7 +213,7 @@ fn wanted(link: &Link) -> bool {
     link.hardware == ETHERNET && !loopback && !ours && link.is_up()
 }
 
-fn wire_route(route: &Route, device: String) -> guest::Route {
+fn wire_route(route: &RouteEntry, device: String) -> guest::Route {
     guest::Route {
         destination: route.destination.map(|(ip, bits)| format!("{ip}/{bits}")).unwrap_or_default(),
         gateway: route.gateway.map(|ip| ip.to_string()).unwrap_or_default(),
