@@ -5,6 +5,8 @@
 //! walk over attributes are smaller than any library for them, and a short or odd answer is
 //! skipped, never trusted.
 
+mod configure;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -14,6 +16,7 @@ use nix::sys::socket::{
 };
 
 use crate::{Context, Error, Result};
+pub use configure::{Neighbour, Route};
 
 /// A network interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -265,13 +268,16 @@ fn parse_link(body: &[u8]) -> Option<Link> {
     Some(link)
 }
 
-fn parse_address(body: &[u8]) -> Option<Address> {
-    let (prefix, scope, link) = (*body.get(1)?, *body.get(3)?, u32_at(body, 4)?);
-    let ip = |v: &[u8]| match v.len() {
+fn ip(v: &[u8]) -> Option<IpAddr> {
+    match v.len() {
         4 => Some(IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(v).ok()?))),
         16 => Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(v).ok()?))),
         _ => None,
-    };
+    }
+}
+
+fn parse_address(body: &[u8]) -> Option<Address> {
+    let (prefix, scope, link) = (*body.get(1)?, *body.get(3)?, u32_at(body, 4)?);
     let of =
         |wanted| attributes(body.get(8..)?).find(|(k, _)| *k == wanted).and_then(|(_, v)| ip(v));
     let address = of(libc::IFA_LOCAL).or_else(|| of(libc::IFA_ADDRESS))?;
