@@ -5,6 +5,7 @@
 //! walk over attributes are smaller than any library for them, and a short or odd answer is
 //! skipped, never trusted.
 
+mod configure;
 mod inspect;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,6 +17,7 @@ use nix::sys::socket::{
 };
 
 use crate::{Context, Error, Result};
+pub use configure::{Neighbour, Route};
 pub use inspect::{NeighbourEntry, RouteEntry};
 
 /// A network interface.
