@@ -2,4 +2,5 @@
 
 pub mod guest;
 pub mod network;
+pub mod share;
 pub mod stdio;

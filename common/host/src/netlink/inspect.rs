@@ -85,19 +85,6 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    /// Sets the largest packet of an interface, in bytes.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn set_mtu(&self, index: u32, mtu: u32) -> Result<()> {
-        let mut body = vec![0u8; 4];
-        body.extend(index.to_ne_bytes());
-        body.extend([0; 8]);
-        put(&mut body, libc::IFLA_MTU, &mtu.to_ne_bytes());
-        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
-        self.ask(libc::RTM_NEWLINK, flags, &body, |_, _| {})
-    }
-
     /// Everything that comes in at `from` leaves through `to` from now on, whatever its protocol
     /// (`tc filter … u32 … action mirred egress redirect`). Idempotent: an older redirection of
     /// ours is replaced, filters of others stay and come first.
