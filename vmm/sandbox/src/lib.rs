@@ -3,4 +3,5 @@
 pub mod guest;
 pub mod network;
 pub mod share;
+pub mod spec;
 pub mod stdio;
