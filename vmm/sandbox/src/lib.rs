@@ -1,7 +1,9 @@
 //! Sandboxes that are microVMs.
 
 pub mod guest;
+pub mod jail;
 pub mod network;
 pub mod share;
 pub mod spec;
 pub mod stdio;
+pub mod vmm;

@@ -492,6 +492,9 @@ mod tests {
         with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
         let refused = edit(&mut with_device, "c1", 0).unwrap_err();
         assert!(matches!(refused, Refusal::Impossible(text) if text.contains("/dev/sdb")));
+        let mut with_device = spec();
+        let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
+        with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
         let all = json!([{"allow": true, "access": "rwm"}]);
         with_device["linux"]["resources"]["devices"] = all;
         let needs = edit(&mut with_device, "c1", 0).unwrap();

@@ -1,0 +1,235 @@
+//! QEMU.
+//!
+//! `microvm` boots fastest and has no hot-plug; `q35` plugs disks and NICs into PCIe root ports
+//! that are there from the boot. The monitor's socket is made and connected here, before QEMU
+//! exists, and passed as a descriptor: QEMU answers as soon as it can, and nothing polls.
+//!
+//! A guest without ACPI powers off by resetting, which `-no-reboot` makes QEMU's exit.
+
+mod argv;
+mod config;
+mod hotplug;
+mod machine;
+mod slots;
+mod snapshot;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::net::UnixStream;
+
+use super::error::{Doing, Error, Result};
+use super::helpers::{self, Helper, HelpersConfig};
+use super::process::{Fds, Launcher, Process, Program};
+use super::qmp::Qmp;
+use super::spec::{Channel, Root, ShareKind, VmSpec, check_socket};
+use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
+use crate::jail::{Role, View};
+use argv::Sockets;
+use machine::Machine as QemuVm;
+
+pub use config::{Accel, Hotplug, Machine, QemuConfig};
+
+/// QEMU with its configuration.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    config: Arc<QemuConfig>,
+    helpers: HelpersConfig,
+    launcher: Launcher,
+}
+
+/// What a start has made so far; undone when it is dropped with something in it.
+#[derive(Default)]
+struct Started {
+    processes: Vec<Process>,
+    forget: Option<(Arc<dyn super::Processes>, String)>,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let processes = std::mem::take(&mut self.processes);
+        let forget = self.forget.take();
+        if processes.is_empty() && forget.is_none() {
+            return;
+        }
+        for process in &processes {
+            process.signal(libc::SIGKILL);
+        }
+        tokio::spawn(async move {
+            for process in processes {
+                if let Err(error) = process.kill().await {
+                    tracing::error!(%error, "a process of a failed start is left");
+                }
+                process.acknowledge().await;
+            }
+            if let Some((processes, id)) = forget {
+                console::forget(&*processes, &id).await;
+            }
+        });
+    }
+}
+
+impl Qemu {
+    /// QEMU, run by `launcher`.
+    pub fn new(config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
+        Self { config: Arc::new(config), helpers, launcher }
+    }
+
+    fn check(&self, spec: &VmSpec) -> Result<()> {
+        spec.check()?;
+        if let Channel::KernelVsock { .. } = spec.channel
+            && !Path::new("/dev/vhost-vsock").exists()
+        {
+            return Err(Error::Unsupported {
+                vmm: self.name(),
+                what: "use the kernel's vsock".into(),
+                way_out: "this host has no /dev/vhost-vsock: load the module vhost_vsock, or let \
+                          vhost-device-vsock serve it"
+                    .into(),
+            });
+        }
+        if self.config.accel == Accel::Kvm && !Path::new("/dev/kvm").exists() {
+            return Err(Error::Unsupported {
+                vmm: self.name(),
+                what: "use KVM".into(),
+                way_out: "this host has no /dev/kvm: load the module, or set accel to tcg".into(),
+            });
+        }
+        if self.config.root_ports > 32 {
+            return Err(Error::Invalid("root_ports: at most 32".into()));
+        }
+        Ok(())
+    }
+
+    /// Starts helpers and QEMU; `incoming` lets it wait for a snapshot.
+    async fn start(&self, spec: &VmSpec, incoming: bool) -> Result<QemuVm> {
+        self.check(spec)?;
+        kuasar_host::record::private_dir(&spec.dir)?;
+        let mut started = Started::default();
+        let (mut fds, mut sockets) = (Fds::default(), Sockets::default());
+        let serve = |helper: Helper, fds: &mut Fds, started: &mut Started| {
+            started.processes.push(helper.process);
+            fds.push(helper.socket)
+        };
+        for share in spec.shares.iter().filter(|share| share.kind == ShareKind::Virtiofs) {
+            let helper = helpers::virtiofsd(&self.helpers, &self.launcher, spec, share).await?;
+            sockets.shares.push(serve(helper, &mut fds, &mut started));
+        }
+        if let Channel::HybridVsock { cid, uds } = &spec.channel {
+            let helper = helpers::vsock(&self.helpers, &self.launcher, spec, *cid, uds).await?;
+            sockets.vsock = Some(serve(helper, &mut fds, &mut started));
+        }
+        if let Channel::Serial { socket } = &spec.channel {
+            sockets.serial = Some(fds.push(vsock::private(socket, None)?));
+        }
+        let monitor = spec.dir.join("qmp.sock");
+        check_socket(&monitor, 0)?;
+        sockets.qmp = fds.push(vsock::private(&monitor, None)?);
+        let connection = StdStream::connect(&monitor).doing(|| "connect to the monitor")?;
+
+        let argv = argv::build(&self.config, spec, &mut fds, &sockets, incoming)?;
+        let (console_r, console_w) = console::pair()?;
+        let processes = self.launcher.processes().clone();
+        started.forget = Some((processes.clone(), spec.id.clone()));
+        console::begin(&*processes, &spec.id, console_r, &spec.console).await?;
+        let program = Program {
+            name: "qemu".into(),
+            argv,
+            stdout: Some(console_w.as_fd()),
+            fds: &fds,
+            view: self.view(spec),
+            netns: spec.netns.as_deref().map(AsFd::as_fd),
+            cgroups: &spec.cgroups,
+        };
+        let process = self.launcher.run(program).await?;
+        // Ours are duplicates; QEMU's end has to be the end of the pipe and of the sockets.
+        drop((fds, console_w));
+
+        let qmp = self.greet(&process, connection);
+        let qmp = match qmp.await {
+            Ok(qmp) => qmp,
+            Err(error) => {
+                started.processes.push(process);
+                return Err(error);
+            }
+        };
+        started.forget = None;
+        let helpers = std::mem::take(&mut started.processes);
+        Ok(QemuVm::new(self.config.clone(), spec, process, helpers, qmp))
+    }
+
+    /// Waits for the monitor, or for QEMU's last words.
+    async fn greet(&self, process: &Process, connection: StdStream) -> Result<Qmp> {
+        connection.set_nonblocking(true).doing(|| "configure a socket")?;
+        let stream = UnixStream::from_std(connection).doing(|| "use a socket")?;
+        tokio::select! {
+            biased;
+            exit = process.wait() => Err(process.ended(exit?)),
+            qmp = Qmp::new(Kind::Qemu, stream, self.config.timeout()) => match qmp {
+                // The connection breaks a moment before the exit is known.
+                Err(Error::Gone) => match process.wait_for(self.config.timeout()).await? {
+                    Some(exit) => Err(process.ended(exit)),
+                    None => Err(Error::Gone),
+                },
+                other => other,
+            },
+        }
+    }
+
+    /// What a jailed QEMU sees.
+    fn view(&self, spec: &VmSpec) -> View {
+        let mut view = View::new(Role::Vmm);
+        view.readable.push(spec.boot.kernel.clone());
+        if let Root::Initrd(path) = &spec.boot.root {
+            view.readable.push(path.clone());
+        }
+        view.readable.extend(self.config.data_dirs.iter().cloned());
+        if self.config.accel == Accel::Kvm {
+            view.devices.push("/dev/kvm".into());
+        }
+        if let Channel::KernelVsock { .. } = spec.channel {
+            view.devices.push("/dev/vhost-vsock".into());
+        }
+        let mut ninep = spec.shares.iter().filter(|share| share.kind == ShareKind::Ninep);
+        view.shared_tree = ninep.next().map(|share| share.dir.clone());
+        view
+    }
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    fn kind(&self) -> Kind {
+        Kind::Qemu
+    }
+
+    fn name(&self) -> String {
+        format!("qemu {}", self.config.machine.as_str())
+    }
+
+    fn features(&self) -> Features {
+        machine::features(&self.config)
+    }
+
+    async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {
+        let vm = self.start(spec, false).await?;
+        vm.settle_memory().await?;
+        Ok(Arc::new(vm))
+    }
+
+    async fn restore(&self, spec: &VmSpec, snapshot: &Path) -> Result<Arc<dyn Vm>> {
+        snapshot::restore(self, spec, snapshot).await
+    }
+
+    async fn reattach(&self, state: VmState) -> Result<Arc<dyn Vm>> {
+        let processes = self.launcher.processes();
+        let vm = QemuVm::reattach(self.config.clone(), state, processes).await?;
+        Ok(Arc::new(vm))
+    }
+
+    fn way_out(&self, feature: Feature) -> &'static str {
+        machine::way_out(feature)
+    }
+}
