@@ -3,6 +3,7 @@
 pub mod guest;
 pub mod jail;
 pub mod network;
+pub mod runtime;
 pub mod share;
 pub mod spec;
 pub mod stdio;

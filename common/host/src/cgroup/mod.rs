@@ -205,6 +205,13 @@ impl Cgroup {
         Err(Error::Invalid(format!("cgroup {} does not exist", self.path.display())))
     }
 
+    /// The files that a process enters the group by (`cgroup.procs`), one for each hierarchy in
+    /// which the group exists.
+    pub fn entrances(&self) -> Vec<PathBuf> {
+        let dirs = self.dirs().into_iter().filter(|dir| dir.is_dir());
+        dirs.map(|dir| dir.join("cgroup.procs")).collect()
+    }
+
     /// The group below this one.
     #[must_use]
     pub fn child(&self, name: &str) -> Self {
