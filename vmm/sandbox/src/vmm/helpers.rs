@@ -192,6 +192,7 @@ pub async fn vsock(
     let dir = uds.parent().filter(|dir| dir.is_absolute()).ok_or_else(|| {
         Error::Invalid(format!("{} is no absolute path of a socket", uds.display()))
     })?;
+    super::vsock::prepare(uds, launcher.owner())?;
     let watch = Watch::new(dir)?;
     let mut view = View::new(Role::VsockDevice);
     view.writable.push(dir.into());

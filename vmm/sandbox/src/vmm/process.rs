@@ -328,20 +328,18 @@ impl Launcher {
         match &self.jail {
             None => self.run_bare(program.name, argv, fds, program.cgroups, &words).await,
             Some(jail) => {
-                let request = jail::Request {
-                    argv,
-                    fds: fds.len() as i32,
+                let n = fds.len();
+                let plan = jail::Plan {
+                    fds: u32::try_from(n).unwrap_or(u32::MAX),
                     cgroups: program.cgroups.to_vec(),
                     view: program.view,
+                    config: (**jail).clone(),
                 };
+                let plan = plan.seal().doing(|| "write the jail's plan")?;
                 let pid_file = words_file()?;
-                let config =
-                    jail::Sealed::new(&request, jail).doing(|| "write the jail's configuration")?;
-                let n = fds.len();
-                fds.push(Some(config.as_fd()));
-                fds.push(Some(pid_file.as_fd()));
+                fds.extend([Some(plan.as_fd()), Some(pid_file.as_fd())]);
                 fds.extend(program.netns.map(Some));
-                let argv = jail::command_line(jail, n, program.netns.is_some());
+                let argv = jail::command_line(jail, n, program.netns.is_some(), argv);
                 self.run_jailed(program.name, argv, fds, &words, &pid_file).await
             }
         }
@@ -380,7 +378,7 @@ impl Launcher {
             Command { argv, env: environment(), fds, cgroups: Vec::new(), cookie: jailer };
         let (pid, since) = self.processes.spawn(command).await?;
         let started = self.process(format!("the jailer of {name}"), pid, jailer, words)?;
-        let limit = self.jail.as_ref().map_or(KILL, |jail| jail.timeout);
+        let limit = self.jail.as_ref().map_or(KILL, |jail| jail.timeout());
         let Some(exit) = started.wait_for(limit).await? else {
             // Its child is in a PID namespace of its own, or not made yet: both go with it.
             let _ = started.kill().await;

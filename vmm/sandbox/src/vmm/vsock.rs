@@ -8,6 +8,7 @@
 //! connection can wedge the device for good (measured).
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,12 +27,34 @@ pub fn port_path(uds: &Path, port: u32) -> PathBuf {
     name.into()
 }
 
+/// Makes the directory of a channel's sockets: for `owner` alone, who makes `<uds>` there and dials
+/// the sockets of the guest's ports. [`bind`] and the drivers call it; calling it again does no
+/// harm.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Invalid`] when somebody else owns it or it is no directory.
+pub fn prepare(uds: &Path, owner: Option<(u32, u32)>) -> Result<()> {
+    let dir = uds.parent().filter(|dir| dir.is_absolute()).ok_or_else(|| {
+        Error::Invalid(format!("{} is no absolute path of a socket", uds.display()))
+    })?;
+    let Some((uid, gid)) = owner else {
+        return Ok(kuasar_host::record::private_dir(dir)?);
+    };
+    let there = std::fs::symlink_metadata(dir);
+    if !there.is_ok_and(|meta| meta.is_dir() && meta.uid() == uid) {
+        kuasar_host::record::private_dir(dir)?;
+    }
+    std::os::unix::fs::lchown(dir, Some(uid), Some(gid))
+        .doing(|| format!("give {} to user {uid}", dir.display()))
+}
+
 /// Listens for what the guest dials to `port`. Bind before the machine starts. `owner` is who has
 /// to be able to connect, see [`super::Launcher::owner`].
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn bind(uds: &Path, port: u32, owner: Option<(u32, u32)>) -> Result<UnixListener> {
+    prepare(uds, owner)?;
     let path = port_path(uds, port);
     let fd = private(&path, owner)?;
     let listener = std::os::unix::net::UnixListener::from(fd);

@@ -1,0 +1,121 @@
+//! User, groups and the five capability sets.
+
+use nix::errno::Errno;
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+
+use super::run::{Failed, Step};
+use super::{Plan, Role};
+
+/// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h).
+const VERSION: u32 = 0x2008_0522;
+/// Numbers from linux/capability.h.
+mod cap {
+    pub const CHOWN: u32 = 0;
+    pub const DAC_OVERRIDE: u32 = 1;
+    pub const FOWNER: u32 = 3;
+    pub const FSETID: u32 = 4;
+    pub const SETGID: u32 = 6;
+    pub const SETUID: u32 = 7;
+    pub const SYS_CHROOT: u32 = 18;
+    pub const MKNOD: u32 = 27;
+    pub const SETFCAP: u32 = 31;
+    /// Capability numbers are below this in any kernel: two words of 32 bits.
+    pub const END: u32 = 64;
+}
+
+/// What virtiofsd serves files with; the last is for its own sandbox.
+const FILE_SERVER: [u32; 9] = [
+    cap::CHOWN,
+    cap::DAC_OVERRIDE,
+    cap::FOWNER,
+    cap::FSETID,
+    cap::SETGID,
+    cap::SETUID,
+    cap::MKNOD,
+    cap::SETFCAP,
+    cap::SYS_CHROOT,
+];
+
+/// User and group of the program.
+pub(super) fn user(plan: &Plan) -> (u32, u32) {
+    match plan.view.role {
+        Role::FileServer => (0, 0),
+        Role::Vmm | Role::VsockDevice => (plan.config.uid, plan.config.gid),
+    }
+}
+
+/// The capabilities of a role, as a bit set.
+fn kept(role: Role) -> u64 {
+    match role {
+        Role::FileServer => FILE_SERVER.iter().fold(0, |set, one| set | 1 << one),
+        Role::Vmm | Role::VsockDevice => 0,
+    }
+}
+
+/// Takes the program's user and gives up all else, for good.
+pub(super) fn give_up(plan: &Plan) -> Result<(), Failed> {
+    let keep = kept(plan.view.role);
+    let (uid, gid) = user(plan);
+    for number in (0..cap::END).filter(|number| keep & 1 << number == 0) {
+        // SAFETY: integer arguments.
+        let r = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) };
+        match Errno::result(r) {
+            Ok(_) => {}
+            // This kernel has no such capability, nor any with a higher number.
+            Err(Errno::EINVAL) => break,
+            Err(e) => return Err(e).step(|| format!("give up capability {number} for good")),
+        }
+    }
+    // SAFETY: integer arguments.
+    let r = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    Errno::result(r).step(|| "clear the ambient capabilities")?;
+    setgroups(&[]).step(|| "give up all groups")?;
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    setresgid(group, group, group).step(|| format!("become group {gid}"))?;
+    setresuid(user, user, user).step(|| format!("become user {uid}"))?;
+    set(keep).step(|| "give up capabilities")?;
+    nix::sys::prctl::set_no_new_privs().step(|| "forbid new privileges")
+}
+
+/// `struct __user_cap_header_struct` (linux/capability.h).
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: i32,
+}
+
+/// `struct __user_cap_data_struct`: effective, permitted, inheritable; low word first.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Data {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Sets effective and permitted to `keep`, inheritable to nothing.
+fn set(keep: u64) -> nix::Result<()> {
+    let mut header = Header { version: VERSION, pid: 0 };
+    let word = |bits: u32| Data { effective: bits, permitted: bits, inheritable: 0 };
+    let data = [word(keep as u32), word((keep >> 32) as u32)];
+    // SAFETY: header and two data words, as version 3 wants them.
+    let r = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) };
+    Errno::result(r).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_file_server_keeps_any_capability_and_never_an_administrators() {
+        assert_eq!(kept(Role::Vmm), 0);
+        assert_eq!(kept(Role::VsockDevice), 0);
+        let kept = kept(Role::FileServer);
+        // NET_ADMIN, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_ADMIN, DAC_READ_SEARCH, SETPCAP, BPF.
+        for number in [12, 16, 17, 19, 21, 2, 8, 39] {
+            assert_eq!(kept & 1 << number, 0, "{number}");
+        }
+        assert_eq!(kept.count_ones(), 9);
+    }
+}
