@@ -34,6 +34,8 @@ const HUGETLBFS: i64 = 0x9584_58f6;
 const STORAGE: &str = "/run/kuasar/storage";
 /// Component of the path of kubelet's `emptyDir` volumes.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+/// The pod's PID namespace, as the guest understands it.
+const POD_PID: &str = "/proc/0/ns/pid";
 /// Most bind volumes of a container.
 pub const MAX_VOLUMES: usize = 256;
 
@@ -335,19 +337,26 @@ fn namespaces(linux: &mut Map<String, Value>, sandbox_pid: u32) -> Result<(), Re
         let pid = path.strip_prefix("/proc/").and_then(|rest| rest.split('/').next());
         let pid = pid.and_then(|pid| pid.parse::<u32>().ok()).unwrap_or(0);
         let Some(entry) = entry.as_object_mut() else { continue };
-        // NamespaceMode_TARGET: another container's by its pid, which is the guest's number.
-        let targets = kind == "pid" && pid != 0 && pid != sandbox_pid;
-        if targets {
-            entry.insert("path".into(), json!(format!("/proc/{pid}/ns/pid")));
-        } else {
-            entry.remove("path");
+        match kind.as_str() {
+            "pid" if path.is_empty() => {}
+            "pid" if pid == 0 || pid == sandbox_pid => {
+                entry.insert("path".into(), json!(POD_PID));
+            }
+            // NamespaceMode_TARGET: another container's by its pid, which is the guest's number.
+            "pid" => {
+                entry.insert("path".into(), json!(format!("/proc/{pid}/ns/pid")));
+            }
+            _ => drop(entry.remove("path")),
         }
     }
     list.retain(|entry| text(entry, "type") != "user");
     // Whoever asks for the host's namespaces gets the pod's: the guest's own are its agent's.
     for kind in ["mount", "network", "ipc", "uts", "pid"] {
         if list.iter().all(|entry| text(entry, "type") != kind) {
-            list.push(json!({ "type": kind }));
+            list.push(match kind {
+                "pid" => json!({ "type": kind, "path": POD_PID }),
+                _ => json!({ "type": kind }),
+            });
         }
     }
     Ok(())
@@ -441,6 +450,7 @@ mod tests {
             assert!(spec.pointer(gone).is_none(), "{gone}");
         }
         assert!(!spec.to_string().contains("/proc/77"));
+        assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/0/ns/pid");
         let kinds = spec["linux"]["namespaces"].as_array().unwrap();
         let kinds: Vec<_> = kinds.iter().map(|n| n["type"].as_str().unwrap()).collect();
         assert_eq!(kinds, ["network", "mount", "pid", "ipc", "uts"]);
