@@ -18,8 +18,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
 use containerd_task::runtime::{
-    AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned,
-    StatsFlavor,
+    AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
 use kuasar_host::mount::{Mount, tree};
@@ -104,8 +103,7 @@ type Ends = Vec<(&'static str, StreamKind, OwnedFd, Direction)>;
 
 /// Takes a process's streams apart: its descriptors, and the addresses that the guest is told.
 fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String; 3], bool) {
-    let address =
-        |kind: StreamKind| format!("vsock-stream://{container}/{exec}/{}", kind.word());
+    let address = |kind: StreamKind| format!("vsock-stream://{container}/{exec}/{}", kind.word());
     let mut ends = Vec::new();
     let mut names = [const { String::new() }; 3];
     let terminal = match io {
@@ -159,8 +157,7 @@ impl Containers {
         if !all.contains_key(container) && !self.dir(container).exists() {
             return;
         }
-        let one =
-            all.entry(container.to_owned()).or_insert(OutOfMemory { kills: 0, told: None });
+        let one = all.entry(container.to_owned()).or_insert(OutOfMemory { kills: 0, told: None });
         one.kills += 1;
         if let Some(told) = &one.told {
             // Full only when nobody has looked at 2^64 - 2 of them.
@@ -231,8 +228,10 @@ impl Containers {
             tracing::warn!(container = %request.id, %dropped, "not for a VM: left out");
         }
         for storage in needs.storages {
-            let question =
-                wire::AddStorageRequest { storage: MessageField::some(storage), ..Default::default() };
+            let question = wire::AddStorageRequest {
+                storage: MessageField::some(storage),
+                ..Default::default()
+            };
             let _: wire::AddStorageResponse =
                 self.guest.call_again(service::GUEST, "AddStorage", &question).await?;
         }
@@ -402,8 +401,7 @@ impl Runtime for Containers {
         if let Some((width, height)) = size {
             process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
         }
-        let value =
-            serde_json::to_vec(&process).map_err(|error| Error::internal("exec", error))?;
+        let value = serde_json::to_vec(&process).map_err(|error| Error::internal("exec", error))?;
         let kind = "types.containerd.io/opencontainers/runtime-spec/1/Process";
         let question = api::ExecProcessRequest {
             id: container.into(),
@@ -460,8 +458,7 @@ impl Runtime for Containers {
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
-        let question =
-            api::DeleteRequest { id: container.into(), ..api::DeleteRequest::default() };
+        let question = api::DeleteRequest { id: container.into(), ..api::DeleteRequest::default() };
         match self.make::<api::DeleteResponse>("Delete", &question).await {
             // Not there (any more), with the machine or without.
             Ok(_) | Err(Error::NotFound(_)) => {}
@@ -503,8 +500,7 @@ impl Runtime for Containers {
     }
 
     async fn resume(&self, container: &str) -> Result<()> {
-        let question =
-            api::ResumeRequest { id: container.into(), ..api::ResumeRequest::default() };
+        let question = api::ResumeRequest { id: container.into(), ..api::ResumeRequest::default() };
         self.ask::<api::Empty>("Resume", &question).await.map(drop)
     }
 
@@ -542,8 +538,7 @@ impl Runtime for Containers {
             StatsFlavor::V1 => service::TASK_V2,
         };
         let question = api::StatsRequest { id: container.into(), ..api::StatsRequest::default() };
-        let answer: api::StatsResponse =
-            self.guest.call_again(version, "Stats", &question).await?;
+        let answer: api::StatsResponse = self.guest.call_again(version, "Stats", &question).await?;
         let stats = answer.stats.into_option().unwrap_or_default();
         // Another type would fail the list of all containers' statistics.
         let known = match flavor {
@@ -557,13 +552,12 @@ impl Runtime for Containers {
     }
 
     async fn oom_watch(&self, container: &str) -> Option<OwnedFd> {
-        let flags = nix::sys::eventfd::EfdFlags::EFD_CLOEXEC
-            | nix::sys::eventfd::EfdFlags::EFD_NONBLOCK;
+        let flags =
+            nix::sys::eventfd::EfdFlags::EFD_CLOEXEC | nix::sys::eventfd::EfdFlags::EFD_NONBLOCK;
         let told = nix::sys::eventfd::EventFd::from_value_and_flags(0, flags).ok()?;
         let ours = told.as_fd().try_clone_to_owned().ok()?;
         let mut all = self.oom.lock().unwrap_or_else(PoisonError::into_inner);
-        let one =
-            all.entry(container.to_owned()).or_insert(OutOfMemory { kills: 0, told: None });
+        let one = all.entry(container.to_owned()).or_insert(OutOfMemory { kills: 0, told: None });
         one.told = Some(ours);
         told.as_fd().try_clone_to_owned().ok()
     }
