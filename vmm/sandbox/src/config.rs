@@ -98,6 +98,9 @@ pub struct GuestConfig {
     pub kernel: Option<PathBuf>,
     /// initramfs with vmm-task. Unset: see [`GuestConfig::find`].
     pub initrd: Option<PathBuf>,
+    /// EROFS image with vmm-task, from which guests boot in place of the initramfs: for kernels
+    /// without one, and for less memory.
+    pub image: Option<PathBuf>,
     /// Further parameters for the kernel.
     pub params: Vec<String>,
     /// Bytes of each of the two console logs of a pod; 0 keeps none.
@@ -113,6 +116,7 @@ impl Default for GuestConfig {
         Self {
             kernel: None,
             initrd: None,
+            image: None,
             params: ["quiet", "panic=-1"].map(str::to_owned).to_vec(),
             console_bytes: 256 << 10,
             shm_size: 64 << 20,
@@ -121,13 +125,22 @@ impl Default for GuestConfig {
     }
 }
 
-/// A guest's kernel and initramfs.
+/// A guest's kernel and root file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Images {
     /// Kernel.
     pub kernel: PathBuf,
-    /// initramfs.
-    pub initrd: PathBuf,
+    /// initramfs, or an EROFS image.
+    pub root: RootImage,
+}
+
+/// A guest's root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootImage {
+    /// An initramfs.
+    Initrd(PathBuf),
+    /// A disk with EROFS.
+    Erofs(PathBuf),
 }
 
 impl GuestConfig {
@@ -159,10 +172,12 @@ impl GuestConfig {
                 )
             })
         };
-        Ok(Images {
-            kernel: search(&self.kernel, "kernel", &["vmlinux"])?,
-            initrd: search(&self.initrd, "initrd", &Self::INITRDS)?,
-        })
+        let kernel = search(&self.kernel, "kernel", &["vmlinux"])?;
+        let root = match &self.image {
+            Some(_) => RootImage::Erofs(search(&self.image, "image", &[])?),
+            None => RootImage::Initrd(search(&self.initrd, "initrd", &Self::INITRDS)?),
+        };
+        Ok(Images { kernel, root })
     }
 }
 
@@ -377,6 +392,29 @@ mod tests {
         assert_eq!(config.vmm_of("", &annotations), Ok(Vmm::Qemu));
         config.heeds_annotation = true;
         assert!(config.vmm_of("", &annotations).is_err());
+    }
+
+    #[test]
+    fn the_packaged_file_has_every_key_at_its_default() {
+        let packaged = include_str!("../../../packaging/vmm-sandboxer.toml");
+        let is_key = |line: &&str| {
+            line.strip_prefix('#').is_some_and(|rest| {
+                rest.split_once(" = ").is_some_and(|(key, _)| {
+                    key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                })
+            })
+        };
+        let on: Vec<&str> = packaged
+            .lines()
+            .map(|line| if is_key(&line) { &line[1..] } else { line })
+            // Paths that have no fixed default.
+            .filter(|line| !["kernel", "initrd", "image"].iter().any(|key| line.starts_with(key)))
+            .collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vmm-sandboxer.toml");
+        std::fs::write(&file, on.join("\n")).unwrap();
+        let (_, config) = Config::load(Some(&file)).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
     }
 
     #[test]

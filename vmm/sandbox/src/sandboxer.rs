@@ -38,7 +38,7 @@ use tokio::sync::watch;
 use vmm_common::guest as wire;
 use vmm_common::port;
 
-use crate::config::{Config, HostNetwork};
+use crate::config::{Config, HostNetwork, RootImage};
 use crate::guest::{Dial, Guest, GuestError, Limits, service};
 use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
@@ -46,8 +46,8 @@ use crate::share::ShareTree;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::{
-    self, Boot, Channel, Console, Feature, Launcher, Nic, Range, Root, Share, ShareKind, Vm,
-    VmSpec, VmState, Vmm,
+    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Launcher, Nic, Range, Root, Share,
+    ShareKind, Vm, VmSpec, VmState, Vmm,
 };
 
 /// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
@@ -285,6 +285,13 @@ impl VmmSandboxer {
         cgroup: &Cgroup,
     ) -> Result<VmSpec> {
         let images = config.guest.find().map_err(Error::FailedPrecondition)?;
+        let root = match images.root {
+            RootImage::Initrd(path) => Root::Initrd(path),
+            RootImage::Erofs(path) => Root::Image {
+                disk: Disk::open("root", &path, DiskFormat::Raw, true).map_err(machine)?,
+                fstype: "erofs".into(),
+            },
+        };
         let linux = &ctx.spec.config.linux;
         let resources = linux.resources.as_ref().cloned().unwrap_or_default();
         let (cpus, memory) = config.size.of(
@@ -298,11 +305,7 @@ impl VmmSandboxer {
             cpus: Range::fixed(cpus),
             memory_mib: Range::fixed(memory),
             hugepages: config.size.hugepages,
-            boot: Boot {
-                kernel: images.kernel,
-                root: Root::Initrd(images.initrd),
-                params: config.guest.params.clone(),
-            },
+            boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
             shares: vec![Share {
                 tag: vmm_common::SHARE_TAG.into(),
                 dir: ShareTree::new(&ctx.dir).served(),
