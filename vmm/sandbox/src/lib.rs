@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod daemon;
+pub mod forward;
 pub mod guest;
 pub mod jail;
 pub mod network;

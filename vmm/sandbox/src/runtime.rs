@@ -28,14 +28,13 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use tokio::task::JoinHandle;
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
 use crate::guest::{Guest, GuestError, service};
 use crate::share::ShareTree;
 use crate::spec::{self, Needs};
-use crate::stdio::{self, Direction};
+use crate::stdio::{self, Direction, Stream};
 
 /// Most processes of a container that are listed.
 const MAX_PIDS: usize = 65_536;
@@ -287,7 +286,7 @@ impl Containers {
         &self,
         container: &str,
         exec: &str,
-        outputs: Vec<JoinHandle<()>>,
+        outputs: Vec<Stream>,
     ) -> BoxFuture<'static, Exit> {
         let (guest, keeper, drain) = (self.guest.clone(), self.keeper.clone(), self.pod.drain);
         let prefix = stdio::process_prefix(container, exec);
@@ -300,11 +299,8 @@ impl Containers {
             let status = wait(&guest, &question).await;
             let at = SystemTime::now();
             let limit = if guest.is_gone() { LAST_OUTPUT } else { drain };
-            let aborts: Vec<_> = outputs.iter().map(JoinHandle::abort_handle).collect();
-            let ended = futures::future::join_all(outputs);
-            if tokio::time::timeout(limit, ended).await.is_err() {
-                aborts.iter().for_each(tokio::task::AbortHandle::abort);
-            }
+            let ends = outputs.into_iter().map(|output| output.finish(limit));
+            futures::future::join_all(ends).await;
             // What is kept would keep readers waiting.
             if let Err(error) = keeper.forget(&prefix).await {
                 tracing::error!(%prefix, "streams stay open: {}", error.chain());

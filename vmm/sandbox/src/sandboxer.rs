@@ -396,6 +396,18 @@ impl VmmSandboxer {
                 times.unwell,
             )));
         }
+        let netns = &ctx.spec.netns_path;
+        if !netns.is_empty() {
+            let begun = network::open(netns).map_err(|error| chain(&error)).and_then(|netns| {
+                crate::forward::start(netns.as_fd(), guest.clone()).map_err(|e| e.to_string())
+            });
+            match begun {
+                Ok(forwards) => watchers.push(forwards),
+                Err(error) => {
+                    tracing::warn!(sandbox = id, error, "no port-forward to this pod");
+                }
+            }
+        }
         // Not among the watchers: it has to see the end that we order as well.
         tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
         let live = Live { vm, guest: guest.clone(), watchers };
@@ -511,6 +523,10 @@ impl VmmSandboxer {
                 Err(error) => tracing::warn!(sandbox = ctx.spec.id, %error,
                     "its machine cannot be taken up, only killed"),
             }
+        }
+        if state.vm.is_some() {
+            // Its exit is forgotten: nobody may wait for it again.
+            self.save(ctx, &PodState { vm: None, ..state.clone() }).await?;
         }
         let Some(path) = state.machine_cgroup.clone() else { return Ok(()) };
         let group = self.cgroups.group(&path).map_err(host("the machine's cgroup"))?;
@@ -812,20 +828,20 @@ impl Sandboxer for VmmSandboxer {
             tracing::warn!(sandbox = id, why, "the pod is down");
             Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() })
         };
-        let Some(recorded) = state.vm.clone() else {
-            return Ok(lost("it was never started"));
-        };
         let dir = state.machine_dir.clone().unwrap_or_default();
-        let (driver, _) = self.vmm(&config, recorded.kind)?;
         let (end, gone) = watch::channel(false);
         let dial = Arc::new(Hybrid(uds(&dir)));
-        let vm = match driver.reattach(recorded).await {
-            Ok(vm) if !self.fresh => vm,
-            other => {
-                let why = match other {
-                    Err(error) => chain(&error),
-                    Ok(_) => "sandbox-parent has been lost".into(),
-                };
+        let taken = match state.vm.clone() {
+            None => Err("it has no machine".to_owned()),
+            Some(_) if self.fresh => Err("sandbox-parent has been lost".to_owned()),
+            Some(recorded) => {
+                let (driver, _) = self.vmm(&config, recorded.kind)?;
+                driver.reattach(recorded).await.map_err(|error| chain(&error))
+            }
+        };
+        let vm = match taken {
+            Ok(vm) => vm,
+            Err(why) => {
                 self.end_machine(ctx, &state, Duration::ZERO).await?;
                 // containerd asks how its containers have ended, and deletes them.
                 end.send_replace(true);

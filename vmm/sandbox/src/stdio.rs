@@ -17,6 +17,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_task::error::{Error, Result};
 use containerd_task::runtime::Keeper;
@@ -63,7 +64,7 @@ pub async fn begin(
     guest: OwnedFd,
     engine: OwnedFd,
     direction: Direction,
-) -> Result<JoinHandle<()>> {
+) -> Result<Stream> {
     let (one, other) = (format!("{name}guest"), format!("{name}engine"));
     tokio::try_join!(keeper.keep(&one, guest.as_fd()), keeper.keep(&other, engine.as_fd()))?;
     run(keeper.clone(), name, guest, engine, direction)
@@ -77,7 +78,7 @@ pub async fn resume(
     keeper: &Arc<dyn Keeper>,
     name: String,
     direction: Direction,
-) -> Result<Option<JoinHandle<()>>> {
+) -> Result<Option<Stream>> {
     let guest = keeper.fetch(&format!("{name}guest")).await?;
     let engine = keeper.fetch(&format!("{name}engine")).await?;
     match (guest, engine) {
@@ -94,15 +95,71 @@ fn run(
     guest: OwnedFd,
     engine: OwnedFd,
     direction: Direction,
-) -> Result<JoinHandle<()>> {
+) -> Result<Stream> {
+    let connection =
+        guest.try_clone().map_err(|error| Error::internal("duplicate a stream", error))?;
     let pump = Pump::new(guest, engine, direction)?;
-    Ok(tokio::spawn(async move {
+    let pump = tokio::spawn(async move {
         pump.run().await;
         // Before the exit is told: a kept end would keep readers waiting.
         if let Err(error) = keeper.forget(&name).await {
             tracing::error!(%name, "an ended stream stays open: {}", error.chain());
         }
-    }))
+    });
+    Ok(Stream { pump, connection })
+}
+
+/// A stream that is being pumped.
+#[derive(Debug)]
+pub struct Stream {
+    /// The pump.
+    pub pump: JoinHandle<()>,
+    /// The connection to the guest.
+    pub connection: OwnedFd,
+}
+
+/// While bytes were held up somewhere: how long none have to come until there are no more.
+const QUIET: Duration = Duration::from_millis(50);
+
+impl Stream {
+    /// Brings an output to its end after its process has ended and the guest has said that all of
+    /// it is on its way; at most `limit`.
+    ///
+    /// `vhost-device-vsock` does not pass the half-close of a guest on (measured), so that the end
+    /// does not show by itself. But it handles what the guest sends in order: when the guest's
+    /// word that it has sent everything is here, everything is, as far as our socket had room.
+    /// Then we hang up, and the guest, which waits for that, does so as well.
+    pub async fn finish(self, limit: Duration) {
+        let Self { mut pump, connection } = self;
+        let ended = async {
+            let mut held_up = false;
+            let mut fds = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+            loop {
+                let more = matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0);
+                held_up |= more;
+                if !more && !held_up {
+                    break;
+                }
+                // The pump has it in hand; look again when it had time to go on.
+                if tokio::time::timeout(QUIET, &mut pump).await.is_ok() {
+                    return;
+                }
+                let more = matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0);
+                if !more {
+                    break;
+                }
+            }
+            // Fails when the guest has hung up.
+            let _ = nix::sys::socket::shutdown(
+                connection.as_raw_fd(),
+                nix::sys::socket::Shutdown::Write,
+            );
+            let _ = (&mut pump).await;
+        };
+        if tokio::time::timeout(limit, ended).await.is_err() {
+            pump.abort();
+        }
+    }
 }
 
 /// Moves bytes one way between the guest's connection and the engine's end.

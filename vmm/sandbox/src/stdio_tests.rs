@@ -208,8 +208,8 @@ async fn a_stream_is_kept_until_its_end_and_found_again() {
     let pump = begin(&keeper, name.clone(), ours.into(), writer, Direction::Output).await.unwrap();
     guest.write_all(b"one ").unwrap();
     tokio::task::yield_now().await;
-    pump.abort();
-    let _ = pump.await;
+    pump.pump.abort();
+    let _ = pump.pump.await;
     assert_eq!(
         kept.0.lock().unwrap().keys().collect::<Vec<_>>(),
         ["vmio/c//stdout/engine", "vmio/c//stdout/guest"]
@@ -217,9 +217,29 @@ async fn a_stream_is_kept_until_its_end_and_found_again() {
     let pump = resume(&keeper, name.clone(), Direction::Output).await.unwrap().unwrap();
     guest.write_all(b"two").unwrap();
     drop(guest);
-    pump.await.unwrap();
+    pump.pump.await.unwrap();
     // Nothing keeps the FIFO open any more.
     assert_eq!(joined(read_all(reader)).await, b"one two");
     assert!(kept.0.lock().unwrap().is_empty());
     assert!(resume(&keeper, name, Direction::Output).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_output_whose_end_does_not_show_is_brought_to_it_with_every_byte() {
+    let keeper: Arc<dyn Keeper> = Arc::new(Kept::default());
+    let (_dir, reader, writer) = fifo();
+    let (ours, guest) = UnixStream::pair().unwrap();
+    let name = name("c", "", "stdout");
+    let stream = begin(&keeper, name, ours.into(), writer, Direction::Output).await.unwrap();
+    let bytes = noise(1 << 20);
+    let read = read_all(reader);
+    // A guest whose half-close does not come through hangs up when it sees that we have.
+    let mut guest = joined(write_all(guest, bytes.clone())).await;
+    let hangs_up = std::thread::spawn(move || {
+        let mut rest = Vec::new();
+        guest.read_to_end(&mut rest).unwrap();
+    });
+    stream.finish(Duration::from_secs(20)).await;
+    joined(hangs_up).await;
+    assert!(joined(read).await == bytes);
 }
