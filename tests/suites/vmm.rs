@@ -81,7 +81,10 @@ fn a_container_runs_under_its_own_kernel_and_says_so() {
     assert_eq!(lines.next(), Some("hello"), "{said:?}");
     assert_ne!(lines.next(), Some(host.trim()));
     let c = pod.start(&["sleep", "1000"]);
-    assert_eq!(c.exec(&["sh", "-c", "echo out; echo err >&2; exit 3"]), (3, "out\n".into(), "err\n".into()));
+    assert_eq!(
+        c.exec(&["sh", "-c", "echo out; echo err >&2; exit 3"]),
+        (3, "out\n".into(), "err\n".into())
+    );
     assert_eq!(c.sh("hostname"), pod.config.hostname);
     c.stop(0).unwrap();
     assert_eq!(c.wait(), 137);

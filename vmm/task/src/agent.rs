@@ -28,9 +28,8 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 pub fn main() -> ! {
     let started_ns = boot::now_ns();
     let mut options = Options::default();
-    let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        run(started_ns, &mut options)
-    }));
+    let run =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(started_ns, &mut options)));
     match run {
         Ok(Ok(never)) => match never {},
         Ok(Err(error)) => tracing::error!("cannot serve: {error}"),
