@@ -1,5 +1,6 @@
 #!/bin/bash
-# The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | containerd start|kill | run CMD…
+# The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | vmm start|stop|kill |
+# containerd start|kill | run CMD…
 # Everything lives below target/bed, in a private network and mount namespace.
 set -euo pipefail
 SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -8,7 +9,7 @@ B=${BED:-$TOP/target/bed}
 K=${KUASAR_BIN_DIR:-$TOP/target/release}
 export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
 export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
-export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock
+export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock
 
 pid_of() { cat "$B/run/$1.pid" 2>/dev/null || true; }
 alive() { [ -n "$1" ] && readlink "/proc/$1/exe" >/dev/null 2>&1; }
@@ -46,7 +47,7 @@ s = socket.socket(socket.AF_UNIX)
 s.settimeout(5)
 s.connect(sys.argv[1])
 s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
-sys.exit(0 if s.recv(9) else 1)' "$B/run/kuasar-runc.sock"
+sys.exit(0 if s.recv(9) else 1)' "$B/run/${1:-kuasar-runc}.sock"
 }
 daemon() {
   case $1 in
@@ -60,6 +61,19 @@ daemon() {
     stop) end daemon TERM ;;
     kill) end daemon KILL ;;
     died) wait_for 30 gone "$(pid_of daemon)" ;;
+  esac
+}
+# Whether there is what pods in VMs need; without it that daemon is left out of the bed.
+has_vmm() { [ -x "$K/vmm-sandboxer" ] && [ -x "$B/vmm/libexec/qemu-system-x86_64" ]; }
+vmm() {
+  case $1 in
+    start)
+      alive "$(pid_of vmm)" && return 0
+      start vmm kuasar-vmm.log "$K/vmm-sandboxer" --listen "$B/run/kuasar-vmm.sock" \
+        --dir "$B/run/kuasar-vmm" --config "$B/etc/kuasar-vmm.toml" ${LOG:+--log-level "$LOG"}
+      wait_for 30 answers kuasar-vmm ;;
+    stop) end vmm TERM ;;
+    kill) end vmm KILL ;;
   esac
 }
 containerd_() {
@@ -77,7 +91,7 @@ containerd_() {
 up() {
   mkdir -p "$B/run"
   if ! alive "$(pid_of ns)"; then
-    rm -rf "$B/run/kuasar-runc" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
+    rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-vmm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
     setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &
     echo $! > "$B/run/ns.pid"
     # Until it has its namespaces, `inside` would be the host.
@@ -91,6 +105,7 @@ up() {
   fi
   alive "$(pid_of registry)" || start registry registry.log python3 "$SRC/registry.py" "$B/images" 5055
   daemon start
+  ! has_vmm || vmm start
   containerd_ start
   ctr -n k8s.io images ls -q | grep -q pause:3.10 ||
     inside ctr -a "$CONTAINERD_ADDRESS" -n k8s.io images import "$B/images/base.tar" >/dev/null
@@ -124,6 +139,10 @@ down() {
     end containerd TERM || end containerd KILL || true
     end daemon TERM || end daemon KILL || true
     inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true
+    if [ -d "$B/run/kuasar-vmm" ]; then
+      end vmm TERM || end vmm KILL || true
+      inside "$K/vmm-sandboxer" --dir "$B/run/kuasar-vmm" shutdown-parent --force >/dev/null 2>&1 || true
+    fi
     end_stock_shims
     end registry TERM || true
     end ns KILL || true
@@ -134,6 +153,7 @@ case ${1:-} in
   up) up ;;
   down) down ;;
   daemon) daemon "$2" ;;
+  vmm) vmm "$2" ;;
   containerd) containerd_ "$2" ;;
   run) shift; inside "$@" ;;
   *) echo "usage: bed.sh up|down|daemon start|spawn|stop|kill|died|containerd start|stop|kill|run CMD" >&2; exit 2 ;;

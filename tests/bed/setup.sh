@@ -161,6 +161,9 @@ state = '$B/run/containerd'
 [proxy_plugins.kuasar-runc]
   type = 'sandbox'
   address = '$B/run/kuasar-runc.sock'
+[proxy_plugins.kuasar-vmm]
+  type = 'sandbox'
+  address = '$B/run/kuasar-vmm.sock'
 EOF
     while read -r name type sandboxer io; do
       cat <<EOF
@@ -175,6 +178,8 @@ kuasar-runc io.containerd.kuasar-runc.v1 kuasar-runc fifo
 kuasar-runc-streaming io.containerd.kuasar-runc.v1 kuasar-runc streaming
 kuasar-runc-v2 io.containerd.runc.v2 kuasar-runc fifo
 kuasar-runc-shim io.containerd.kuasar-runc.v1 shim fifo
+kuasar-vmm io.containerd.kuasar-vmm.v1 kuasar-vmm fifo
+kuasar-vmm-streaming io.containerd.kuasar-vmm.v1 kuasar-vmm streaming
 EOF
     # containerd asks this runc what it can do, and offers user namespaces to pods accordingly
     cat <<EOF
@@ -192,6 +197,19 @@ unstarted = "6s"
 path = "$B/bin/runc13"
 [engines.crun]
 path = "$B/bin/crun"
+EOF
+  # TCG: nothing is assumed of the machine's KVM.
+  cat > "$B/etc/kuasar-vmm.toml" <<EOF
+events_address = "$B/run/containerd.sock.ttrpc"
+metrics_listen = "$B/run/kuasar-vmm-metrics.sock"
+allowed_annotations = ["io.kuasar.vmm"]
+[qemu]
+path = "$B/vmm/libexec/qemu-system-x86_64"
+accel = "tcg"
+data_dirs = ["$B/vmm/share/qemu"]
+[helpers]
+virtiofsd = "$B/vmm/bin/virtiofsd"
+vsock = "$B/vmm/bin/vhost-device-vsock"
 EOF
 }
 

@@ -14,5 +14,6 @@ mod restart;
 mod security;
 mod stdio;
 mod terminal;
+mod vmm;
 mod volumes;
 mod wire;

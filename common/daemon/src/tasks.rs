@@ -48,7 +48,7 @@ impl TaskServers {
         if !ctx.spec.namespace.is_empty() {
             options.namespace = ctx.spec.namespace.clone();
         }
-        let keeper = ParentKeeper { parent: self.parent.clone(), pod: ctx.spec.id.clone() };
+        let keeper = ParentKeeper::new(self.parent.clone(), ctx.spec.id.clone());
         let (keeper, journal) = (Arc::new(keeper), Arc::new(journal));
         let tasks = Tasks(TaskServer::new(runtime, keeper, journal, self.events.clone(), options));
         self.table().insert(ctx.spec.id.clone(), tasks.clone());
@@ -140,12 +140,17 @@ impl Tasks {
 }
 
 /// Descriptors of one pod's streams, kept by sandbox-parent.
-struct ParentKeeper {
+pub struct ParentKeeper {
     parent: Parent,
     pod: String,
 }
 
 impl ParentKeeper {
+    /// Keeps for the pod with this id: every name begins with it.
+    pub fn new(parent: Parent, pod: String) -> Self {
+        Self { parent, pod }
+    }
+
     fn name(&self, name: &str) -> String {
         format!("{}/{name}", self.pod)
     }

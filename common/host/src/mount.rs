@@ -6,6 +6,7 @@
 
 pub mod idmap;
 mod overlay;
+pub mod tree;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};

@@ -1,9 +1,12 @@
-//! The little of rtnetlink that sandboxers ask: which interfaces and addresses a pod has, and
-//! setting `lo` up.
+//! The little of rtnetlink that sandboxers ask: which interfaces, addresses, routes and neighbours
+//! a pod has, setting an interface up, and joining two of them with tc.
 //!
 //! Messages are read by hand (rtnetlink(7), linux/if_link.h, linux/if_addr.h): a request and a
 //! walk over attributes are smaller than any library for them, and a short or odd answer is
 //! skipped, never trusted.
+
+mod configure;
+mod inspect;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -14,6 +17,8 @@ use nix::sys::socket::{
 };
 
 use crate::{Context, Error, Result};
+pub use configure::{Neighbour, Route};
+pub use inspect::{NeighbourEntry, RouteEntry};
 
 /// A network interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -28,6 +33,10 @@ pub struct Link {
     pub mtu: u32,
     /// `IFF_*` flags; see [`Link::is_up`].
     pub flags: u32,
+    /// `ARPHRD_*`: 1 is Ethernet.
+    pub hardware: u16,
+    /// Kind of a virtual interface (`veth`, `macvlan`, …); empty for others.
+    pub kind: String,
     /// Counters since the interface was made.
     pub stats: LinkStats,
 }
@@ -229,7 +238,8 @@ fn u64_at(b: &[u8], at: usize) -> Option<u64> {
 /// Kind and value of each attribute.
 fn attributes(mut b: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
-        let (len, kind) = (u16_at(b, 0)? as usize, u16_at(b, 2)?);
+        // The two highest bits are flags (NLA_F_NESTED, NLA_F_NET_BYTEORDER).
+        let (len, kind) = (u16_at(b, 0)? as usize, u16_at(b, 2)? & 0x3fff);
         let value = b.get(4..len)?;
         b = b.get(len.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
@@ -237,12 +247,22 @@ fn attributes(mut b: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 fn parse_link(body: &[u8]) -> Option<Link> {
-    let mut link = Link { index: u32_at(body, 4)?, flags: u32_at(body, 8)?, ..Link::default() };
+    let mut link = Link {
+        index: u32_at(body, 4)?,
+        flags: u32_at(body, 8)?,
+        hardware: u16_at(body, 2)?,
+        ..Link::default()
+    };
     for (kind, value) in attributes(body.get(16..)?) {
         match kind {
             libc::IFLA_IFNAME => {
                 let name = value.split(|b| *b == 0).next().unwrap_or_default();
                 link.name = String::from_utf8_lossy(name).into_owned();
+            }
+            libc::IFLA_LINKINFO => {
+                let kind = attributes(value).find(|(kind, _)| *kind == libc::IFLA_INFO_KIND);
+                let name = kind.and_then(|(_, name)| name.split(|b| *b == 0).next());
+                link.kind = String::from_utf8_lossy(name.unwrap_or_default()).into_owned();
             }
             libc::IFLA_ADDRESS => link.mac = value.to_vec(),
             libc::IFLA_MTU => link.mtu = u32_at(value, 0).unwrap_or_default(),
@@ -265,13 +285,16 @@ fn parse_link(body: &[u8]) -> Option<Link> {
     Some(link)
 }
 
-fn parse_address(body: &[u8]) -> Option<Address> {
-    let (prefix, scope, link) = (*body.get(1)?, *body.get(3)?, u32_at(body, 4)?);
-    let ip = |v: &[u8]| match v.len() {
+fn ip(v: &[u8]) -> Option<IpAddr> {
+    match v.len() {
         4 => Some(IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(v).ok()?))),
         16 => Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(v).ok()?))),
         _ => None,
-    };
+    }
+}
+
+fn parse_address(body: &[u8]) -> Option<Address> {
+    let (prefix, scope, link) = (*body.get(1)?, *body.get(3)?, u32_at(body, 4)?);
     let of =
         |wanted| attributes(body.get(8..)?).find(|(k, _)| *k == wanted).and_then(|(_, v)| ip(v));
     let address = of(libc::IFA_LOCAL).or_else(|| of(libc::IFA_ADDRESS))?;

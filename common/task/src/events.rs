@@ -86,12 +86,19 @@ struct Queue {
 
 /// Takes events; cheap to clone.
 #[derive(Clone)]
-pub struct EventSender(Option<Arc<Queue>>);
+pub struct EventSender(Sink);
+
+#[derive(Clone)]
+enum Sink {
+    Nowhere,
+    Containerd(Arc<Queue>),
+    Call(Arc<dyn Fn(&Event) + Send + Sync>),
+}
 
 impl EventSender {
     /// Events go nowhere: for tests, and for guests whose host publishes.
     pub fn none() -> Self {
-        Self(None)
+        Self(Sink::Nowhere)
     }
 
     /// Publishes to containerd's ttrpc socket (usually
@@ -104,12 +111,21 @@ impl EventSender {
             dropped: AtomicU64::new(0),
         });
         tokio::spawn(forward(queue.clone(), socket));
-        Self(Some(queue))
+        Self(Sink::Containerd(queue))
+    }
+
+    /// Calls `f` with each event, which must not block.
+    pub fn call(f: impl Fn(&Event) + Send + Sync + 'static) -> Self {
+        Self(Sink::Call(Arc::new(f)))
     }
 
     /// Queues an event.
     pub fn send(&self, namespace: &str, event: &Event) {
-        let Some(q) = &self.0 else { return };
+        let q = match &self.0 {
+            Sink::Nowhere => return,
+            Sink::Call(f) => return f(event),
+            Sink::Containerd(queue) => queue,
+        };
         let (topic, name, value) = event.encode();
         let mut envelope = Envelope::new();
         envelope.timestamp = timestamp(SystemTime::now());
@@ -132,7 +148,10 @@ impl EventSender {
 
     /// Events dropped because containerd was away for too long.
     pub fn dropped(&self) -> u64 {
-        self.0.as_ref().map_or(0, |q| q.dropped.load(Ordering::Relaxed))
+        match &self.0 {
+            Sink::Containerd(queue) => queue.dropped.load(Ordering::Relaxed),
+            Sink::Nowhere | Sink::Call(_) => 0,
+        }
     }
 }
 

@@ -177,6 +177,13 @@ pub trait Runtime: Send + Sync + 'static {
     /// TaskOOM is published before the exit is.
     fn oom_kills(&self, container: &str) -> u64;
 
+    /// Changes the size of a process's terminal, in columns and rows. `false`: this runtime has
+    /// nothing to say to that, and the server asks the pty itself.
+    async fn resize(&self, process: &ProcessRef, width: u16, height: u16) -> Result<bool> {
+        let _ = (process, width, height);
+        Ok(false)
+    }
+
     /// After a restart of the server: takes up a journalled process again. `None` when nobody
     /// knows how the process ended and it is not alive (it counts as exited with 255).
     async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>>;

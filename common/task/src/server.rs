@@ -199,6 +199,11 @@ impl TaskServer {
         }
     }
 
+    /// The streams of this pod's processes, for connections that carry one each.
+    pub fn streams(&self) -> &Arc<Streams> {
+        &self.streams
+    }
+
     fn hit(&self, point: &str) -> Result<()> {
         (self.options.failpoint)(point)
             .map_err(|e| Error::internal(format!("failpoint {point}"), e))
@@ -307,6 +312,8 @@ impl TaskServer {
         self.hit("task.create.before")?;
         let name = format!("io/{}/", request.id);
         let init = format!("{name}/");
+        self.streams.expect_raw(&stdio)?;
+        let names = stdio.clone();
         let made = async {
             let (process_io, prepared) = stdio::open(&stdio, &init, &*self.keeper).await?;
             let spawned = self.runtime.create(request, process_io).await?;
@@ -368,6 +375,7 @@ impl TaskServer {
                 Ok(pid)
             }
             Err(e) => {
+                self.streams.forget_raw(&names);
                 // What was kept for a container that is none is not worth a second error.
                 let _ = self.keeper.forget(&name).await;
                 Err(e)
@@ -415,6 +423,7 @@ impl TaskServer {
         }
         // Our ends go, so that readers see the end.
         *lock(&p.io) = Io::default();
+        self.streams.forget_raw(&p.record().stdio);
         let _ = self.keeper.forget(&c.io_name(&p.exec)).await;
         self.publish_oom(c);
         self.event(&Event::Exit(ev::TaskExit {
@@ -551,6 +560,7 @@ impl TaskServer {
                     r.exit = Some(exit);
                 }
                 p.exited.send_replace(Some(exit));
+                self.streams.forget_raw(&record.stdio);
                 let _ = self.keeper.forget(&name).await;
                 Err(e)
             }
@@ -579,6 +589,7 @@ impl TaskServer {
                     self.options.max_execs
                 )));
             }
+            self.streams.expect_raw(&stdio)?;
             let record = ProcessRecord {
                 pid: 0,
                 handle: 0,
@@ -591,7 +602,9 @@ impl TaskServer {
             processes.insert(exec.into(), Process::new(exec, record));
         }
         if let Err(e) = self.save(&c).and_then(|()| self.hit("task.exec.after")) {
-            lock(&c.processes).remove(exec);
+            if let Some(p) = lock(&c.processes).remove(exec) {
+                self.streams.forget_raw(&p.record().stdio);
+            }
             return Err(e);
         }
         self.event(&Event::ExecAdded(ev::TaskExecAdded {
@@ -660,6 +673,7 @@ impl TaskServer {
         }
         lock(&c.processes).remove(&p.exec);
         self.streams.forget(&p.exec);
+        self.streams.forget_raw(&r.stdio);
         self.save(c)?;
         self.hit("task.delete.after")?;
         Ok((r.pid, r.exit.unwrap_or(Exit { status: 0, at: SystemTime::now() })))
@@ -687,6 +701,7 @@ impl TaskServer {
         }
         let exit = exit.unwrap_or(Exit { status: 137, at: SystemTime::now() });
         for p in lock(&c.processes).values() {
+            self.streams.forget_raw(&p.record().stdio);
             // Waits on execs that ended with the container.
             p.exited.send_if_modified(|e| e.is_none() && e.replace(exit).is_none());
         }
@@ -706,11 +721,18 @@ impl TaskServer {
         Ok((reference.pid, exit))
     }
 
-    pub(crate) fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<()> {
-        let p = self.container(id)?.process(exec)?;
+    pub(crate) async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<()> {
+        let c = self.container(id)?;
+        let p = c.process(exec)?;
         let clamp = |v: u32| u16::try_from(v).unwrap_or(u16::MAX);
-        *lock(&p.size) = Some((clamp(width), clamp(height)));
-        lock(&p.io).resize(clamp(width), clamp(height))
+        let (width, height) = (clamp(width), clamp(height));
+        *lock(&p.size) = Some((width, height));
+        let process = c.reference(&p);
+        // A process that does not run yet gets the size when it does.
+        if process.pid != 0 && self.runtime.resize(&process, width, height).await? {
+            return Ok(());
+        }
+        lock(&p.io).resize(width, height)
     }
 
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<()> {
@@ -852,6 +874,11 @@ impl TaskServer {
             for (exec, r) in record.processes {
                 let p = Process::new(&exec, r.clone());
                 lock(&c.processes).insert(exec.clone(), p.clone());
+                if r.exit.is_none()
+                    && let Err(e) = self.streams.expect_raw(&r.stdio)
+                {
+                    tracing::error!(container = %c.id, %exec, "streams are lost: {}", e.chain());
+                }
                 if r.pid == 0 {
                     continue;
                 }

@@ -49,3 +49,10 @@ pub const SHARE_PATH: &str = "/run/kuasar/share";
 pub const CONTAINER_TYPE: &str = "kuasar.vmm.v1.Container";
 /// Most that may be written at once on vsock, in bytes: some devices hang on larger descriptors.
 pub const CHUNK: usize = 16 * 1024;
+
+/// Address of a process's stream in a Task.Create or Task.Exec that the host sends to the guest
+/// (`exec` is empty for the first process). A connection that greets with the same words carries
+/// its bytes: [`handshake::Purpose::Stream`].
+pub fn stream_address(container: &str, exec: &str, kind: handshake::StreamKind) -> String {
+    format!("vsock-stream://{container}/{exec}/{}", kind.word())
+}

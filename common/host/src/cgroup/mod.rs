@@ -205,6 +205,13 @@ impl Cgroup {
         Err(Error::Invalid(format!("cgroup {} does not exist", self.path.display())))
     }
 
+    /// The files that a process enters the group by (`cgroup.procs`), one for each hierarchy in
+    /// which the group exists.
+    pub fn entrances(&self) -> Vec<PathBuf> {
+        let dirs = self.dirs().into_iter().filter(|dir| dir.is_dir());
+        dirs.map(|dir| dir.join("cgroup.procs")).collect()
+    }
+
     /// The group below this one.
     #[must_use]
     pub fn child(&self, name: &str) -> Self {
@@ -373,6 +380,28 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Waits until no process is in the group or below it; answers whether that came in time.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a v1 group cannot be read.
+    pub fn wait_empty(&self, deadline: Duration) -> Result<bool> {
+        let v2 = match &self.layout {
+            Layout::V1(_) => None,
+            Layout::V2(_) => self.dirs().into_iter().next().map(|dir| dir.join("cgroup.events")),
+        };
+        let mut wait = wait::Wait::new(v2.as_deref().unwrap_or(Path::new("")), deadline);
+        loop {
+            let empty = match &v2 {
+                // A group that is not there has nobody in it.
+                Some(file) => !fs::read_to_string(file).is_ok_and(|t| t.contains("populated 1")),
+                None => self.pids()?.is_empty(),
+            };
+            if empty || !wait.more() {
+                return Ok(empty);
+            }
+        }
     }
 
     /// Removes the group and those below it, waiting up to `deadline` for processes to leave.

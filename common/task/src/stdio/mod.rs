@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | FIFO | the process gets the FIFO itself: nothing is copied, nothing can be lost | pty and FIFOs are joined by `splice(2)`: bytes never enter this process |
 //! | stream URL | a pipe, pumped to the stream | the pty, pumped |
+//! | raw stream ([`raw`]) | a pipe, pumped to a connection that comes later | the pty, pumped |
 //! | file | the process gets the file | – |
 //!
 //! For FIFOs the other end is *held*: a read end of each output, so that a restart of containerd
@@ -13,6 +14,7 @@
 
 pub mod fifo;
 pub mod pump;
+pub mod raw;
 pub mod streams;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -108,7 +110,7 @@ pub async fn open(stdio: &Stdio, name: &str, keeper: &dyn Keeper) -> Result<(Pro
         if path.is_empty() {
             continue;
         }
-        if stream_id(path).is_some() {
+        if stream_id(path).is_some() || raw::name(path).is_some() {
             let (r, w) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
                 .map_err(|e| Error::internal("cannot make a pipe", e))?;
             let (end, our) = if which == Which::Stdin { (r, w) } else { (w, r) };
@@ -182,7 +184,7 @@ pub async fn recover(
             continue;
         }
         let Some(fd) = keeper.fetch(&format!("{name}{}", which.name())).await? else { continue };
-        if stream_id(path).is_some() {
+        if stream_id(path).is_some() || raw::name(path).is_some() {
             io.join_stream(which, fd, stdio, streams, true)?;
         } else if which == Which::Stdin {
             io.stdin = Some(fd);
@@ -205,6 +207,10 @@ impl Io {
         let master = Arc::new(master);
         self.terminal = Some(master.clone());
         let copy = || master.try_clone().map_err(failed);
+        if let Some(name) = raw::name(&stdio.stdout).or_else(|| raw::name(&stdio.stdin)) {
+            self.outputs.push(raw::pump(streams.raw.get(name)?, copy()?, raw::Ways::Both)?);
+            return Ok(None);
+        }
         let mut writer = None;
         if !stdio.stdout.is_empty() {
             if stream_id(&stdio.stdout).is_some() {
@@ -241,6 +247,15 @@ impl Io {
             Which::Stdout => &stdio.stdout,
             Which::Stderr => &stdio.stderr,
         };
+        if let Some(name) = raw::name(path) {
+            let slot = streams.raw.get(name)?;
+            if which == Which::Stdin {
+                self.input = Some(raw::pump(slot, fd, raw::Ways::Input)?);
+            } else {
+                self.outputs.push(raw::pump(slot, fd, raw::Ways::Output)?);
+            }
+            return Ok(());
+        }
         let id = stream_id(path)
             .ok_or_else(|| Error::InvalidArgument(format!("{path:?} is no stream address")))?;
         if which == Which::Stdin {

@@ -44,6 +44,7 @@ const WINDOW_TYPE: &str = "containerd.types.transfer.WindowUpdate";
 pub struct Streams {
     waiting: Mutex<HashMap<String, Connection>>,
     came: Notify,
+    pub(super) raw: super::raw::Slots,
 }
 
 /// Most streams that wait for a container that was never created.
@@ -83,6 +84,32 @@ impl Streams {
             waiting.insert(id, Connection { socket, decoder, stream, credit: 0 });
         }
         self.came.notify_waiters();
+    }
+
+    /// Makes the raw streams of a process known, so that connections may come for them.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::AlreadyExists`] when another process has one of the names.
+    pub fn expect_raw(&self, stdio: &crate::journal::Stdio) -> Result<()> {
+        self.raw.expect(stdio)
+    }
+
+    /// Hands the connection of a raw stream over; see [`super::raw`].
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NotFound`] when no process has a stream of this name.
+    pub fn attach_raw(&self, name: &str, connection: super::raw::RawConnection) -> Result<()> {
+        self.raw.attach(name, connection)
+    }
+
+    /// Whether a process has a raw stream of this name.
+    pub fn has_raw(&self, name: &str) -> bool {
+        self.raw.get(name).is_ok()
+    }
+
+    /// No more connections may come for this process.
+    pub fn forget_raw(&self, stdio: &crate::journal::Stdio) {
+        self.raw.forget(stdio);
     }
 
     fn take(&self, id: &str) -> Option<Connection> {

@@ -1,0 +1,230 @@
+//! Pods that are machines: QEMU boots a real guest for each of these.
+//!
+//! Skipped where the daemon, QEMU or a guest is missing (`make guest`, `tests/bed/vmm.sh`).
+
+use kuasar_tests::cri::*;
+use kuasar_tests::{bed, inside, programs, skip, switch, top, wait_for};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const HANDLER: &str = "kuasar-vmm";
+
+/// Whether pods in VMs can run here.
+fn able() -> bool {
+    let config = std::fs::read_to_string(bed().join("etc/kuasar-vmm.toml")).unwrap_or_default();
+    let guest = top().join("target/guest");
+    let missing = if !programs().join("vmm-sandboxer").is_file() {
+        Some("vmm-sandboxer is not built")
+    } else if !bed().join("vmm/libexec/qemu-system-x86_64").is_file() {
+        Some("no QEMU in the bed: tests/bed/vmm.sh")
+    } else if !config.contains("kernel =") && !guest.join("vmlinux").is_file() {
+        Some("no guest: make guest")
+    } else {
+        None
+    };
+    if let Some(reason) = missing {
+        skip(reason);
+    }
+    missing.is_none()
+}
+
+fn pod(name: &str) -> Pod {
+    Pod::try_run(pod_config(name), HANDLER).unwrap()
+}
+
+/// Pids of the pod's machine and its helpers: whoever has the pod's id on its command line or in
+/// its cgroup.
+fn machine(pod: &Pod) -> Vec<(u32, String)> {
+    let group = format!("machine-{}", pod.id);
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        if cgroup.contains(&group) {
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            all.push((pid, name.trim().to_owned()));
+        }
+    }
+    all
+}
+
+fn vmm_pid(pod: &Pod) -> u32 {
+    let all = machine(pod);
+    let vmm = all.iter().find(|(_, name)| name.starts_with("qemu"));
+    vmm.unwrap_or_else(|| panic!("no QEMU among {all:?}")).0
+}
+
+fn kill(pid: u32) {
+    // SAFETY: a pid that we have just found in the pod's own cgroup.
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+}
+
+fn machine_dirs() -> Vec<PathBuf> {
+    let dir = bed().join("run/kuasar-vmm/vm");
+    let dir = PathBuf::from(format!("{}{}", kuasar_tests::root().display(), dir.display()));
+    std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+#[test]
+fn a_container_runs_under_its_own_kernel_and_says_so() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-hello");
+    let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let c = pod.start(&["sh", "-c", "echo hello; uname -r; exit 7"]);
+    assert_eq!(c.wait(), 7);
+    let said = String::from_utf8(c.logged("stdout")).unwrap();
+    let mut lines = said.lines();
+    assert_eq!(lines.next(), Some("hello"), "{said:?}");
+    assert_ne!(lines.next(), Some(host.trim()));
+    let c = pod.start(&["sleep", "1000"]);
+    assert_eq!(
+        c.exec(&["sh", "-c", "echo out; echo err >&2; exit 3"]),
+        (3, "out\n".into(), "err\n".into())
+    );
+    assert_eq!(c.sh("hostname"), pod.config.hostname);
+    c.stop(0).unwrap();
+    assert_eq!(c.wait(), 137);
+    assert!(!machine(&pod).is_empty());
+    pod.stop();
+    assert_eq!(machine(&pod), []);
+    pod.remove().unwrap();
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn the_pod_has_its_address_and_is_reached_and_reaches_others() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-net");
+    let c = pod.start(&["sh", "-c", "while :; do echo pong | nc -l -p 7000; done"]);
+    let ip = c.sh("ip -4 -o addr show eth0 | awk '{print $4}' | cut -d/ -f1");
+    let found = inside(&["crictl", "inspectp", &pod.id]);
+    let found = String::from_utf8_lossy(&found.stdout).into_owned();
+    assert!(found.contains(&format!("\"ip\": \"{ip}\"")), "{ip}: {found}");
+    let mut answer = String::new();
+    wait_for("the pod answers", Duration::from_secs(20), || {
+        let out = inside(&["sh", "-c", &format!("exec 3<>/dev/tcp/{ip}/7000; cat <&3")]);
+        let out = if out.stdout.is_empty() {
+            inside(&["bash", "-c", &format!("exec 3<>/dev/tcp/{ip}/7000; timeout 2 cat <&3")])
+        } else {
+            out
+        };
+        answer = String::from_utf8_lossy(&out.stdout).into_owned();
+        answer.contains("pong")
+    });
+    let gateway = c.sh("ip route | awk '/default/ {print $3}'");
+    assert_eq!(c.sh(&format!("ping -c 1 -w 5 {gateway} >/dev/null && echo yes")), "yes");
+    pod.remove().unwrap();
+}
+
+#[test]
+fn volumes_are_seen_with_their_updates_and_read_only_stays_read_only() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-volumes");
+    let dir = PathBuf::from(&pod.config.log_directory).join("volume");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("config"), "one").unwrap();
+    let mount = |readonly| Mount {
+        host_path: dir.to_string_lossy().into_owned(),
+        container_path: "/v".into(),
+        readonly,
+        ..Default::default()
+    };
+    let ro = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount(true)]);
+    let rw = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount(false)]);
+    assert_eq!(ro.sh("cat /v/config"), "one");
+    assert_ne!(ro.exec(&["sh", "-c", "echo no > /v/config"]).0, 0);
+    assert_eq!(rw.sh("echo two > /v/config; cat /v/config"), "two");
+    assert_eq!(std::fs::read_to_string(dir.join("config")).unwrap(), "two\n");
+    std::fs::write(dir.join("config"), "three").unwrap();
+    wait_for("an update is seen", Duration::from_secs(10), || ro.sh("cat /v/config") == "three");
+    // Each container has its own root file system.
+    rw.sh("touch /mine");
+    assert_ne!(ro.exec(&["ls", "/mine"]).0, 0);
+    pod.remove().unwrap();
+    assert_eq!(std::fs::read_to_string(dir.join("config")).unwrap(), "three");
+}
+
+#[test]
+fn a_killed_vmm_is_told_at_once_and_leaves_nothing() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-killed");
+    let c = pod.start(&["sleep", "1000"]);
+    kill(vmm_pid(&pod));
+    let since = Instant::now();
+    wait_for("the pod is not ready", Duration::from_secs(5), || {
+        pod.state() == PodSandboxState::SandboxNotready as i32
+    });
+    let took = since.elapsed();
+    assert_eq!(c.wait(), 137);
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    wait_for("its helpers are gone", Duration::from_secs(10), || machine(&pod).is_empty());
+    pod.remove().unwrap();
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_killed_helper_ends_its_pod_and_no_other() {
+    if !able() {
+        return;
+    }
+    let (victim, other) = (pod("vm-victim"), pod("vm-other"));
+    let c = other.start(&["sleep", "1000"]);
+    let helpers = machine(&victim);
+    let (pid, _) = helpers.iter().find(|(_, name)| name.starts_with("virtiofsd")).unwrap();
+    kill(*pid);
+    wait_for("the pod is not ready", Duration::from_secs(10), || {
+        victim.state() == PodSandboxState::SandboxNotready as i32
+    });
+    assert_eq!(other.state(), PodSandboxState::SandboxReady as i32);
+    assert_eq!(c.sh("echo alive"), "alive");
+    victim.remove().unwrap();
+    other.remove().unwrap();
+}
+
+#[test]
+fn kill_9_of_the_daemon_loses_neither_container_nor_output() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-kill9");
+    let c = pod.start(&["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"]);
+    let vmm = vmm_pid(&pod);
+    switch(&["vmm", "kill"], &[]);
+    assert!(Path::new(&format!("/proc/{vmm}")).exists());
+    switch(&["vmm", "start"], &[]);
+    assert_eq!(vmm_pid(&pod), vmm);
+    assert!(c.is_running());
+    assert_eq!(c.sh("echo in"), "in");
+    let second = pod.start(&["sh", "-c", "echo new; exit 5"]);
+    assert_eq!(second.wait(), 5);
+    c.stop(0).unwrap();
+    assert_eq!(c.wait(), 137);
+    let text = String::from_utf8(c.logged("stdout")).unwrap();
+    assert!(text.lines().count() > 3, "{text:?}");
+    for (i, line) in text.lines().enumerate() {
+        assert_eq!(line, (i + 1).to_string());
+    }
+    pod.remove().unwrap();
+}
+
+#[test]
+fn a_pod_on_the_hosts_network_is_refused_with_a_way_out() {
+    if !able() {
+        return;
+    }
+    let mut config = pod_config("vm-host");
+    let options = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+    options.namespace_options.get_or_insert_default().network = NamespaceMode::Node as i32;
+    let error = Pod::try_run(config, HANDLER).map(|pod| pod.id.clone()).unwrap_err();
+    assert!(error.message().contains("hostNetwork"), "{error:?}");
+}

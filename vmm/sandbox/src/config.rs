@@ -1,0 +1,425 @@
+//! The configuration file of `vmm-sandboxer`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kuasar_daemon::common::{CommonConfig, duration};
+use serde::Deserialize;
+
+use crate::jail::JailConfig;
+use crate::vmm::Kind;
+use crate::vmm::helpers::HelpersConfig;
+use crate::vmm::qemu::QemuConfig;
+
+/// Annotation by which a pod chooses its VMM, where the configuration allows it.
+pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
+
+/// What `vmm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
+/// are errors.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// VMM of pods that choose none.
+    pub vmm: Vmm,
+    /// VMM by `runtime_type` of the runtime handler.
+    pub runtimes: BTreeMap<String, Vmm>,
+    /// What guests boot.
+    pub guest: GuestConfig,
+    /// How large machines are.
+    pub size: SizeConfig,
+    /// How long a guest may take.
+    pub guest_timeouts: GuestTimeouts,
+    /// Whether VMMs and their helpers are jailed. Only for debugging: without a jail they run as
+    /// root.
+    pub jailed: Jailed,
+    /// The jail.
+    pub jail: JailConfig,
+    /// virtiofsd and the vsock helper.
+    pub helpers: HelpersConfig,
+    /// QEMU.
+    pub qemu: QemuConfig,
+    /// What a pod on the host's network gets.
+    pub host_network: HostNetwork,
+    /// From [`CommonConfig::allowed_annotations`]: whether [`VMM_ANNOTATION`] counts.
+    #[serde(skip)]
+    pub heeds_annotation: bool,
+}
+
+/// A VMM by name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Vmm {
+    /// QEMU.
+    #[default]
+    Qemu,
+}
+
+impl Vmm {
+    /// As the drivers name it.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Qemu => Kind::Qemu,
+        }
+    }
+
+    fn of(name: &str) -> Option<Self> {
+        (name == "qemu").then_some(Self::Qemu)
+    }
+}
+
+/// Whether there is a jail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Jailed(pub bool);
+
+impl Default for Jailed {
+    fn default() -> Self {
+        Self(true)
+    }
+}
+
+/// What to do with a pod on the host's network: a guest cannot have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostNetwork {
+    /// Refuse it.
+    #[default]
+    Refuse,
+    /// Run it without any network but its own loopback.
+    None,
+}
+
+/// What guests boot: `[guest]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuestConfig {
+    /// Kernel. Unset: see [`GuestConfig::find`].
+    pub kernel: Option<PathBuf>,
+    /// initramfs with vmm-task. Unset: see [`GuestConfig::find`].
+    pub initrd: Option<PathBuf>,
+    /// EROFS image with vmm-task, from which guests boot in place of the initramfs: for kernels
+    /// without one, and for less memory.
+    pub image: Option<PathBuf>,
+    /// Further parameters for the kernel.
+    pub params: Vec<String>,
+    /// Bytes of each of the two console logs of a pod; 0 keeps none.
+    pub console_bytes: u64,
+    /// Size of a pod's `/dev/shm` in bytes.
+    pub shm_size: u64,
+    /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
+    pub unprivileged_ports: bool,
+}
+
+impl Default for GuestConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: None,
+            image: None,
+            params: ["quiet", "panic=-1"].map(str::to_owned).to_vec(),
+            console_bytes: 256 << 10,
+            shm_size: 64 << 20,
+            unprivileged_ports: true,
+        }
+    }
+}
+
+/// A guest's kernel and root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Images {
+    /// Kernel.
+    pub kernel: PathBuf,
+    /// initramfs, or an EROFS image.
+    pub root: RootImage,
+}
+
+/// A guest's root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootImage {
+    /// An initramfs.
+    Initrd(PathBuf),
+    /// A disk with EROFS.
+    Erofs(PathBuf),
+}
+
+impl GuestConfig {
+    /// Names of initramfs files.
+    const INITRDS: [&'static str; 4] =
+        ["initramfs.cpio", "initramfs.cpio.gz", "initramfs.cpio.zst", "initramfs.cpio.lz4"];
+
+    /// The images: as configured, else as installed in `/usr/share/kuasar` or
+    /// `/usr/local/share/kuasar`, else, for a program that runs in a checkout's `target/…`, as
+    /// `make guest` has left them in `target/guest`.
+    ///
+    /// # Errors
+    /// A text that says what is missing and what to do.
+    pub fn find(&self) -> Result<Images, String> {
+        let installed = ["/usr/share/kuasar", "/usr/local/share/kuasar"].map(PathBuf::from);
+        let exe = std::env::current_exe().unwrap_or_default();
+        let checkout = exe.parent().and_then(Path::parent).map(|target| target.join("guest"));
+        let dirs: Vec<PathBuf> = installed.into_iter().chain(checkout).collect();
+        let search = |given: &Option<PathBuf>, key: &str, names: &[&str]| {
+            if let Some(path) = given {
+                let missing = || format!("guest.{key}: {} does not exist", path.display());
+                return path.is_file().then(|| path.clone()).ok_or_else(missing);
+            }
+            let all = dirs.iter().flat_map(|dir| names.iter().map(|name| dir.join(name)));
+            all.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+                format!(
+                    "no guest {key} is installed: run `make guest`, or set guest.{key} in the \
+                     configuration"
+                )
+            })
+        };
+        let kernel = search(&self.kernel, "kernel", &["vmlinux"])?;
+        let root = match &self.image {
+            Some(_) => RootImage::Erofs(search(&self.image, "image", &[])?),
+            None => RootImage::Initrd(search(&self.initrd, "initrd", &Self::INITRDS)?),
+        };
+        Ok(Images { kernel, root })
+    }
+}
+
+/// How large machines are: `[size]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SizeConfig {
+    /// CPUs of a pod without a CPU limit.
+    pub cpus: u32,
+    /// CPUs at most.
+    pub max_cpus: u32,
+    /// Memory in MiB of a pod without a memory limit.
+    pub memory_mib: u32,
+    /// Memory in MiB that a machine gets beyond its pod's limit, for its kernel and agent.
+    pub overhead_mib: u32,
+    /// Memory in MiB at least.
+    pub min_memory_mib: u32,
+    /// Memory in MiB at most.
+    pub max_memory_mib: u32,
+    /// Back guest memory with huge pages of 2 MiB.
+    pub hugepages: bool,
+}
+
+impl Default for SizeConfig {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            max_cpus: 32,
+            memory_mib: 256,
+            overhead_mib: 48,
+            min_memory_mib: 96,
+            max_memory_mib: 64 << 10,
+            hugepages: false,
+        }
+    }
+}
+
+impl SizeConfig {
+    /// CPUs and memory (MiB) of a pod with these limits: CPU quota and period in microseconds,
+    /// memory in bytes; 0 or less is none.
+    pub fn of(&self, quota: i64, period: i64, memory: i64) -> (u32, u32) {
+        let cpus = match (quota, period) {
+            (1.., 1..) => {
+                u32::try_from(quota.saturating_add(period - 1) / period).unwrap_or(self.max_cpus)
+            }
+            _ => self.cpus,
+        };
+        let memory = match memory {
+            1.. => u32::try_from(memory.saturating_add((1 << 20) - 1) >> 20)
+                .unwrap_or(self.max_memory_mib)
+                .saturating_add(self.overhead_mib),
+            _ => self.memory_mib,
+        };
+        (cpus.clamp(1, self.max_cpus), memory.clamp(self.min_memory_mib, self.max_memory_mib))
+    }
+}
+
+/// How long a guest may take: `[guest_timeouts]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuestTimeouts {
+    /// From the start of the VMM until the agent says that it serves.
+    #[serde(with = "duration")]
+    pub boot: Duration,
+    /// A connection and its greeting.
+    #[serde(with = "duration")]
+    pub connect: Duration,
+    /// A call.
+    #[serde(with = "duration")]
+    pub call: Duration,
+    /// Making or starting a container or an exec.
+    #[serde(with = "duration")]
+    pub create: Duration,
+    /// How long an exit waits for the output before it.
+    #[serde(with = "duration")]
+    pub drain: Duration,
+    /// How long a guest may take to power off before its VMM is killed.
+    #[serde(with = "duration")]
+    pub shutdown: Duration,
+    /// Between two looks at a guest's health, at which its clock is set, too; `0s`: none.
+    #[serde(with = "duration")]
+    pub health: Duration,
+    /// So many looks in a row have to fail for a guest to be unwell; then its VMM is killed. 0:
+    /// it is only logged.
+    pub unwell: u32,
+}
+
+impl Default for GuestTimeouts {
+    fn default() -> Self {
+        let s = Duration::from_secs;
+        Self {
+            boot: s(60),
+            connect: s(10),
+            call: s(10),
+            create: s(60),
+            drain: s(10),
+            shutdown: s(3),
+            health: s(30),
+            unwell: 0,
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file with its drop-ins; without one the defaults.
+    ///
+    /// # Errors
+    /// A text that names file, line and key.
+    pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
+        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
+        let (common, mut own) =
+            loaded.map_err(|error| match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            })?;
+        own.heeds_annotation = common.heeds(VMM_ANNOTATION);
+        common.check().and_then(|()| own.check()).map_err(|reason| {
+            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
+            format!("{file}{reason}")
+        })?;
+        Ok((common, own))
+    }
+
+    /// What is wrong with it, in words that name the key.
+    ///
+    /// # Errors
+    /// The first value without sense.
+    pub fn check(&self) -> Result<(), String> {
+        let s = &self.size;
+        for (key, value) in [("cpus", s.cpus), ("max_cpus", s.max_cpus)] {
+            if value == 0 || value > 255 {
+                return Err(format!("size.{key} = {value}: 1 to 255"));
+            }
+        }
+        if s.min_memory_mib < 32 || s.min_memory_mib > s.max_memory_mib {
+            return Err(format!(
+                "size.min_memory_mib = {}: at least 32 and at most size.max_memory_mib",
+                s.min_memory_mib
+            ));
+        }
+        if s.memory_mib < s.min_memory_mib || s.memory_mib > s.max_memory_mib {
+            return Err(format!(
+                "size.memory_mib = {}: between size.min_memory_mib and size.max_memory_mib",
+                s.memory_mib
+            ));
+        }
+        if self.guest.shm_size < 4096 {
+            return Err(format!("guest.shm_size = {}: at least 4096", self.guest.shm_size));
+        }
+        let t = &self.guest_timeouts;
+        for (key, value) in [
+            ("boot", t.boot),
+            ("connect", t.connect),
+            ("call", t.call),
+            ("create", t.create),
+            ("drain", t.drain),
+            ("shutdown", t.shutdown),
+        ] {
+            if value.is_zero() || value > Duration::from_secs(3600) {
+                return Err(format!("guest_timeouts.{key}: more than nothing and at most 1h"));
+            }
+        }
+        self.jail.check()
+    }
+
+    /// The VMM of a pod: by annotation where allowed, by runtime type, or the default.
+    ///
+    /// # Errors
+    /// A text for an annotation that names none.
+    pub fn vmm_of(
+        &self,
+        runtime: &str,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Vmm, String> {
+        match annotations.get(VMM_ANNOTATION).filter(|_| self.heeds_annotation) {
+            Some(name) => Vmm::of(name)
+                .ok_or_else(|| format!("annotation {VMM_ANNOTATION}: there is no VMM {name:.40?}")),
+            None => Ok(*self.runtimes.get(runtime).unwrap_or(&self.vmm)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_as_large_as_their_pods() {
+        let size = SizeConfig::default();
+        assert_eq!(size.of(0, 0, 0), (1, 256));
+        assert_eq!(size.of(150_000, 100_000, 512 << 20), (2, 512 + 48));
+        assert_eq!(size.of(100_000, 100_000, 1), (1, 96));
+        assert_eq!(size.of(i64::MAX, 1, i64::MAX), (32, 64 << 10));
+        assert_eq!(size.of(-1, 100_000, -1), (1, 256));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let check = |text: &str| toml::from_str::<Config>(text).unwrap().check().unwrap_err();
+        assert!(check("size = { cpus = 0 }").contains("size.cpus"));
+        assert!(check("size = { memory_mib = 1 }").contains("size.memory_mib"));
+        assert!(check("guest_timeouts = { boot = '0s' }").contains("guest_timeouts.boot"));
+        assert!(toml::from_str::<Config>("vmm = 'bochs'").is_err());
+        assert!(toml::from_str::<Config>("nonsense = 1").is_err());
+        Config::default().check().unwrap();
+    }
+
+    #[test]
+    fn an_annotation_counts_only_where_it_is_allowed() {
+        let annotations = HashMap::from([(VMM_ANNOTATION.to_owned(), "bochs".to_owned())]);
+        let mut config = Config::default();
+        assert_eq!(config.vmm_of("", &annotations), Ok(Vmm::Qemu));
+        config.heeds_annotation = true;
+        assert!(config.vmm_of("", &annotations).is_err());
+    }
+
+    #[test]
+    fn the_packaged_file_has_every_key_at_its_default() {
+        let packaged = include_str!("../../../packaging/vmm-sandboxer.toml");
+        let is_key = |line: &&str| {
+            line.strip_prefix('#').is_some_and(|rest| {
+                rest.split_once(" = ").is_some_and(|(key, _)| {
+                    key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                })
+            })
+        };
+        let on: Vec<&str> = packaged
+            .lines()
+            .map(|line| if is_key(&line) { &line[1..] } else { line })
+            // Paths that have no fixed default.
+            .filter(|line| !["kernel", "initrd", "image"].iter().any(|key| line.starts_with(key)))
+            .collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("vmm-sandboxer.toml");
+        std::fs::write(&file, on.join("\n")).unwrap();
+        let (_, config) = Config::load(Some(&file)).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn a_missing_guest_says_what_to_do() {
+        let config = GuestConfig { kernel: Some("/nowhere/vmlinux".into()), ..Default::default() };
+        assert!(config.find().unwrap_err().contains("/nowhere/vmlinux"));
+    }
+}

@@ -1,0 +1,45 @@
+//! The resident daemon: its configuration, and the parts that only this sandboxer has.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use kuasar_daemon::args::DaemonArgs;
+use kuasar_daemon::common::CommonConfig;
+use kuasar_daemon::logging::LevelHandle;
+use kuasar_daemon::resident::{self, Setup};
+use kuasar_host::cgroup::Layout;
+
+use crate::config::Config;
+use crate::sandboxer::VmmSandboxer;
+
+/// Runs the daemon until it is told to end.
+///
+/// # Errors
+/// When it cannot serve, or sandbox-parent is lost.
+pub async fn run(
+    setup: Setup,
+    args: DaemonArgs,
+    config: Config,
+    level: LevelHandle,
+) -> anyhow::Result<()> {
+    let exe: PathBuf = std::env::current_exe()?;
+    let cgroups = Layout::detect()?;
+    let dir = setup.dir.clone();
+    if let Err(missing) = config.guest.find() {
+        // Pods say so, too; whoever starts the daemon is told at once.
+        tracing::warn!("{missing}");
+    }
+    let shared = Arc::new(RwLock::new(Arc::new(config)));
+    let config = shared.clone();
+    let make =
+        |parts: &resident::Parts| Ok(VmmSandboxer::new(config.clone(), parts, cgroups, dir, exe));
+    let reload = move || {
+        // Everything is checked, the log level too, before anything counts.
+        let (common, new) = Config::load(args.config.as_deref())?;
+        *shared.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        let log_level = args.log_level.clone().or(common.log_level);
+        Ok(CommonConfig { log_level, ..common })
+    };
+    resident::run(setup, level, make, reload).await?;
+    Ok(())
+}

@@ -1,0 +1,224 @@
+use super::*;
+use kuasar_protos::shim::api;
+use std::io;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const SHORT: Duration = Duration::from_millis(300);
+const LIMITS: Limits = Limits { connect: SHORT, call: SHORT };
+
+/// What the fake guest does with each connection to its control port after the greeting.
+#[derive(Clone, Copy, Debug)]
+enum Manner {
+    /// Says nothing.
+    Silent,
+    /// Hangs up.
+    Hangs,
+    /// Sends bytes without sense, without end.
+    Floods,
+    /// Announces a frame of 4 GiB.
+    Huge,
+    /// Answers every request with a payload that is no message.
+    Garbage,
+    /// Does not even greet.
+    Rude,
+    /// Greets with a line without end.
+    Endless,
+    /// Refuses with these words.
+    Refuses,
+}
+
+/// A guest that is none: what a compromised one might do on the wire.
+#[derive(Debug)]
+struct FakeGuest {
+    manner: Manner,
+    dialled: std::sync::atomic::AtomicU32,
+}
+
+#[async_trait]
+impl Dial for FakeGuest {
+    async fn dial(&self, _port: u32, _limit: Duration) -> io::Result<UnixStream> {
+        self.dialled.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (ours, theirs) = UnixStream::pair()?;
+        tokio::spawn(behave(theirs, self.manner));
+        Ok(ours)
+    }
+}
+
+async fn behave(mut stream: UnixStream, manner: Manner) {
+    let line = handshake::read_line(&mut stream).await.unwrap();
+    assert!(line.starts_with("KUASAR1 secret "), "{line}");
+    match manner {
+        Manner::Rude => {
+            let _ = stream.read_u8().await;
+            return;
+        }
+        Manner::Endless => {
+            let _ = stream.write_all(&vec![b'x'; 1 << 20]).await;
+            return;
+        }
+        Manner::Refuses => {
+            let _ = stream.write_all(b"ERR no \x1b[31mstream\n").await;
+            return;
+        }
+        _ => stream.write_all(b"OK\n").await.unwrap(),
+    }
+    let mut header = [0; 10];
+    if stream.read_exact(&mut header).await.is_err() {
+        return;
+    }
+    let [a, b, c, d, ..] = header;
+    let mut body = vec![0; u32::from_be_bytes([a, b, c, d]) as usize];
+    stream.read_exact(&mut body).await.unwrap();
+    let frame = |length: u32, kind: u8| {
+        let mut frame = length.to_be_bytes().to_vec();
+        frame.extend(&header[4..8]);
+        frame.extend([kind, 0]);
+        frame
+    };
+    match manner {
+        Manner::Silent => drop(stream.read_u8().await),
+        Manner::Hangs => {}
+        Manner::Floods => while stream.write_all(&[0xee; 4096]).await.is_ok() {},
+        Manner::Huge => {
+            let _ = stream.write_all(&frame(u32::MAX, 2)).await;
+            let _ = stream.read_u8().await;
+        }
+        Manner::Garbage => {
+            // Response { payload = 5 bytes that are no message }
+            let payload = [0x12, 5, 0xff, 0xff, 0xff, 0xff, 0xff];
+            let _ = stream.write_all(&frame(payload.len() as u32, 2)).await;
+            let _ = stream.write_all(&payload).await;
+            let _ = stream.read_u8().await;
+        }
+        _ => {}
+    }
+}
+
+fn guest(manner: Manner) -> (Arc<FakeGuest>, Guest, watch::Sender<bool>) {
+    let fake = Arc::new(FakeGuest { manner, dialled: 0.into() });
+    let (end, gone) = watch::channel(false);
+    (fake.clone(), Guest::new(fake, "secret".into(), LIMITS, gone), end)
+}
+
+async fn pids(guest: &Guest) -> Result<api::PidsResponse> {
+    let question = api::PidsRequest { id: "c".into(), ..Default::default() };
+    guest.call(service::TASK, "Pids", &question).await
+}
+
+#[tokio::test]
+async fn a_guest_that_misbehaves_is_an_error_in_time() {
+    for manner in [
+        Manner::Silent,
+        Manner::Hangs,
+        Manner::Floods,
+        Manner::Huge,
+        Manner::Garbage,
+        Manner::Rude,
+        Manner::Endless,
+        Manner::Refuses,
+    ] {
+        let (_fake, guest, _end) = guest(manner);
+        let asked = tokio::time::timeout(SHORT * 5, pids(&guest));
+        let error = asked.await.unwrap_or_else(|_| panic!("{manner:?} hangs")).unwrap_err();
+        let fits = match manner {
+            Manner::Silent | Manner::Rude => matches!(error, GuestError::Deadline { .. }),
+            Manner::Hangs => matches!(error, GuestError::Broken(_)),
+            Manner::Garbage | Manner::Endless => matches!(error, GuestError::Nonsense(_)),
+            Manner::Refuses => matches!(
+                &error,
+                GuestError::Refused { message, .. } if message == "no  [31mstream"
+            ),
+            // ttrpc throws the announced bytes away as they come: no memory is taken for them.
+            Manner::Floods | Manner::Huge => {
+                matches!(
+                    error,
+                    GuestError::Deadline { .. }
+                        | GuestError::Broken(_)
+                        | GuestError::Refused { .. }
+                        | GuestError::Nonsense(_)
+                )
+            }
+        };
+        assert!(fits, "{manner:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_broken_connection_is_made_again() {
+    let (fake, guest, _end) = guest(Manner::Hangs);
+    assert!(matches!(pids(&guest).await, Err(GuestError::Broken(_))));
+    assert!(matches!(pids(&guest).await, Err(GuestError::Broken(_))));
+    assert_eq!(fake.dialled.load(std::sync::atomic::Ordering::Relaxed), 2);
+    let question = api::PidsRequest::default();
+    let again: Result<api::PidsResponse> = guest.call_again(service::TASK, "Pids", &question).await;
+    assert!(matches!(again, Err(GuestError::Broken(_))));
+    assert_eq!(fake.dialled.load(std::sync::atomic::Ordering::Relaxed), 4);
+}
+
+#[tokio::test]
+async fn the_end_of_the_machine_ends_every_call() {
+    let (_fake, guest, end) = guest(Manner::Silent);
+    let guest = Arc::new(guest);
+    let waiting = tokio::spawn({
+        let guest = guest.clone();
+        async move {
+            let question = api::WaitRequest::default();
+            guest.call_for::<api::WaitResponse>(service::TASK, "Wait", &question, None).await
+        }
+    });
+    tokio::task::yield_now().await;
+    end.send_replace(true);
+    let ended = tokio::time::timeout(SHORT, waiting).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(GuestError::Gone)));
+    assert!(matches!(pids(&guest).await, Err(GuestError::Gone)));
+}
+
+async fn boots(says: &'static [u8]) -> Result<(Ready, String)> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v_1023");
+    let listener = UnixListener::bind(&path).unwrap();
+    let fake = tokio::spawn(async move {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        let _ = stream.write_all(says).await;
+        if let Ok(welcome) = handshake::read_json::<Welcome>(&mut stream).await {
+            assert_eq!((welcome.token.len(), welcome.entropy.len()), (64, 128));
+            assert_eq!(welcome.sandbox_id, "pod");
+            let _ = stream.write_all(b"{\"ok\":true}\n").await;
+        }
+        let _ = stream.read_u8().await;
+    });
+    let ready = welcome(&listener, "pod", SHORT).await;
+    fake.abort();
+    ready
+}
+
+#[tokio::test]
+async fn a_guest_is_welcomed_once_it_says_what_it_is() {
+    let line = br#"{"protocol":1,"agent_version":"0.1","kernel_release":"6.12","boot_id":"b"}"#;
+    let line: &'static [u8] = [line.as_slice(), b"\n"].concat().leak();
+    let (ready, token) = boots(line).await.unwrap();
+    assert_eq!((ready.kernel_release.as_str(), token.len()), ("6.12", 64));
+}
+
+#[tokio::test]
+async fn a_guest_that_boots_into_something_else_is_an_error_in_time() {
+    let other = br#"{"protocol":9,"agent_version":"","kernel_release":"","boot_id":""}"#;
+    let other: &'static [u8] = [other.as_slice(), b"\n"].concat().leak();
+    let long: &'static [u8] = vec![b'x'; 100_000].leak();
+    for (says, nonsense) in
+        [(b"".as_slice(), false), (b"hello\n", true), (other, true), (long, true)]
+    {
+        let error = boots(says).await.unwrap_err();
+        let fits = match nonsense {
+            true => matches!(error, GuestError::Nonsense(_)),
+            false => matches!(error, GuestError::Deadline { .. }),
+        };
+        assert!(fits, "{error:?}");
+    }
+}
+
+#[test]
+fn a_guests_words_are_cut_and_cleaned() {
+    assert_eq!(clean("a\nb\u{1b}c"), "a b c");
+    assert_eq!(clean(&"x".repeat(1000)).chars().count(), QUOTED + 1);
+}

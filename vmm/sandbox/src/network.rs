@@ -1,0 +1,560 @@
+//! The pod's network, handed through to the guest.
+//!
+//! CNI has put interfaces into the pod's network namespace before the machine is made. Each
+//! Ethernet interface gets a tap device beside it, and two tc filters join the two: what comes in
+//! at one leaves through the other. The guest gets the interface's MAC address, MTU, addresses,
+//! routes and permanent neighbours, so for the rest of the network it *is* that interface. The
+//! interface itself stays where it is with its counters, which are the pod's network statistics.
+//!
+//! This works alike for every kind that delivers Ethernet frames through the host's stack: `veth`
+//! (bridge, ptp, Calico, Cilium, …), `macvlan`, `ipvlan` in L2 mode, SR-IOV functions and other
+//! physical interfaces. A `macvtap` delivers frames to its character device instead, and is
+//! refused; so is a pod whose interfaces are not Ethernet.
+//!
+//! Taps are not persistent: they live as long as a descriptor of them is open, so nothing is left
+//! of them after the VMM and the daemon are gone. All netlink work happens on sockets that were
+//! opened inside the namespace by a thread of their own; no thread of the daemon changes its own.
+
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use kuasar_host::netlink::{Link, Netlink, RouteEntry};
+use nix::sched::CloneFlags;
+use serde::{Deserialize, Serialize};
+use vmm_common::guest;
+
+/// Most interfaces of a pod.
+pub const MAX_NICS: usize = 16;
+/// Most addresses, routes or neighbours of a pod.
+pub const MAX_ENTRIES: usize = 4096;
+
+/// `ARPHRD_ETHER`.
+const ETHERNET: u16 = 1;
+/// `RT_TABLE_MAIN`.
+const MAIN: u32 = 254;
+/// `RTPROT_KERNEL`: made by itself with an address.
+const BY_KERNEL: u8 = 2;
+/// `RTM_F_CLONED`: a cached entry, no route.
+const CLONED: u32 = 0x200;
+/// `RTNH_F_ONLINK`.
+const ONLINK: u32 = 4;
+/// `NUD_PERMANENT`.
+const PERMANENT: u16 = 0x80;
+/// `RT_SCOPE_LINK` and `RT_SCOPE_HOST`.
+const NARROW: [u8; 2] = [253, 254];
+/// Prefix of our taps' names.
+const TAP: &str = "kuasar";
+
+/// Why a pod's network cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The namespace has something that a guest cannot be given; the text names the way out.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A step failed.
+    #[error("{context}")]
+    Host {
+        /// What was being done.
+        context: String,
+        /// Why it failed.
+        #[source]
+        source: kuasar_host::Error,
+    },
+}
+
+/// Result of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+fn host(context: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+    let context = context.into();
+    move |source| match source {
+        kuasar_host::Error::Unsupported(text) => Error::Unsupported(format!("{context}: {text}")),
+        source => Error::Host { context, source },
+    }
+}
+
+fn system(context: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+    let context = context.into();
+    move |source| Error::Host {
+        source: kuasar_host::Error::Io { context: context.clone(), source },
+        context,
+    }
+}
+
+/// An interface of the pod that the guest gets, as it is recorded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Name in the namespace, and in the guest.
+    pub name: String,
+    /// Index in the namespace.
+    pub index: u32,
+    /// MAC address.
+    pub mac: [u8; 6],
+    /// Largest packet in bytes.
+    pub mtu: u32,
+    /// Name of the tap device beside it.
+    pub tap: String,
+}
+
+/// What the namespace has, in the guest API's words.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// Interfaces, in the order of their indices.
+    pub interfaces: Vec<Interface>,
+    /// What the guest is told.
+    pub network: guest::Network,
+}
+
+/// An interface that was joined with its tap.
+#[derive(Debug)]
+pub struct Joined {
+    /// The interface.
+    pub interface: Interface,
+    /// The tap: one descriptor for each pair of queues.
+    pub tap: Vec<OwnedFd>,
+}
+
+/// Reads what CNI has made of a namespace.
+///
+/// # Errors
+/// [`Error::Unsupported`] for interfaces that cannot be handed through, and for too many.
+pub fn plan(netns: BorrowedFd<'_>) -> Result<Plan> {
+    let netlink = Netlink::open_in(netns).map_err(host("enter the pod's network namespace"))?;
+    let read = |what: &str| host(format!("read the pod's {what}"));
+    let links = netlink.links().map_err(read("interfaces"))?;
+    let mut interfaces = Vec::new();
+    for link in links.iter().filter(|link| wanted(link)) {
+        if link.kind == "macvtap" {
+            return Err(Error::Unsupported(format!(
+                "interface {} of the pod is a macvtap, whose frames bypass the namespace: use \
+                 macvlan, a bridge or another CNI plugin",
+                link.name
+            )));
+        }
+        let Ok(mac) = <[u8; 6]>::try_from(link.mac.as_slice()) else { continue };
+        interfaces.push(Interface {
+            name: link.name.clone(),
+            index: link.index,
+            mac,
+            mtu: link.mtu,
+            tap: format!("{TAP}{}", link.index),
+        });
+    }
+    interfaces.sort_by_key(|interface| interface.index);
+    if interfaces.len() > MAX_NICS {
+        return Err(Error::Unsupported(format!(
+            "the pod has {} network interfaces: at most {MAX_NICS} can be handed to a VM",
+            interfaces.len()
+        )));
+    }
+    let addresses = netlink.addresses().map_err(read("addresses"))?;
+    let routes = netlink.routes().map_err(read("routes"))?;
+    let neighbours = netlink.neighbours().map_err(read("neighbours"))?;
+    let name =
+        |index: u32| interfaces.iter().find(|one| one.index == index).map(|one| one.name.clone());
+    let mut network = guest::Network::new();
+    for interface in &interfaces {
+        let own = addresses.iter().filter(|a| a.link == interface.index);
+        // The guest makes link-local addresses of IPv6 itself, from the same MAC address.
+        let own = own.filter(|a| !(a.address.is_ipv6() && NARROW.contains(&a.scope)));
+        network.interfaces.push(guest::Interface {
+            name: interface.name.clone(),
+            mac: mac_text(&interface.mac),
+            mtu: interface.mtu,
+            addresses: own.map(|a| format!("{}/{}", a.address, a.prefix)).collect(),
+            ..Default::default()
+        });
+    }
+    for route in &routes {
+        if route.table != MAIN || route.protocol == BY_KERNEL || route.flags & CLONED != 0 {
+            continue;
+        }
+        match (route.link, name(route.link)) {
+            (0, _) if route.kind == libc::RTN_UNICAST => {
+                return Err(Error::Unsupported(
+                    "the pod has a route with several next hops: give it one each".into(),
+                ));
+            }
+            // blackhole, unreachable, prohibit: without an interface, or with lo.
+            (_, None) if route.kind == libc::RTN_UNICAST => continue,
+            (_, device) => network.routes.push(wire_route(route, device.unwrap_or_default())),
+        }
+    }
+    // Gateways that are reached through another route come behind that route.
+    network.routes.sort_by_key(|route| {
+        (!route.gateway.is_empty(), route.destination.is_empty(), route.family, route.metric)
+    });
+    for neighbour in neighbours.iter().filter(|n| n.state & PERMANENT != 0) {
+        let Ok(mac) = <[u8; 6]>::try_from(neighbour.mac.as_slice()) else { continue };
+        let Some(device) = name(neighbour.link) else { continue };
+        network.neighbours.push(guest::Neighbour {
+            address: neighbour.address.to_string(),
+            mac: mac_text(&mac),
+            device,
+            state: neighbour.state.into(),
+            ..Default::default()
+        });
+    }
+    let entries = network.routes.len().max(network.neighbours.len());
+    let entries = entries.max(addresses.len());
+    if entries > MAX_ENTRIES {
+        return Err(Error::Unsupported(format!(
+            "the pod's network has {entries} routes, addresses or neighbours: at most \
+             {MAX_ENTRIES} can be handed to a VM"
+        )));
+    }
+    Ok(Plan { interfaces, network })
+}
+
+fn wanted(link: &Link) -> bool {
+    let loopback = link.flags & libc::IFF_LOOPBACK as u32 != 0;
+    // A tap of ours, of a start that was repeated.
+    let ours = link.kind == "tun" && link.name.starts_with(TAP);
+    link.hardware == ETHERNET && !loopback && !ours && link.is_up()
+}
+
+fn wire_route(route: &RouteEntry, device: String) -> guest::Route {
+    guest::Route {
+        destination: route.destination.map(|(ip, bits)| format!("{ip}/{bits}")).unwrap_or_default(),
+        gateway: route.gateway.map(|ip| ip.to_string()).unwrap_or_default(),
+        device,
+        source: route.source.map(|ip: IpAddr| ip.to_string()).unwrap_or_default(),
+        metric: route.metric,
+        scope: route.scope.into(),
+        type_: route.kind.into(),
+        // Of what the kernel says only this is also something that can be asked for.
+        flags: route.flags & ONLINK,
+        family: if route.family == libc::AF_INET6 as u8 { 6 } else { 4 },
+        ..Default::default()
+    }
+}
+
+/// A MAC address in its usual form.
+pub fn mac_text(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Makes the tap of each interface and joins the two. When one fails, those before it are undone.
+/// `queues` is the number of queue pairs of each tap.
+///
+/// # Errors
+/// [`Error::Unsupported`] on a kernel that lacks tc's redirection; [`Error::Host`].
+pub fn join(netns: BorrowedFd<'_>, plan: &Plan, queues: u16) -> Result<Vec<Joined>> {
+    let mut joined = Vec::with_capacity(plan.interfaces.len());
+    for interface in &plan.interfaces {
+        match join_one(netns, interface, queues) {
+            Ok(tap) => joined.push(Joined { interface: interface.clone(), tap }),
+            Err(error) => {
+                let before: Vec<_> = joined.drain(..).map(|one| one.interface).collect();
+                // The first error is the one to report.
+                let _ = part(netns, &before);
+                let _ = part(netns, std::slice::from_ref(interface));
+                return Err(error);
+            }
+        }
+    }
+    Ok(joined)
+}
+
+fn join_one(netns: BorrowedFd<'_>, interface: &Interface, queues: u16) -> Result<Vec<OwnedFd>> {
+    let at = |what: &str| host(format!("{what} for interface {}", interface.name));
+    let netlink = Netlink::open_in(netns).map_err(at("enter the pod's network namespace"))?;
+    let taps = open_tap(netns, &interface.tap, queues)?;
+    let tap = netlink.link(&interface.tap).map_err(at("find the tap"))?;
+    netlink.set_mtu(tap.index, interface.mtu).map_err(at("set the tap's MTU"))?;
+    quiet(netns, &interface.tap);
+    netlink.set_up(tap.index).map_err(at("set the tap up"))?;
+    netlink.redirect(tap.index, interface.index).map_err(at("join the tap"))?;
+    netlink.redirect(interface.index, tap.index).map_err(at("join the interface"))?;
+    Ok(taps)
+}
+
+/// Keeps the namespace's own IPv6 off the tap: its router solicitations would go to the guest.
+fn quiet(netns: BorrowedFd<'_>, tap: &str) {
+    let name = format!("net/ipv6/conf/{tap}/disable_ipv6");
+    let _ = kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || {
+        // Fails where the kernel has no IPv6.
+        kuasar_host::namespace::set_sysctl(&name, "1")
+    });
+}
+
+/// `struct ifreq` as `TUNSETIFF` reads it.
+#[repr(C)]
+struct TapRequest {
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    rest: [u8; 22],
+}
+
+fn open_tap(netns: BorrowedFd<'_>, name: &str, queues: u16) -> Result<Vec<OwnedFd>> {
+    use std::os::unix::fs::OpenOptionsExt;
+    nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, TapRequest);
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if queues > 1 {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    let mut request =
+        TapRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
+    // The last byte stays zero.
+    for (to, from) in request.name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = from;
+    }
+    let open = || {
+        let mut files = Vec::new();
+        for _ in 0..queues.max(1) {
+            // The device belongs to the namespace of the thread that opens it.
+            let file = std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+                .open("/dev/net/tun")?;
+            // SAFETY: a valid `struct ifreq` that lives across the call.
+            unsafe { tun_set_iff(file.as_raw_fd(), &request) }.map_err(std::io::Error::from)?;
+            files.push(OwnedFd::from(file));
+        }
+        Ok::<_, std::io::Error>(files)
+    };
+    let made =
+        kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || Ok(open()));
+    made.map_err(host("enter the pod's network namespace"))?
+        .map_err(system(format!("make the tap device {name}")))
+}
+
+/// Parts interfaces from their taps. What is gone already, the namespace too, is no error.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn part(netns: BorrowedFd<'_>, interfaces: &[Interface]) -> Result<()> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    let netlink = Netlink::open_in(netns).map_err(host("enter the pod's network namespace"))?;
+    for interface in interfaces {
+        // Its own filter goes with the tap.
+        netlink
+            .unredirect(interface.index)
+            .map_err(host(format!("part interface {} from its tap", interface.name)))?;
+    }
+    Ok(())
+}
+
+/// Interfaces of `new` that are not in `old`, by index and MAC address: for engines that set the
+/// network up after the pod's start.
+pub fn added(old: &[Interface], new: &Plan) -> Vec<Interface> {
+    let known = |one: &Interface| old.iter().any(|o| o.index == one.index && o.mac == one.mac);
+    new.interfaces.iter().filter(|one| !known(one)).cloned().collect()
+}
+
+/// Opens a pod's network namespace.
+///
+/// # Errors
+/// [`Error::Host`] when it is gone or something else.
+pub fn open(path: &str) -> Result<OwnedFd> {
+    kuasar_host::namespace::open_kind(std::path::Path::new(path), CloneFlags::CLONE_NEWNET)
+        .map_err(host(format!("open the pod's network namespace {path}")))
+}
+
+/// Whether a namespace is the one that this process runs in: then it is the host's network.
+pub fn is_hosts(netns: &OwnedFd) -> bool {
+    kuasar_host::namespace::is_own(netns.as_fd(), "net").unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::FromRawFd;
+
+    /// A namespace of its own for a test, made by a thread that ends at once.
+    fn namespace() -> Option<OwnedFd> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return None;
+        }
+        let made = std::thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).ok()?;
+            kuasar_host::namespace::open(std::path::Path::new("/proc/thread-self/ns/net")).ok()
+        });
+        let made = made.join().unwrap();
+        if made.is_none() {
+            eprintln!("skipped: no network namespaces here");
+        }
+        made
+    }
+
+    fn ip(netns: &OwnedFd, words: &str) -> bool {
+        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        kuasar_host::namespace::enter_on_thread(netns.as_fd(), CloneFlags::CLONE_NEWNET, || {
+            let out = std::process::Command::new("ip").args(&words).output().unwrap();
+            assert!(out.status.success(), "ip {words:?}: {}", String::from_utf8_lossy(&out.stderr));
+            Ok(true)
+        })
+        .unwrap()
+    }
+
+    /// A pod's namespace as the bridge plugin makes it, with `peer` in place of the bridge.
+    fn pod() -> Option<OwnedFd> {
+        let netns = namespace()?;
+        ip(&netns, "link set lo up");
+        ip(&netns, "link add eth0 mtu 1400 address 02:00:00:00:00:01 type veth peer name peer");
+        ip(&netns, "link set peer mtu 1400 up");
+        ip(&netns, "link set eth0 up");
+        ip(&netns, "addr add 10.9.0.2/24 dev eth0");
+        ip(&netns, "route add default via 10.9.0.1 dev eth0");
+        ip(&netns, "route add 10.7.0.0/16 dev eth0 scope link metric 5");
+        ip(&netns, "neigh add 10.9.0.1 lladdr 02:00:00:00:00:99 dev eth0 nud permanent");
+        Some(netns)
+    }
+
+    /// A raw socket on an interface: all frames that come in there.
+    fn raw(netns: &OwnedFd, name: &str) -> std::fs::File {
+        let index = Netlink::open_in(netns.as_fd()).unwrap().link(name).unwrap().index;
+        kuasar_host::namespace::enter_on_thread(netns.as_fd(), CloneFlags::CLONE_NEWNET, || {
+            let protocol = i32::from((libc::ETH_P_ALL as u16).to_be());
+            // SAFETY: plain calls; the address is filled in and its size given.
+            let fd = unsafe {
+                let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, protocol);
+                assert!(fd >= 0);
+                let mut address: libc::sockaddr_ll = std::mem::zeroed();
+                address.sll_family = libc::AF_PACKET as u16;
+                address.sll_protocol = protocol as u16;
+                address.sll_ifindex = index as i32;
+                let size = std::mem::size_of_val(&address) as u32;
+                assert_eq!(libc::bind(fd, (&raw const address).cast(), size), 0);
+                let patience = libc::timeval { tv_sec: 5, tv_usec: 0 };
+                let size = std::mem::size_of_val(&patience) as u32;
+                libc::setsockopt(
+                    fd,
+                    libc::SOL_SOCKET,
+                    libc::SO_RCVTIMEO,
+                    (&raw const patience).cast(),
+                    size,
+                );
+                std::fs::File::from_raw_fd(fd)
+            };
+            Ok(fd)
+        })
+        .unwrap()
+    }
+
+    fn frame(mark: u8) -> Vec<u8> {
+        let mut frame = vec![0xff; 6];
+        frame.extend([2, 0, 0, 0, 0, 1]);
+        // A protocol that nobody speaks.
+        frame.extend([0x88, 0xb5]);
+        frame.extend([mark; 50]);
+        frame
+    }
+
+    /// Reads frames until one carries `mark`.
+    fn expect(from: &mut std::fs::File, mark: u8, skip: usize) {
+        let mut buffer = [0; 4096];
+        loop {
+            let n = from.read(&mut buffer).expect("no frame came");
+            let frame = &buffer[skip.min(n)..n];
+            if frame.get(12..14) == Some(&[0x88, 0xb5]) && frame[14] == mark {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn what_cni_has_made_is_handed_to_the_guest() {
+        let Some(netns) = pod() else { return };
+        ip(&netns, "link set peer down");
+        let plan = plan(netns.as_fd()).unwrap();
+        assert_eq!(plan.interfaces.len(), 1, "{:?}", plan.interfaces);
+        let [eth0] = plan.network.interfaces.as_slice() else { panic!() };
+        assert_eq!((eth0.name.as_str(), eth0.mtu), ("eth0", 1400));
+        assert_eq!(eth0.mac, "02:00:00:00:00:01");
+        assert_eq!(eth0.addresses, ["10.9.0.2/24"]);
+        let routes = &plan.network.routes;
+        let [near, default] = routes.as_slice() else { panic!("{routes:?}") };
+        assert_eq!((near.destination.as_str(), near.metric, near.scope), ("10.7.0.0/16", 5, 253));
+        assert_eq!((default.destination.as_str(), default.gateway.as_str()), ("", "10.9.0.1"));
+        assert_eq!(default.device, "eth0");
+        let [gateway] = plan.network.neighbours.as_slice() else { panic!() };
+        assert_eq!((gateway.address.as_str(), gateway.state), ("10.9.0.1", 0x80));
+    }
+
+    #[test]
+    fn frames_cross_between_interface_and_tap_until_they_are_parted() {
+        let Some(netns) = pod() else { return };
+        let plan = plan_of(&netns, "eth0");
+        let mut joined = join(netns.as_fd(), &plan, 1).unwrap();
+        let netlink = Netlink::open_in(netns.as_fd()).unwrap();
+        let eth0 = netlink.link("eth0").unwrap().index;
+        assert!(netlink.is_redirected(eth0).unwrap());
+        let mut tap = std::fs::File::from(joined.remove(0).tap.remove(0));
+        nix::fcntl::fcntl(&tap, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+        let mut peer = raw(&netns, "peer");
+        // From the network to the guest.
+        peer.write_all(&frame(1)).unwrap();
+        expect(&mut tap, 1, 10);
+        // From the guest to the network: ten bytes of virtio-net header first.
+        let mut out = vec![0; 10];
+        out.extend(frame(2));
+        tap.write_all(&out).unwrap();
+        expect(&mut peer, 2, 0);
+        // The counters are the pod's statistics.
+        let stats = netlink.link("eth0").unwrap().stats;
+        assert!(stats.rx_packets >= 1 && stats.tx_packets >= 1, "{stats:?}");
+        // Joining again replaces, parting is idempotent, and what is parted stays apart.
+        netlink.redirect(eth0, netlink.link(&plan.interfaces[0].tap).unwrap().index).unwrap();
+        peer.write_all(&frame(3)).unwrap();
+        expect(&mut tap, 3, 10);
+        part(netns.as_fd(), &plan.interfaces).unwrap();
+        part(netns.as_fd(), &plan.interfaces).unwrap();
+        assert!(!netlink.is_redirected(eth0).unwrap());
+        // The tap goes with its last descriptor.
+        let name = plan.interfaces[0].tap.clone();
+        assert!(netlink.link(&name).is_ok());
+        drop(tap);
+        assert!(netlink.link(&name).is_err());
+    }
+
+    fn plan_of(netns: &OwnedFd, name: &str) -> Plan {
+        let mut plan = plan(netns.as_fd()).unwrap();
+        plan.interfaces.retain(|one| one.name == name);
+        plan
+    }
+
+    #[test]
+    fn several_queues_are_several_descriptors_of_one_tap() {
+        let Some(netns) = pod() else { return };
+        let joined = join(netns.as_fd(), &plan_of(&netns, "eth0"), 3).unwrap();
+        assert_eq!(joined[0].tap.len(), 3);
+    }
+
+    #[test]
+    fn a_namespace_with_nothing_but_lo_is_an_empty_plan() {
+        let Some(netns) = namespace() else { return };
+        let plan = plan(netns.as_fd()).unwrap();
+        assert!(plan.interfaces.is_empty() && plan.network.routes.is_empty());
+        assert!(join(netns.as_fd(), &plan, 1).unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_interface_that_came_later_is_noticed() {
+        let Some(netns) = pod() else { return };
+        let before = plan_of(&netns, "eth0");
+        let both = plan(netns.as_fd()).unwrap();
+        let new = added(&before.interfaces, &both);
+        assert_eq!(new.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["peer"]);
+        assert!(added(&both.interfaces, &both).is_empty());
+    }
+
+    #[test]
+    fn a_failed_join_leaves_nothing() {
+        let Some(netns) = pod() else { return };
+        let mut plan = plan_of(&netns, "eth0");
+        let mut missing = plan.interfaces[0].clone();
+        (missing.index, missing.name, missing.tap) = (4242, "gone".into(), "kuasar4242".into());
+        plan.interfaces.push(missing);
+        assert!(join(netns.as_fd(), &plan, 1).is_err());
+        let netlink = Netlink::open_in(netns.as_fd()).unwrap();
+        assert!(!netlink.is_redirected(netlink.link("eth0").unwrap().index).unwrap());
+        let taps = netlink.links().unwrap().into_iter().filter(|l| l.kind == "tun").count();
+        assert_eq!(taps, 0);
+    }
+}

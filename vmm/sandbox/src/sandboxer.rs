@@ -1,0 +1,984 @@
+//! Pods that are machines: the [`Sandboxer`] behind the Controller.
+//!
+//! | step | what is made | undone by |
+//! |---|---|---|
+//! | create | the pod's files and cgroup | `remove` |
+//! | start | share tree, taps and redirections, the machine and its helpers, the agent's channel | `remove`; taps and redirections by `stop` |
+//!
+//! Every step is found again by name or by record, so that a daemon that is killed between two of
+//! them leaves nothing: mounts are below the sandbox's directory, processes are in the pod's
+//! cgroup of machines, taps end with their last descriptor, the machine's sockets are in a
+//! directory that is recorded before it is made.
+//!
+//! A machine that ends by itself is seen by the exit of its VMM: its containers end with 137 and
+//! the Controller is told.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::sandboxer::{
+    PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
+};
+use containerd_task::runtime::Keeper;
+use kuasar_daemon::resident::Parts;
+use kuasar_daemon::tasks::{ParentKeeper, TaskServers, Tasks};
+use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_oci::pod::Modes;
+use kuasar_pod::files::{self, host};
+use protobuf::MessageField;
+use sandbox_parent::client::Parent;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use vmm_common::guest as wire;
+use vmm_common::port;
+
+use crate::config::{Config, HostNetwork, RootImage};
+use crate::guest::{Dial, Guest, GuestError, Limits, service};
+use crate::network::{self, Interface, Plan};
+use crate::runtime::{Containers, Pod};
+use crate::share::ShareTree;
+use crate::vmm::helpers::HelpersConfig;
+use crate::vmm::qemu::Qemu;
+use crate::vmm::{
+    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Launcher, Nic, Range, Root, Share,
+    ShareKind, Vm, VmSpec, VmState, Vmm,
+};
+
+/// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
+const CID: u32 = 3;
+/// Last characters of a guest's console in an error.
+const CONSOLE_TAIL: usize = 400;
+/// How long a killed process may take to leave its cgroup.
+const CGROUP: Duration = Duration::from_secs(5);
+/// How long the guest may hold back an answer that there are no events.
+const POLL: Duration = Duration::from_secs(20);
+/// Between two attempts to ask for events.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// What is durable of a pod.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct PodState {
+    /// cgroup parent, when the pod's cgroup was made by us.
+    own_cgroup: Option<String>,
+    /// cgroup of VMM and helpers.
+    machine_cgroup: Option<String>,
+    /// Directory of the machine's sockets and logs.
+    machine_dir: Option<PathBuf>,
+    /// The machine.
+    vm: Option<VmState>,
+    /// The agent's token.
+    token: String,
+    /// Interfaces that were joined with taps.
+    interfaces: Vec<Interface>,
+}
+
+/// A running machine.
+struct Live {
+    vm: Arc<dyn Vm>,
+    guest: Arc<Guest>,
+    /// What watches it.
+    watchers: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.watchers.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// Makes and removes pods.
+pub struct VmmSandboxer {
+    config: Arc<RwLock<Arc<Config>>>,
+    parent: Parent,
+    /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
+    fresh: bool,
+    cgroups: Arc<Layout>,
+    dir: PathBuf,
+    exe: PathBuf,
+    servers: Arc<TaskServers>,
+    live: Mutex<HashMap<String, Arc<Live>>>,
+}
+
+/// Dials a guest through its unix socket.
+#[derive(Debug)]
+struct Hybrid(PathBuf);
+
+#[async_trait]
+impl Dial for Hybrid {
+    async fn dial(&self, port: u32, limit: Duration) -> std::io::Result<UnixStream> {
+        vmm::vsock::dial(&self.0, port, limit).await.map_err(std::io::Error::other)
+    }
+}
+
+fn machine(error: vmm::Error) -> Error {
+    let text = chain(&error);
+    match error {
+        vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
+        vmm::Error::Invalid(_) => Error::InvalidArgument(text),
+        vmm::Error::NoProgram(_) | vmm::Error::Ended { .. } => Error::FailedPrecondition(text),
+        vmm::Error::Exhausted(_) => Error::ResourceExhausted(text),
+        vmm::Error::Deadline { .. } => Error::DeadlineExceeded(text),
+        other => Error::internal("the machine", other),
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+fn net(error: network::Error) -> Error {
+    match error {
+        network::Error::Unsupported(text) => Error::FailedPrecondition(text),
+        network::Error::Host { context, source } => Error::internal(context, source),
+    }
+}
+
+fn task(error: containerd_task::error::Error) -> Error {
+    use containerd_task::error::Error as Task;
+    match error {
+        Task::InvalidArgument(text) => Error::InvalidArgument(text),
+        Task::Unimplemented(text) => Error::Unimplemented(text),
+        other => Error::internal("the pod's files", other),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+}
+
+fn state(ctx: &SandboxContext) -> PodState {
+    serde_json::from_value(ctx.state.clone()).unwrap_or_default()
+}
+
+/// The namespace choices of a pod, as a guest can serve them: what would be the host's is the
+/// pod's, because the guest's own belongs to its agent.
+fn shared_pid(modes: Modes) -> bool {
+    modes.shared_pid || modes.host_pid
+}
+
+impl VmmSandboxer {
+    /// A sandboxer whose state is below `dir`; `exe` is this program, which is the jailer, too.
+    pub fn new(
+        config: Arc<RwLock<Arc<Config>>>,
+        parts: &Parts,
+        cgroups: Layout,
+        dir: PathBuf,
+        exe: PathBuf,
+    ) -> Self {
+        Self {
+            config,
+            parent: parts.parent.clone(),
+            fresh: parts.fresh,
+            cgroups: Arc::new(cgroups),
+            dir,
+            exe,
+            servers: parts.servers.clone(),
+            live: Mutex::default(),
+        }
+    }
+
+    fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<String, Arc<Live>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn running(&self, id: &str) -> Option<Arc<Live>> {
+        self.live().get(id).cloned()
+    }
+
+    fn launcher(&self, config: &Config) -> Launcher {
+        let jail = config.jailed.0.then(|| {
+            let mut jail = config.jail.clone();
+            jail.jailer = vec![self.exe.display().to_string(), "jail".into()];
+            jail
+        });
+        Launcher::new(Arc::new(self.parent.clone()), jail)
+    }
+
+    fn vmm(&self, config: &Config, kind: vmm::Kind) -> Result<(Arc<dyn Vmm>, Launcher)> {
+        let launcher = self.launcher(config);
+        let helpers: HelpersConfig = config.helpers.clone();
+        match kind {
+            vmm::Kind::Qemu => {
+                let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
+                Ok((Arc::new(qemu), launcher))
+            }
+            other => Err(Error::Unimplemented(format!("{other} is not supported yet: use qemu"))),
+        }
+    }
+
+    /// The group of a pod's VMM and helpers.
+    fn machine_cgroup(&self, ctx: &SandboxContext) -> String {
+        let parent = &ctx.spec.config.linux.cgroup_parent;
+        let parent = kuasar_host::cgroup::expand_systemd(parent);
+        let parent = if parent.is_empty() { "/kuasar-vmm".to_owned() } else { parent };
+        format!("{}/machine-{}", parent.trim_end_matches('/'), ctx.spec.id)
+    }
+
+    async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
+        let value = serde_json::to_value(state)
+            .map_err(|error| Error::internal("record the pod", error))?;
+        ctx.handle.save(value).await
+    }
+
+    fn keeper(&self, id: &str) -> Arc<dyn Keeper> {
+        Arc::new(ParentKeeper::new(self.parent.clone(), id.to_owned()))
+    }
+
+    /// A short private directory for sockets, whose paths have at most 107 bytes.
+    fn machine_dir(&self, id: &str) -> PathBuf {
+        let short: String = id.chars().take(12).collect();
+        let dirs = self.dir.join("vm");
+        let free = |dir: &PathBuf| !dir.exists();
+        let numbered = (0..1000).map(|n| dirs.join(format!("{short}{n}")));
+        let first = dirs.join(&short);
+        if free(&first) { first } else { numbered.into_iter().find(free).unwrap_or(first) }
+    }
+
+    fn open_network(&self, ctx: &SandboxContext, config: &Config) -> Result<Option<OwnedFd>> {
+        let path = &ctx.spec.netns_path;
+        if path.is_empty() {
+            return match config.host_network {
+                HostNetwork::None => Ok(None),
+                HostNetwork::Refuse => Err(Error::FailedPrecondition(
+                    "a VM cannot be on the host's network: set hostNetwork: false, or run the \
+                     pod with another runtime class; host_network = \"none\" in the \
+                     configuration runs such pods without network"
+                        .into(),
+                )),
+            };
+        }
+        network::open(path).map(Some).map_err(|error| {
+            Error::FailedPrecondition(format!(
+                "the pod's network namespace is not usable: {}",
+                chain(&error)
+            ))
+        })
+    }
+
+    fn vm_spec(
+        &self,
+        ctx: &SandboxContext,
+        config: &Config,
+        dir: &Path,
+        netns: Option<Arc<OwnedFd>>,
+        nics: Vec<Nic>,
+        cgroup: &Cgroup,
+    ) -> Result<VmSpec> {
+        let images = config.guest.find().map_err(Error::FailedPrecondition)?;
+        let root = match images.root {
+            RootImage::Initrd(path) => Root::Initrd(path),
+            RootImage::Erofs(path) => Root::Image {
+                disk: Disk::open("root", &path, DiskFormat::Raw, true).map_err(machine)?,
+                fstype: "erofs".into(),
+            },
+        };
+        let linux = &ctx.spec.config.linux;
+        let resources = linux.resources.as_ref().cloned().unwrap_or_default();
+        let (cpus, memory) = config.size.of(
+            resources.cpu_quota,
+            resources.cpu_period,
+            resources.memory_limit_in_bytes,
+        );
+        Ok(VmSpec {
+            id: ctx.spec.id.clone(),
+            dir: dir.to_owned(),
+            cpus: Range::fixed(cpus),
+            memory_mib: Range::fixed(memory),
+            hugepages: config.size.hugepages,
+            boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
+            shares: vec![Share {
+                tag: vmm_common::SHARE_TAG.into(),
+                dir: ShareTree::new(&ctx.dir).served(),
+                kind: ShareKind::Virtiofs,
+                read_only: false,
+            }],
+            nics,
+            disks: Vec::new(),
+            channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
+            entropy: true,
+            console: Console {
+                log: ctx.dir.join("console.log"),
+                limit: config.guest.console_bytes,
+            },
+            netns,
+            cgroups: cgroup.entrances(),
+        })
+    }
+
+    /// What the guest is told of its pod.
+    fn setup(ctx: &SandboxContext, config: &Config, plan: &Plan) -> Result<wire::SetupRequest> {
+        let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
+        // The names and the sysctls are the guest's alone, whatever the pod shares.
+        let own = Modes { host_network: false, host_ipc: false, ..modes };
+        let file = |name: &str| {
+            std::fs::read(ctx.dir.join(name))
+                .map_err(|error| Error::internal(format!("read the pod's {name}"), error))
+        };
+        let sysctls = files::sysctls(&ctx.spec.config, own, config.guest.unprivileged_ports)?;
+        let share = wire::Storage {
+            id: "share".into(),
+            kind: "virtiofs".into(),
+            source: vmm_common::SHARE_TAG.into(),
+            target: vmm_common::SHARE_PATH.into(),
+            ..wire::Storage::default()
+        };
+        Ok(wire::SetupRequest {
+            sandbox_id: ctx.spec.id.clone(),
+            hostname: files::hostname(&ctx.spec.config, own)?,
+            resolv_conf: file("resolv.conf")?,
+            hosts: file("hosts")?,
+            sysctls: sysctls
+                .into_iter()
+                .map(|(name, value)| wire::Sysctl { name, value, ..wire::Sysctl::default() })
+                .collect(),
+            shared_pid: shared_pid(modes),
+            shm_bytes: config.guest.shm_size,
+            network: MessageField::some(plan.network.clone()),
+            share: MessageField::some(share),
+            ..wire::SetupRequest::default()
+        })
+    }
+
+    /// Takes a running machine into the table, with everything that watches it.
+    fn insert(
+        &self,
+        ctx: &SandboxContext,
+        config: &Config,
+        vm: Arc<dyn Vm>,
+        token: String,
+        dial: Arc<dyn Dial>,
+        gone: (watch::Sender<bool>, watch::Receiver<bool>),
+    ) -> Result<(Tasks, Arc<Guest>)> {
+        let id = &ctx.spec.id;
+        let (end, gone) = gone;
+        let times = config.guest_timeouts;
+        let limits = Limits { connect: times.connect, call: times.call };
+        let guest = Arc::new(Guest::new(dial, token, limits, gone));
+        let pod = Pod {
+            id: id.clone(),
+            dir: ctx.dir.clone(),
+            pid: vm.pid(),
+            drain: times.drain,
+            create: times.create,
+        };
+        let containers = Arc::new(Containers::new(pod, guest.clone(), self.keeper(id)));
+        let tasks = self.servers.make(ctx, containers.clone())?;
+        let mut watchers = vec![
+            tokio::spawn(watch_helpers(id.clone(), vm.clone())),
+            tokio::spawn(watch_events(guest.clone(), containers)),
+        ];
+        if !times.health.is_zero() {
+            watchers.push(tokio::spawn(watch_health(
+                id.clone(),
+                vm.clone(),
+                guest.clone(),
+                times.health,
+                times.unwell,
+            )));
+        }
+        let netns = &ctx.spec.netns_path;
+        if !netns.is_empty() {
+            let begun = network::open(netns).map_err(|error| chain(&error)).and_then(|netns| {
+                crate::forward::start(netns.as_fd(), guest.clone()).map_err(|e| e.to_string())
+            });
+            match begun {
+                Ok(forwards) => watchers.push(forwards),
+                Err(error) => {
+                    tracing::warn!(sandbox = id, error, "no port-forward to this pod");
+                }
+            }
+        }
+        // Not among the watchers: it has to see the end that we order as well.
+        tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
+        let live = Live { vm, guest: guest.clone(), watchers };
+        self.live().insert(id.clone(), Arc::new(live));
+        Ok((tasks, guest))
+    }
+
+    fn started(&self, ctx: &SandboxContext, pid: u32) -> Started {
+        let mut labels = BTreeMap::new();
+        if !ctx.spec.runtime.is_empty() {
+            labels.insert("oci_runtime_type".into(), ctx.spec.runtime.clone());
+        }
+        Started { pid, labels, ..Started::default() }
+    }
+
+    /// Starts the machine of a pod whose taps are there, up to the agent's answer.
+    async fn boot(
+        &self,
+        ctx: &SandboxContext,
+        config: &Config,
+        state: &mut PodState,
+        netns: Option<Arc<OwnedFd>>,
+        nics: Vec<Nic>,
+        plan: &Plan,
+    ) -> Result<u32> {
+        let kind = config
+            .vmm_of(&ctx.spec.runtime, &ctx.spec.config.annotations)
+            .map_err(Error::InvalidArgument)?
+            .kind();
+        let (driver, launcher) = self.vmm(config, kind)?;
+        let cgroup = state.machine_cgroup.clone().unwrap_or_default();
+        let cgroup = self.cgroups.group(&cgroup).map_err(host("the machine's cgroup"))?;
+        let made = cgroup.clone();
+        blocking(move || made.create().map(drop).map_err(host("make the machine's cgroup")))
+            .await?;
+        let dir = state.machine_dir.clone().unwrap_or_default();
+        if let Some(parent) = dir.parent() {
+            kuasar_host::record::private_dir(parent)
+                .map_err(host("make the machines' directory"))?;
+        }
+        kuasar_host::record::private_dir(&dir).map_err(host("make the machine's directory"))?;
+        let spec = self.vm_spec(ctx, config, &dir, netns, nics, &cgroup)?;
+        let ready = vmm::vsock::bind(&uds(&dir), port::READY, launcher.owner()).map_err(machine)?;
+        let begun = Instant::now();
+        let vm = driver.spawn(&spec).await.map_err(machine)?;
+        // The machine has its own copies; ours would keep the taps.
+        drop(spec);
+        kuasar_daemon::metrics::observe("vmm_spawn", begun.elapsed());
+        state.vm = Some(vm.state());
+        self.save(ctx, state).await?;
+        let begun = Instant::now();
+        let limit = config.guest_timeouts.boot;
+        let welcomed = tokio::select! {
+            biased;
+            ended = vm.wait() => Err(Error::FailedPrecondition(format!(
+                "the machine ended before its guest was ready ({})",
+                match ended {
+                    Ok(exit) => format!("status {}", exit.status),
+                    Err(error) => error.to_string(),
+                }
+            ))),
+            ready = crate::guest::welcome(&ready, &ctx.spec.id, limit) => ready.map_err(Error::from),
+        };
+        let (agent, token) = match welcomed {
+            Ok(welcomed) => welcomed,
+            Err(error) => {
+                let said = vmm::console::tail(&ctx.dir.join("console.log"), CONSOLE_TAIL);
+                let text = format!("{}; its console: {said:?}", error.chain());
+                return Err(match error {
+                    Error::FailedPrecondition(_) => Error::FailedPrecondition(text),
+                    Error::DeadlineExceeded(_) => Error::DeadlineExceeded(text),
+                    _ => Error::FailedPrecondition(text),
+                });
+            }
+        };
+        kuasar_daemon::metrics::observe("guest_boot", begun.elapsed());
+        tracing::debug!(sandbox = ctx.spec.id, kernel = agent.kernel_release,
+            agent = agent.agent_version, took = ?begun.elapsed(), "the guest serves");
+        state.token.clone_from(&token);
+        self.save(ctx, state).await?;
+        let gone = watch::channel(false);
+        let pid = vm.pid();
+        let dial = Arc::new(Hybrid(uds(&dir)));
+        let (_tasks, guest) = self.insert(ctx, config, vm, token, dial, gone)?;
+        let begun = Instant::now();
+        let question = Self::setup(ctx, config, plan)?;
+        let limit = Some(config.guest_timeouts.create);
+        let _: wire::SetupResponse =
+            guest.call_for(service::GUEST, "Setup", &question, limit).await?;
+        kuasar_daemon::metrics::observe("guest_setup", begun.elapsed());
+        Ok(pid)
+    }
+
+    /// Ends a pod's machine, running or only recorded, and whatever is in its cgroup.
+    async fn end_machine(
+        &self,
+        ctx: &SandboxContext,
+        state: &PodState,
+        grace: Duration,
+    ) -> Result<()> {
+        let live = self.live().remove(&ctx.spec.id);
+        if let Some(live) = live {
+            live.vm.stop(grace).await.map_err(machine)?;
+            live.vm.release().await;
+        } else if let Some(recorded) = &state.vm {
+            // Nobody has it in hand: a start that failed, or a daemon that has just begun.
+            let (driver, _) = self.vmm(&self.config(), recorded.kind)?;
+            match driver.reattach(recorded.clone()).await {
+                Ok(vm) => {
+                    vm.stop(Duration::ZERO).await.map_err(machine)?;
+                    vm.release().await;
+                }
+                Err(error) => tracing::warn!(sandbox = ctx.spec.id, %error,
+                    "its machine cannot be taken up, only killed"),
+            }
+        }
+        if state.vm.is_some() {
+            // Its exit is forgotten: nobody may wait for it again.
+            self.save(ctx, &PodState { vm: None, ..state.clone() }).await?;
+        }
+        let Some(path) = state.machine_cgroup.clone() else { return Ok(()) };
+        let group = self.cgroups.group(&path).map_err(host("the machine's cgroup"))?;
+        blocking(move || {
+            if group.exists() {
+                let _ = group.signal_all(libc::SIGKILL);
+                group.remove(CGROUP).map_err(host("remove the machine's cgroup"))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Takes the pod's interfaces apart from their taps.
+    async fn part(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
+        let (path, interfaces) = (ctx.spec.netns_path.clone(), state.interfaces.clone());
+        if interfaces.is_empty() || path.is_empty() {
+            return Ok(());
+        }
+        blocking(move || match network::open(&path) {
+            Ok(netns) => network::part(netns.as_fd(), &interfaces).map_err(net),
+            // It is gone, and with it everything in it.
+            Err(_) => Ok(()),
+        })
+        .await
+    }
+}
+
+fn uds(dir: &Path) -> PathBuf {
+    dir.join("v").join("s")
+}
+
+/// Tells the end of a machine: first its containers, then the Controller.
+async fn watch_end(
+    vm: Arc<dyn Vm>,
+    gone: watch::Sender<bool>,
+    handle: containerd_sandbox::SandboxHandle,
+) {
+    let exit = match vm.wait().await {
+        Ok(exit) => SandboxExit { status: exit.status, at: exit.at },
+        // sandbox-parent is lost: the daemon ends, too, and nothing may be answered.
+        Err(_) => return,
+    };
+    gone.send_replace(true);
+    handle.exited(exit);
+    // Its helpers are of no use any more.
+    if let Err(error) = vm.stop(Duration::ZERO).await {
+        tracing::error!(%error, "helpers of an ended machine are left");
+    }
+}
+
+/// A machine without one of its helpers is no machine any more: it is ended.
+async fn watch_helpers(id: String, vm: Arc<dyn Vm>) {
+    use tokio::sync::broadcast::error::RecvError;
+    let mut events = vm.events();
+    loop {
+        match events.recv().await {
+            Ok(vmm::Event::HelperEnded { name, status }) => {
+                tracing::error!(
+                    sandbox = id,
+                    helper = name,
+                    status,
+                    "it has ended: so does the pod"
+                );
+                if let Err(error) = vm.stop(Duration::ZERO).await {
+                    tracing::error!(sandbox = id, %error, "the machine cannot be ended");
+                }
+                return;
+            }
+            Ok(vmm::Event::Panicked) => {
+                tracing::error!(sandbox = id, "the guest's kernel panicked")
+            }
+            Ok(event) => tracing::debug!(sandbox = id, ?event, "machine"),
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Hears the guest's events.
+async fn watch_events(guest: Arc<Guest>, containers: Arc<Containers>) {
+    let mut after = 0;
+    loop {
+        let question = wire::NextEventsRequest {
+            after,
+            timeout_ms: u64::try_from(POLL.as_millis()).unwrap_or_default(),
+            ..wire::NextEventsRequest::default()
+        };
+        let limit = Some(POLL + guest.limits().call);
+        let answer: std::result::Result<wire::NextEventsResponse, _> =
+            guest.call_for(service::GUEST, "NextEvents", &question, limit).await;
+        match answer {
+            Ok(answer) => {
+                let none = answer.events.is_empty();
+                for event in answer.events {
+                    after = after.max(event.sequence);
+                    match event.event {
+                        Some(wire::event::Event::Oom(oom)) => {
+                            containers.out_of_memory(&oom.container);
+                        }
+                        Some(wire::event::Event::Warning(text)) => {
+                            tracing::warn!(text = crate::guest::clean(&text.text), "a guest says");
+                        }
+                        _ => {}
+                    }
+                }
+                if none {
+                    // A guest that answers at once all the time is not asked all the time.
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+            Err(GuestError::Gone) => return,
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    }
+}
+
+/// Sets the guest's clock now and then, which shows as well whether it is alive.
+async fn watch_health(
+    id: String,
+    vm: Arc<dyn Vm>,
+    guest: Arc<Guest>,
+    every: Duration,
+    unwell: u32,
+) {
+    let mut failed = 0_u32;
+    loop {
+        tokio::time::sleep(every).await;
+        let question = wire::SetClockRequest {
+            now_ns: crate::guest::now_ns(),
+            tolerance_ns: 100_000_000,
+            ..wire::SetClockRequest::default()
+        };
+        let answer: std::result::Result<wire::SetClockResponse, _> =
+            guest.call_again(service::GUEST, "SetClock", &question).await;
+        match answer {
+            Ok(_) => failed = 0,
+            Err(GuestError::Gone) => return,
+            Err(error) => {
+                failed = failed.saturating_add(1);
+                tracing::warn!(sandbox = id, failed, %error, "the guest is unwell");
+            }
+        }
+        if unwell > 0 && failed >= unwell {
+            tracing::error!(sandbox = id, failed, "its machine is killed");
+            let _ = vm.stop(Duration::ZERO).await;
+            return;
+        }
+    }
+}
+
+#[async_trait]
+impl Sandboxer for VmmSandboxer {
+    async fn create(&self, ctx: &SandboxContext) -> Result<()> {
+        let spec = ctx.spec.clone();
+        let config = self.config();
+        let modes = Modes::of(&spec.config, &spec.netns_path);
+        drop(self.open_network(ctx, &config)?);
+        config.vmm_of(&spec.runtime, &spec.config.annotations).map_err(Error::InvalidArgument)?;
+        config.guest.find().map_err(Error::FailedPrecondition)?;
+        files::sysctls(&spec.config, modes, false)?;
+        if files::has_userns(&spec.config) {
+            return Err(Error::FailedPrecondition(
+                "a pod in a VM has no user namespace of its own: set hostUsers: true; the VM is \
+                 the stronger border"
+                    .into(),
+            ));
+        }
+        let (dir, layout, spec_too) = (ctx.dir.clone(), self.cgroups.clone(), spec.clone());
+        let own = Modes { host_network: false, ..modes };
+        let made = blocking(move || {
+            files::write_etc(&dir, &spec_too.config, own)?;
+            files::make_cgroup(&layout, &spec_too.config)
+        })
+        .await?;
+        let state = PodState {
+            own_cgroup: made.then(|| spec.config.linux.cgroup_parent.clone()),
+            ..PodState::default()
+        };
+        self.save(ctx, &state).await
+    }
+
+    async fn start(&self, ctx: &SandboxContext) -> Result<Started> {
+        let config = self.config();
+        let mut state = state(ctx);
+        let netns = self.open_network(ctx, &config)?.map(Arc::new);
+        state.machine_cgroup = Some(self.machine_cgroup(ctx));
+        state.machine_dir = Some(self.machine_dir(&ctx.spec.id));
+        let begun = Instant::now();
+        let plan = match netns.clone() {
+            Some(netns) => blocking(move || network::plan(netns.as_fd()).map_err(net)).await?,
+            None => Plan::default(),
+        };
+        state.interfaces.clone_from(&plan.interfaces);
+        // Before anything is made: a daemon that dies now knows what to undo.
+        self.save(ctx, &state).await?;
+        let tree = ShareTree::new(&ctx.dir);
+        let (joined, plan) = match netns.clone() {
+            Some(netns) => {
+                blocking(move || {
+                    tree.make().map_err(task)?;
+                    let joined = network::join(netns.as_fd(), &plan, 1).map_err(net)?;
+                    Ok((joined, plan))
+                })
+                .await?
+            }
+            None => {
+                blocking(move || tree.make().map_err(task)).await?;
+                (Vec::new(), plan)
+            }
+        };
+        kuasar_daemon::metrics::observe("pod_network", begun.elapsed());
+        let nics = joined
+            .into_iter()
+            .enumerate()
+            .map(|(number, one)| Nic {
+                id: format!("net{number}"),
+                mac: one.interface.mac,
+                mtu: u16::try_from(one.interface.mtu).unwrap_or(u16::MAX),
+                tap: one.tap.into_iter().map(Arc::new).collect(),
+                tap_name: Some((one.interface.tap, None)),
+            })
+            .collect();
+        let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
+        Ok(self.started(ctx, pid))
+    }
+
+    async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
+        match self.servers.get(&ctx.spec.id) {
+            Some(tasks) => Ok(tasks.server().services()),
+            None => Err(Error::NotFound(format!("sandbox {} is not running", ctx.spec.id))),
+        }
+    }
+
+    async fn stop(&self, ctx: &SandboxContext, _timeout: Duration) -> Result<()> {
+        let config = self.config();
+        let state = state(ctx);
+        let grace = config.guest_timeouts.shutdown;
+        if let Some(live) = self.running(&ctx.spec.id) {
+            // Its containers end with it, after their filesystems are written.
+            let question = wire::ShutdownRequest::default();
+            let asked = live.guest.call_for::<wire::ShutdownResponse>(
+                service::GUEST,
+                "Shutdown",
+                &question,
+                Some(grace),
+            );
+            let grace = match asked.await {
+                Ok(_) => grace,
+                Err(error) => {
+                    tracing::warn!(sandbox = ctx.spec.id, %error, "its machine is killed");
+                    Duration::ZERO
+                }
+            };
+            self.end_machine(ctx, &state, grace).await?;
+        } else {
+            self.end_machine(ctx, &state, Duration::ZERO).await?;
+        }
+        self.part(ctx, &state).await
+    }
+
+    async fn remove(&self, ctx: &SandboxContext) -> Result<()> {
+        let state = state(ctx);
+        self.end_machine(ctx, &state, Duration::ZERO).await?;
+        if let Err(error) = self.part(ctx, &state).await {
+            tracing::warn!(sandbox = ctx.spec.id, error = %error.chain(), "its network");
+        }
+        if let Some(tasks) = self.servers.take(&ctx.spec.id) {
+            tasks.remove().await;
+        }
+        let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
+        blocking(move || {
+            ShareTree::new(&dir).remove().map_err(task)?;
+            kuasar_host::mount::unmount_below(&dir).map_err(host("unmount the pod's files"))?;
+            if let Some(path) = &state.own_cgroup {
+                let group = layout.group(path).map_err(host("the pod's cgroup"))?;
+                group.remove(CGROUP).map_err(host("remove the pod's cgroup"))?;
+            }
+            if let Some(dir) = &state.machine_dir
+                && let Err(error) = std::fs::remove_dir_all(dir)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(Error::internal(format!("remove {}", dir.display()), error));
+            }
+            Ok(())
+        })
+        .await?;
+        self.parent
+            .forget(&format!("{}/", ctx.spec.id))
+            .await
+            .map_err(|error| Error::internal("release what is kept for the pod", error))
+    }
+
+    async fn recover(&self, ctx: &SandboxContext) -> Result<Recovered> {
+        let config = self.config();
+        let state = state(ctx);
+        let id = &ctx.spec.id;
+        let lost = |why: &str| {
+            tracing::warn!(sandbox = id, why, "the pod is down");
+            Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() })
+        };
+        let dir = state.machine_dir.clone().unwrap_or_default();
+        let (end, gone) = watch::channel(false);
+        let dial = Arc::new(Hybrid(uds(&dir)));
+        let taken = match state.vm.clone() {
+            None => Err("it has no machine".to_owned()),
+            Some(_) if self.fresh => Err("sandbox-parent has been lost".to_owned()),
+            Some(recorded) => {
+                let (driver, _) = self.vmm(&config, recorded.kind)?;
+                driver.reattach(recorded).await.map_err(|error| chain(&error))
+            }
+        };
+        let vm = match taken {
+            Ok(vm) => vm,
+            Err(why) => {
+                self.end_machine(ctx, &state, Duration::ZERO).await?;
+                // containerd asks how its containers have ended, and deletes them.
+                end.send_replace(true);
+                let limits = Limits { connect: Duration::ZERO, call: Duration::ZERO };
+                let guest = Arc::new(Guest::new(dial, state.token, limits, gone));
+                let times = config.guest_timeouts;
+                let pod = Pod {
+                    id: id.clone(),
+                    dir: ctx.dir.clone(),
+                    pid: 0,
+                    drain: times.drain,
+                    create: times.create,
+                };
+                let containers = Containers::new(pod, guest, self.keeper(id));
+                self.servers.make(ctx, Arc::new(containers))?.server().recover().await;
+                return Ok(lost(&why));
+            }
+        };
+        // One that has ended meanwhile says so at once.
+        let ended = tokio::time::timeout(Duration::from_millis(1), vm.wait()).await;
+        let ended = ended.ok().and_then(std::result::Result::ok);
+        if ended.is_some() {
+            end.send_replace(true);
+        }
+        let pid = vm.pid();
+        let (tasks, _) = self.insert(ctx, &config, vm, state.token, dial, (end, gone))?;
+        tasks.server().recover().await;
+        Ok(match ended {
+            Some(exit) => Recovered::Stopped(SandboxExit { status: exit.status, at: exit.at }),
+            None => Recovered::Running(self.started(ctx, pid)),
+        })
+    }
+
+    async fn remove_orphans(&self, known: &[String]) -> Result<()> {
+        for id in known {
+            if let Some(tasks) = self.servers.get(id) {
+                tasks.server().sweep().await;
+            }
+        }
+        let names = self
+            .parent
+            .kept()
+            .await
+            .map_err(|error| Error::internal("ask sandbox-parent what it keeps", error))?;
+        let mut strangers: Vec<&str> = names
+            .iter()
+            .filter_map(|name| name.split_once('/').map(|(id, _)| id))
+            .filter(|id| *id != kuasar_daemon::sockets::OWN_GROUP)
+            .filter(|id| known.iter().all(|known| known != id))
+            .collect();
+        strangers.dedup();
+        for id in strangers {
+            tracing::info!(sandbox = id, "removing what a lost pod has left");
+            let _ = self.parent.forget(&format!("{id}/")).await;
+        }
+        let (dir, known) = (self.dir.clone(), known.to_vec());
+        blocking(move || {
+            for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
+                let ours = mount
+                    .components()
+                    .any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
+                if !ours && mount != dir {
+                    kuasar_host::mount::unmount(&mount)
+                        .map_err(host("unmount a lost pod's files"))?;
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>> {
+        let state = state(ctx);
+        let live = self.running(&ctx.spec.id);
+        let text = serde_json::json!({
+            "vmm": live.as_ref().map(|live| live.vm.name()),
+            "pid": live.as_ref().map(|live| live.vm.pid()),
+            "features": live.as_ref().map(|live| format!("{:?}", live.vm.features())),
+            "cpus": state.vm.as_ref().map(|vm| vm.cpus.at_boot),
+            "memoryMiB": state.vm.as_ref().map(|vm| vm.memory_mib.at_boot),
+            "interfaces": state.interfaces,
+            "sandboxParent": self.parent.pid(),
+        });
+        Ok(BTreeMap::from([("vmm".to_owned(), text.to_string())]))
+    }
+
+    async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {
+        let state = state(ctx);
+        let parent = &ctx.spec.config.linux.cgroup_parent;
+        let path = if parent.is_empty() { state.machine_cgroup } else { Some(parent.clone()) };
+        let path = path.ok_or_else(|| Error::FailedPrecondition("the pod has no cgroup".into()))?;
+        let group = self.cgroups.group(&path).map_err(host("the pod's cgroup"))?;
+        blocking(move || Ok(group.metrics())).await
+    }
+
+    async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
+        const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
+        let wanted =
+            fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
+        if !wanted {
+            return Ok(());
+        }
+        let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
+        let resources = files::updated_resources(value)?;
+        let path = &ctx.spec.config.linux.cgroup_parent;
+        if !path.is_empty() {
+            let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
+            let text = resources.to_string();
+            blocking(move || {
+                group.update(text.as_bytes()).map_err(host("update the pod's cgroup"))
+            })
+            .await?;
+        }
+        let Some(live) = self.running(&ctx.spec.id) else { return Ok(()) };
+        let number = |pointer: &str| {
+            resources.pointer(pointer).and_then(serde_json::Value::as_i64).unwrap_or_default()
+        };
+        let (cpus, memory) = self.config().size.of(
+            number("/cpu/quota"),
+            number("/cpu/period"),
+            number("/memory/limit"),
+        );
+        let features = live.vm.features();
+        let mut grown = wire::OnlineRequest::default();
+        if number("/cpu/quota") > 0 && features.has(Feature::CpuResize) {
+            live.vm.resize_cpus(cpus).await.map_err(machine)?;
+            grown.cpus = cpus;
+        }
+        if number("/memory/limit") > 0 && features.has(Feature::MemoryResize) {
+            live.vm.resize_memory(memory).await.map_err(machine)?;
+        }
+        if grown.cpus > 0 {
+            let _: wire::OnlineResponse =
+                live.guest.call_again(service::GUEST, "Online", &grown).await?;
+        }
+        let mut state = state(ctx);
+        state.vm = Some(live.vm.state());
+        self.save(ctx, &state).await
+    }
+}

@@ -1,0 +1,331 @@
+//! The tree that a pod's guest sees: `<sandbox>/share`.
+//!
+//! ```text
+//! <sandbox>/share/<container>/rootfs   the container's root file system, mounted on the host
+//! <sandbox>/share/<container>/m<N>     its N-th bind volume: a directory or a file
+//! <sandbox>/served                     the same tree, read-only: what is handed to the VMM's side
+//! ```
+//!
+//! `share` is a mount of its own with shared propagation, `served` a slave of it that is
+//! read-only: what is mounted below `share` later appears below `served`, in the mount namespaces
+//! of helpers too, and the tree itself cannot be changed from there. A guest can write in mounts
+//! that are writable and nowhere else, so it cannot plant a link where the host will look: the
+//! host resolves names of its own making only, and never below a mounted root or volume.
+//!
+//! Every mount has its flags before it is attached ([`kuasar_host::mount::tree`]): a read-only
+//! volume is read-only on the host side, whatever the guest does.
+//!
+//! All of this can be found again by path: nothing is held in memory.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use containerd_task::error::{Error, Result};
+use kuasar_host::mount::{Mount, tree};
+use kuasar_host::safe_path::Root;
+use nix::mount::MsFlags;
+
+/// The tree of one pod.
+#[derive(Debug, Clone)]
+pub struct ShareTree {
+    dir: PathBuf,
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+    let what = what.into();
+    move |error| match error {
+        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
+        kuasar_host::Error::Unsupported(text) => Error::Unimplemented(format!("{what}: {text}")),
+        other => Error::internal(what, other),
+    }
+}
+
+/// What a bind volume is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeKind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+}
+
+impl ShareTree {
+    /// The tree of the pod whose private directory is `dir`.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    fn share(&self) -> PathBuf {
+        self.dir.join("share")
+    }
+
+    /// The read-only view that is handed to virtiofsd or the VMM.
+    pub fn served(&self) -> PathBuf {
+        self.dir.join("served")
+    }
+
+    /// Where a container's root file system is mounted before the guest may see it.
+    fn staging(&self, container: &str) -> PathBuf {
+        self.dir.join("containers").join(container).join("rootfs")
+    }
+
+    /// Makes the empty tree. Undone by [`ShareTree::remove`].
+    ///
+    /// # Errors
+    /// When a mount fails.
+    pub fn make(&self) -> Result<()> {
+        let (share, served) = (self.share(), self.served());
+        for dir in [&share, &served] {
+            kuasar_host::record::private_dir(dir).map_err(failed("make the pod's share"))?;
+        }
+        let system = |what: &'static str| move |error: nix::Error| Error::internal(what, error);
+        let none = None::<&str>;
+        nix::mount::mount(Some(&share), &share, none, MsFlags::MS_BIND, none)
+            .map_err(system("mount the pod's share"))?;
+        // Out of whatever group the host's mount is in, and into one of its own.
+        for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+            nix::mount::mount(none, &share, none, propagation, none)
+                .map_err(system("share the pod's mounts"))?;
+        }
+        let flags = tree::Flags { read_only: true, ..tree::Flags::default() };
+        let view = tree::copy(&share, flags).map_err(failed("copy the pod's share"))?;
+        let at = open_dir(&served)?;
+        tree::attach(&view, at.as_fd()).map_err(failed("mount the served tree"))?;
+        nix::mount::mount(none, &served, none, MsFlags::MS_SLAVE, none)
+            .map_err(system("make the served tree a slave"))
+    }
+
+    /// Removes every mount of the pod. Idempotent.
+    ///
+    /// # Errors
+    /// When something stays mounted: then nothing may be removed below.
+    pub fn remove(&self) -> Result<()> {
+        for dir in [self.share(), self.served(), self.dir.join("containers")] {
+            kuasar_host::mount::unmount_below(&dir).map_err(failed("unmount the pod's files"))?;
+        }
+        Ok(())
+    }
+
+    fn container(&self, container: &str) -> Result<Root> {
+        let root = Root::open(&self.share()).map_err(failed("open the pod's share"))?;
+        root.mkdir_all(Path::new(container), 0o755).map_err(failed("make the container's share"))
+    }
+
+    /// Mounts a container's root file system, as its snapshotter says, and shows it to the guest.
+    ///
+    /// # Errors
+    /// When a mount fails; [`ShareTree::remove_container`] undoes what was done.
+    pub fn add_rootfs(&self, container: &str, mounts: &[Mount], bundle: &Path) -> Result<()> {
+        let from = if mounts.is_empty() {
+            // The engine has mounted it itself, or it is a plain directory.
+            bundle.join("rootfs")
+        } else {
+            let staging = self.staging(container);
+            kuasar_host::record::private_dir(&staging).map_err(failed("make a mount point"))?;
+            kuasar_host::mount::mount_all(mounts, &staging).map_err(failed("mount the rootfs"))?;
+            staging
+        };
+        let at = self.container(container)?;
+        let at = at.mkdir_all(Path::new("rootfs"), 0o755).map_err(failed("make a mount point"))?;
+        let flags = tree::Flags { recursive: true, no_devices: true, ..tree::Flags::default() };
+        let copy = tree::copy(&from, flags).map_err(failed("show the rootfs to the guest"))?;
+        let at = at.resolve(Path::new(".")).map_err(failed("open a mount point"))?;
+        tree::attach(&copy, at.as_fd()).map_err(failed("show the rootfs to the guest"))?;
+        if !mounts.is_empty() {
+            // The copy is enough.
+            kuasar_host::mount::unmount_below(&self.staging(container))
+                .map_err(failed("unmount the rootfs' first place"))?;
+        }
+        Ok(())
+    }
+
+    /// Shows a volume to the guest as the container's `number`-th; `source` is an open file or
+    /// directory of the host.
+    ///
+    /// # Errors
+    /// When a mount fails.
+    pub fn add_volume(
+        &self,
+        container: &str,
+        number: usize,
+        source: &OwnedFd,
+        kind: VolumeKind,
+        flags: tree::Flags,
+    ) -> Result<String> {
+        let dir = self.container(container)?;
+        let name = format!("m{number}");
+        let path = Path::new(&name);
+        let at = match kind {
+            VolumeKind::Directory => dir
+                .mkdir_all(path, 0o755)
+                .and_then(|root| root.resolve(Path::new(".")))
+                .map_err(failed("make a volume's mount point"))?,
+            VolumeKind::File => {
+                dir.create_file(path, 0o600).map_err(failed("make a volume's mount point"))?;
+                dir.open_file(path, libc::O_PATH).map_err(failed("open a volume's mount point"))?
+            }
+        };
+        let flags = tree::Flags { no_devices: true, ..flags };
+        let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
+        tree::attach(&copy, at.as_fd()).map_err(failed("show a volume to the guest"))?;
+        Ok(name)
+    }
+
+    /// Unmounts what the guest saw of a container, and removes its mount points. Idempotent.
+    ///
+    /// # Errors
+    /// When something stays mounted.
+    pub fn remove_container(&self, container: &str) -> Result<()> {
+        let dir = self.share().join(container);
+        for dir in [&dir, &self.staging(container)] {
+            kuasar_host::mount::unmount_below(dir).map_err(failed("unmount a container"))?;
+        }
+        // Mount points only, one by one: should anything be mounted still, this fails instead of
+        // emptying a volume.
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            let removed = match entry.file_type() {
+                Ok(kind) if kind.is_dir() => std::fs::remove_dir(&path),
+                _ => std::fs::remove_file(&path),
+            };
+            removed.map_err(|error| {
+                Error::internal(format!("remove the mount point {}", path.display()), error)
+            })?;
+        }
+        match std::fs::remove_dir(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::internal(format!("remove {}", dir.display()), error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Containers of which there is something in the tree.
+    pub fn containers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.share()).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd> {
+    let root = Root::open(path).map_err(failed("open a mount point"))?;
+    root.resolve(Path::new(".")).map_err(failed("open a mount point"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a test in a mount namespace of its own.
+    fn apart(test: impl FnOnce(&Path) + Send + 'static) {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let done = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            test(dir.path());
+            kuasar_host::mount::unmount_below(dir.path()).unwrap();
+        });
+        done.join().unwrap();
+    }
+
+    fn bind(from: &Path) -> Mount {
+        Mount {
+            kind: "bind".into(),
+            source: from.display().to_string(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Mount::default()
+        }
+    }
+
+    fn path_fd(path: &Path) -> OwnedFd {
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut options = std::fs::OpenOptions::new();
+        options.read(true).custom_flags(libc::O_PATH).open(path).unwrap().into()
+    }
+
+    fn errno(result: std::io::Result<()>) -> Option<i32> {
+        result.err().and_then(|e| e.raw_os_error())
+    }
+
+    #[test]
+    fn the_served_tree_shows_what_comes_later_and_is_read_only_itself() {
+        apart(|dir| {
+            let image = dir.join("image");
+            std::fs::create_dir(&image).unwrap();
+            std::fs::write(image.join("file"), "x").unwrap();
+            let tree = ShareTree::new(&dir.join("pod"));
+            std::fs::create_dir(dir.join("pod")).unwrap();
+            kuasar_host::record::private_dir(&dir.join("pod/containers/c")).unwrap();
+            tree.make().unwrap();
+            tree.add_rootfs("c", &[bind(&image)], Path::new("/nowhere")).unwrap();
+            let served = tree.served();
+            assert_eq!(std::fs::read(served.join("c/rootfs/file")).unwrap(), b"x");
+            std::fs::write(served.join("c/rootfs/new"), "y").unwrap();
+            assert_eq!(std::fs::read(image.join("new")).unwrap(), b"y");
+            for at in ["new", "c/new"] {
+                assert_eq!(errno(std::fs::write(served.join(at), "")), Some(libc::EROFS), "{at}");
+            }
+            tree.remove_container("c").unwrap();
+            tree.remove_container("c").unwrap();
+            assert!(!served.join("c").exists() && tree.containers().is_empty());
+            assert!(image.join("file").exists());
+            tree.remove().unwrap();
+            tree.remove().unwrap();
+        });
+    }
+
+    #[test]
+    fn one_volume_is_read_only_in_one_container_and_writable_in_another() {
+        apart(|dir| {
+            let volume = dir.join("volume");
+            std::fs::create_dir(&volume).unwrap();
+            std::fs::write(volume.join("config"), "1").unwrap();
+            std::fs::create_dir(dir.join("pod")).unwrap();
+            let tree = ShareTree::new(&dir.join("pod"));
+            tree.make().unwrap();
+            let source = path_fd(&volume);
+            let ro = tree::Flags { recursive: true, read_only: true, no_devices: false };
+            let rw = tree::Flags { read_only: false, ..ro };
+            let kind = VolumeKind::Directory;
+            assert_eq!(tree.add_volume("a", 0, &source, kind, ro).unwrap(), "m0");
+            tree.add_volume("b", 0, &source, kind, rw).unwrap();
+            let served = tree.served();
+            let write = |at: &str| errno(std::fs::write(served.join(at), "2"));
+            assert_eq!(write("a/m0/config"), Some(libc::EROFS));
+            assert_eq!(write("b/m0/config"), None);
+            // An update is seen by everybody.
+            assert_eq!(std::fs::read(served.join("a/m0/config")).unwrap(), b"2");
+            // One file alone.
+            let file = path_fd(&volume.join("config"));
+            let flags = tree::Flags { recursive: false, ..ro };
+            tree.add_volume("a", 1, &file, VolumeKind::File, flags).unwrap();
+            assert_eq!(std::fs::read(served.join("a/m1")).unwrap(), b"2");
+            assert_eq!(write("a/m1"), Some(libc::EROFS));
+            tree.remove_container("a").unwrap();
+            assert_eq!(write("b/m0/config"), None);
+            tree.remove().unwrap();
+            assert_eq!(std::fs::read(volume.join("config")).unwrap(), b"2");
+        });
+    }
+
+    #[test]
+    fn a_link_in_the_tree_is_not_followed() {
+        apart(|dir| {
+            std::fs::create_dir(dir.join("pod")).unwrap();
+            let tree = ShareTree::new(&dir.join("pod"));
+            tree.make().unwrap();
+            std::os::unix::fs::symlink("/etc", dir.join("pod/share/c")).unwrap();
+            assert!(tree.add_rootfs("c", &[bind(dir)], Path::new("/nowhere")).is_err());
+            let source = path_fd(dir);
+            let flags = tree::Flags::default();
+            assert!(tree.add_volume("c", 0, &source, VolumeKind::File, flags).is_err());
+            assert!(!Path::new("/etc/rootfs").exists() && !Path::new("/etc/m0").exists());
+            tree.remove().unwrap();
+        });
+    }
+}

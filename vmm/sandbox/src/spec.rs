@@ -1,0 +1,561 @@
+//! A container's OCI spec, from the host's terms into the guest's.
+//!
+//! The spec is edited as JSON, so that what we do not know stays. What names something of the
+//! host either becomes something that the guest has, or goes:
+//!
+//! | of the host | in the guest |
+//! |---|---|
+//! | `root.path` | the container's root file system in the share |
+//! | bind mounts of directories and files | volumes in the share |
+//! | bind mounts below `/dev`, `/proc`, `/sys` | the guest's own |
+//! | memory `emptyDir`, huge pages | a tmpfs, a hugetlbfs in the guest, one for the pod |
+//! | paths of namespaces | none: the guest puts the pod's there. A process id names a guest's process |
+//! | devices | those that are the same on every Linux; others are refused, or left out of a privileged container |
+//! | `cgroupsPath`, `cpuset`, huge page limits, device-bound I/O limits | none: the machine has its own |
+//! | AppArmor, SELinux labels | none: the guest's kernel has no policy |
+//! | hooks | none: their programs are on the host |
+//!
+//! Seccomp, capabilities, users, limits, sysctls, masked paths stay as they are.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use vmm_common::SHARE_PATH;
+use vmm_common::guest::Storage;
+
+use crate::share::VolumeKind;
+
+/// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` of linux/magic.h.
+const TMPFS: i64 = 0x0102_1994;
+const HUGETLBFS: i64 = 0x9584_58f6;
+/// Directory of the guest with storages of the pod.
+const STORAGE: &str = "/run/kuasar/storage";
+/// Component of the path of kubelet's `emptyDir` volumes.
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+/// The pod's PID namespace, as the guest understands it.
+const POD_PID: &str = "/proc/0/ns/pid";
+/// Most bind volumes of a container.
+pub const MAX_VOLUMES: usize = 256;
+
+/// Devices with the same numbers and meaning on every Linux: major, minor (`None`: all).
+const COMMON_DEVICES: [(u64, Option<u64>); 5] =
+    [(1, None), (5, None), (10, Some(200)), (10, Some(229)), (136, None)];
+
+/// Why a container cannot run in a guest.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The spec is wrong.
+    Invalid(String),
+    /// The host's state, or what this pod is, does not allow it; the text names the way out.
+    Impossible(String),
+}
+
+impl From<Refusal> for containerd_task::error::Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Invalid(text) => Self::InvalidArgument(text),
+            Refusal::Impossible(text) => Self::FailedPrecondition(text),
+        }
+    }
+}
+
+/// A bind volume that has to be shown to the guest.
+#[derive(Debug)]
+pub struct Volume {
+    /// What is bound, opened once and for all.
+    pub source: OwnedFd,
+    /// Directory or file.
+    pub kind: VolumeKind,
+    /// With what is mounted below.
+    pub recursive: bool,
+    /// Read-only.
+    pub read_only: bool,
+}
+
+/// What an edited spec needs.
+#[derive(Debug, Default)]
+pub struct Needs {
+    /// Volumes: number N is `m<N>` of the container's share.
+    pub volumes: Vec<Volume>,
+    /// Storages of the pod that the guest has to have.
+    pub storages: Vec<Storage>,
+    /// What was left out, for the log.
+    pub dropped: Vec<String>,
+}
+
+fn invalid(text: impl Into<String>) -> Refusal {
+    Refusal::Invalid(text.into())
+}
+
+/// Where a container's root file system is in the guest.
+pub fn rootfs(container: &str) -> String {
+    format!("{SHARE_PATH}/{container}/rootfs")
+}
+
+/// Edits `spec` for the guest. `sandbox_pid` is what Start answered as the pod's pid: a namespace
+/// path with it (or with 0) means the pod's.
+///
+/// # Errors
+/// [`Refusal`].
+pub fn edit(
+    spec: &mut Map<String, Value>,
+    container: &str,
+    sandbox_pid: u32,
+) -> Result<Needs, Refusal> {
+    let mut needs = Needs::default();
+    object(spec, "root")?.insert("path".into(), json!(rootfs(container)));
+    if !spec.contains_key("process") {
+        return Err(invalid("config.json has no process"));
+    }
+    process(object(spec, "process")?)?;
+    let privileged = is_privileged(spec);
+    mounts(spec, container, &mut needs)?;
+    if let Some(hooks) = spec.remove("hooks")
+        && hooks.as_object().is_some_and(|hooks| !hooks.is_empty())
+    {
+        needs.dropped.push("hooks".into());
+    }
+    let linux = object(spec, "linux")?;
+    namespaces(linux, sandbox_pid)?;
+    devices(linux, privileged, &mut needs)?;
+    for key in ["cgroupsPath", "mountLabel", "intelRdt", "uidMappings", "gidMappings"] {
+        linux.remove(key);
+    }
+    if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        self::resources(resources);
+    }
+    Ok(needs)
+}
+
+/// What of `process` (of a container or of an exec) is the host's.
+///
+/// # Errors
+/// [`Refusal::Invalid`].
+pub fn process(process: &mut Map<String, Value>) -> Result<(), Refusal> {
+    for key in ["apparmorProfile", "selinuxLabel"] {
+        process.remove(key);
+    }
+    match process.get("cwd").and_then(Value::as_str) {
+        Some(cwd) if !cwd.starts_with('/') => {
+            Err(invalid(format!("process.cwd {cwd:.100?} is not absolute")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of `linux.resources` means nothing to a guest, or something else.
+pub fn resources(resources: &mut Map<String, Value>) {
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        // Numbers of the host's CPUs and memory nodes.
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
+    if let Some(io) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+        // Numbers of the host's disks.
+        io.retain(|key, _| !key.starts_with("throttle") && key != "weightDevice");
+    }
+    for key in ["hugepageLimits", "rdma", "network"] {
+        resources.remove(key);
+    }
+}
+
+fn object<'a>(
+    parent: &'a mut Map<String, Value>,
+    key: &str,
+) -> Result<&'a mut Map<String, Value>, Refusal> {
+    let value = parent.entry(key).or_insert(Value::Null);
+    if value.is_null() {
+        *value = json!({});
+    }
+    value.as_object_mut().ok_or_else(|| invalid(format!("config.json: {key} is not an object")))
+}
+
+fn array<'a>(parent: &'a mut Map<String, Value>, key: &str) -> Result<&'a mut Vec<Value>, Refusal> {
+    let value = parent.entry(key).or_insert(Value::Null);
+    if value.is_null() {
+        *value = json!([]);
+    }
+    value.as_array_mut().ok_or_else(|| invalid(format!("config.json: {key} is not an array")))
+}
+
+/// A privileged container may use every device.
+fn is_privileged(spec: &Map<String, Value>) -> bool {
+    let rules = spec.get("linux").and_then(|linux| linux.pointer("/resources/devices"));
+    let all = |rule: &Value| {
+        rule.get("allow") == Some(&Value::Bool(true))
+            && ["major", "minor"].iter().all(|key| rule.get(key).is_none_or(Value::is_null))
+            && matches!(rule.get("type").and_then(Value::as_str), None | Some("" | "a"))
+    };
+    rules.and_then(Value::as_array).is_some_and(|rules| rules.iter().any(all))
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn mounts(
+    spec: &mut Map<String, Value>,
+    container: &str,
+    needs: &mut Needs,
+) -> Result<(), Refusal> {
+    for mount in array(spec, "mounts")? {
+        let options: Vec<String> = match mount.get("options") {
+            None | Some(Value::Null) => Vec::new(),
+            Some(options) => serde_json::from_value(options.clone())
+                .map_err(|_| invalid("config.json: a mount's options are no texts"))?,
+        };
+        let has = |name: &str| options.iter().any(|option| option == name);
+        let recursive = has("rbind");
+        if text(mount, "type") != "bind" && !recursive && !has("bind") {
+            continue;
+        }
+        let mapped = mount.get("uidMappings").is_some_and(|map| !map.is_null());
+        if mapped || has("idmap") || has("ridmap") {
+            return Err(Refusal::Impossible(format!(
+                "mount {:?} is to be id-mapped, which volumes of a VM cannot be: run the pod \
+                 without a user namespace (the VM is a stronger border)",
+                text(mount, "destination")
+            )));
+        }
+        let source = text(mount, "source").to_owned();
+        if source.is_empty() {
+            return Err(invalid("config.json: a bind mount without source"));
+        }
+        let read_only = ["ro", "rro"].iter().any(|option| has(option));
+        let place =
+            place(&source, text(mount, "destination"), container, needs, |source, kind| Volume {
+                source,
+                kind,
+                recursive,
+                read_only,
+            })?;
+        if let Some(mount) = mount.as_object_mut() {
+            mount.insert("source".into(), json!(place));
+        }
+    }
+    Ok(())
+}
+
+/// Where the source of a bind mount is in the guest.
+fn place(
+    source: &str,
+    destination: &str,
+    container: &str,
+    needs: &mut Needs,
+    volume: impl FnOnce(OwnedFd, VolumeKind) -> Volume,
+) -> Result<String, Refusal> {
+    let path = Path::new(source);
+    if !path.is_absolute() {
+        return Err(invalid(format!("mount source {source:.200?} is not absolute")));
+    }
+    // The guest has its own, and that of the host would be another machine's.
+    if ["/dev", "/proc", "/sys"].iter().any(|own| path.starts_with(own)) {
+        return Ok(source.to_owned());
+    }
+    let opened = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path);
+    let opened: OwnedFd = opened
+        .map_err(|error| invalid(format!("mount source {source:.200?} cannot be opened: {error}")))?
+        .into();
+    let stat = nix::sys::stat::fstat(&opened)
+        .map_err(|error| invalid(format!("mount source {source:.200?}: {error}")))?;
+    let what = match stat.st_mode & libc::S_IFMT {
+        libc::S_IFDIR => {
+            if let Some(storage) = pod_storage(path, &opened) {
+                let target = storage.target.clone();
+                if needs.storages.iter().all(|known| known.id != storage.id) {
+                    needs.storages.push(storage);
+                }
+                return Ok(target);
+            }
+            VolumeKind::Directory
+        }
+        libc::S_IFREG => VolumeKind::File,
+        kind => {
+            let (what, way_out) = match kind {
+                libc::S_IFSOCK => ("a socket", "the two kernels cannot speak through it: use TCP"),
+                libc::S_IFIFO => ("a FIFO", "the two kernels cannot speak through it: use TCP"),
+                libc::S_IFBLK => ("a block device", "use a volume with volumeMode: Block"),
+                _ => ("a device", "it is the host's: use a pod without VM"),
+            };
+            return Err(Refusal::Impossible(format!(
+                "volume {source:.200?} for {destination:.200?} is {what}: {way_out}"
+            )));
+        }
+    };
+    if needs.volumes.len() >= MAX_VOLUMES {
+        return Err(Refusal::Impossible(format!(
+            "a container has at most {MAX_VOLUMES} volumes in a VM"
+        )));
+    }
+    let number = needs.volumes.len();
+    needs.volumes.push(volume(opened, what));
+    Ok(format!("{SHARE_PATH}/{container}/m{number}"))
+}
+
+/// Volumes that live in memory are made in the guest: its memory is the pod's.
+fn pod_storage(path: &Path, opened: &OwnedFd) -> Option<Storage> {
+    if !path.components().any(|part| part.as_os_str() == EMPTY_DIR) {
+        return None;
+    }
+    #[allow(clippy::unnecessary_cast)] // the type differs between platforms
+    let stat = nix::sys::statfs::fstatfs(opened.as_fd()).ok()?;
+    let magic = stat.filesystem_type().0 as i64;
+    let bytes = stat.blocks().saturating_mul(u64::try_from(stat.block_size()).unwrap_or(0));
+    let (kind, options) = match magic {
+        TMPFS => ("tmpfs", vec!["nosuid".into(), "nodev".into(), "mode=1777".into()]),
+        HUGETLBFS => ("hugetlbfs", vec![format!("pagesize={}", stat.block_size())]),
+        _ => return None,
+    };
+    let mut options: Vec<String> = options;
+    if bytes > 0 {
+        options.push(format!("size={bytes}"));
+    }
+    // FNV-1a: a name for the path, the same in every container of the pod.
+    let hash = path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, b| {
+        (hash ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let id = format!("{kind}-{hash:016x}");
+    Some(Storage {
+        target: format!("{STORAGE}/{id}"),
+        id,
+        kind: kind.into(),
+        options,
+        ..Storage::default()
+    })
+}
+
+fn namespaces(linux: &mut Map<String, Value>, sandbox_pid: u32) -> Result<(), Refusal> {
+    let list = array(linux, "namespaces")?;
+    for entry in list.iter_mut() {
+        let kind = text(entry, "type").to_owned();
+        if !kuasar_host::spec::NAMESPACES.contains(&kind.as_str()) {
+            return Err(invalid(format!("linux.namespaces: unknown type {kind:.40?}")));
+        }
+        let path = text(entry, "path").to_owned();
+        let pid = path.strip_prefix("/proc/").and_then(|rest| rest.split('/').next());
+        let pid = pid.and_then(|pid| pid.parse::<u32>().ok()).unwrap_or(0);
+        let Some(entry) = entry.as_object_mut() else { continue };
+        match kind.as_str() {
+            "pid" if path.is_empty() => {}
+            "pid" if pid == 0 || pid == sandbox_pid => {
+                entry.insert("path".into(), json!(POD_PID));
+            }
+            // NamespaceMode_TARGET: another container's by its pid, which is the guest's number.
+            "pid" => {
+                entry.insert("path".into(), json!(format!("/proc/{pid}/ns/pid")));
+            }
+            _ => drop(entry.remove("path")),
+        }
+    }
+    list.retain(|entry| text(entry, "type") != "user");
+    // Whoever asks for the host's namespaces gets the pod's: the guest's own are its agent's.
+    for kind in ["mount", "network", "ipc", "uts", "pid"] {
+        if list.iter().all(|entry| text(entry, "type") != kind) {
+            list.push(match kind {
+                "pid" => json!({ "type": kind, "path": POD_PID }),
+                _ => json!({ "type": kind }),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn devices(
+    linux: &mut Map<String, Value>,
+    privileged: bool,
+    needs: &mut Needs,
+) -> Result<(), Refusal> {
+    let common = |device: &Value| {
+        let number = |key: &str| device.get(key).and_then(Value::as_u64);
+        let (major, minor) = (number("major"), number("minor"));
+        let character = matches!(text(device, "type"), "c" | "u");
+        let known = |(known, one): &(u64, Option<u64>)| {
+            Some(*known) == major && one.is_none_or(|one| Some(one) == minor)
+        };
+        text(device, "type") == "p" || (character && COMMON_DEVICES.iter().any(known))
+    };
+    let list = array(linux, "devices")?;
+    let others: Vec<String> = list
+        .iter()
+        .filter(|device| !common(device))
+        .map(|device| text(device, "path").chars().take(100).collect())
+        .collect();
+    if let (false, Some(first)) = (privileged, others.first()) {
+        return Err(Refusal::Impossible(format!(
+            "device {first:?} is the host's, which this VM cannot be given: use a pod without VM"
+        )));
+    }
+    if !others.is_empty() {
+        needs.dropped.push(format!("{} devices of the host", others.len()));
+    }
+    list.retain(common);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> Map<String, Value> {
+        let spec = json!({
+            "process": {"args": ["x"], "cwd": "/", "apparmorProfile": "p", "selinuxLabel": "l"},
+            "root": {"path": "rootfs", "readonly": true},
+            "unknown": {"kept": 1},
+            "hooks": {"prestart": [{"path": "/usr/bin/x"}]},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/etc", "type": "bind", "source": "/etc", "options": ["rbind", "ro"]},
+                {"destination": "/p", "type": "bind", "source": "/etc/passwd", "options": ["bind"]},
+                {"destination": "/n", "type": "bind", "source": "/dev/null", "options": ["bind"]}
+            ],
+            "linux": {
+                "cgroupsPath": "/kubepods/x", "mountLabel": "m",
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+                "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
+                "resources": {
+                    "cpu": {"shares": 2, "cpus": "0-3", "mems": "0"},
+                    "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+                    "blockIO": {"weight": 5, "throttleReadBpsDevice": []}
+                },
+                "namespaces": [
+                    {"type": "network", "path": "/proc/77/ns/net"}, {"type": "mount"},
+                    {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "user", "path": "/x"}
+                ]
+            }
+        });
+        spec.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn nothing_of_the_host_stays_and_nothing_unknown_goes() {
+        let mut spec = spec();
+        let needs = edit(&mut spec, "c1", 77).unwrap();
+        let spec = Value::Object(spec);
+        assert_eq!(spec["root"], json!({"path": "/run/kuasar/share/c1/rootfs", "readonly": true}));
+        assert_eq!(spec["unknown"]["kept"], 1);
+        assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+        assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 2}));
+        assert_eq!(spec["linux"]["resources"]["blockIO"], json!({"weight": 5}));
+        assert_eq!(spec["linux"]["devices"].as_array().unwrap().len(), 1);
+        for gone in [
+            "/hooks",
+            "/linux/cgroupsPath",
+            "/linux/mountLabel",
+            "/process/selinuxLabel",
+            "/process/apparmorProfile",
+            "/linux/resources/hugepageLimits",
+        ] {
+            assert!(spec.pointer(gone).is_none(), "{gone}");
+        }
+        assert!(!spec.to_string().contains("/proc/77"));
+        assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/0/ns/pid");
+        let kinds = spec["linux"]["namespaces"].as_array().unwrap();
+        let kinds: Vec<_> = kinds.iter().map(|n| n["type"].as_str().unwrap()).collect();
+        assert_eq!(kinds, ["network", "mount", "pid", "ipc", "uts"]);
+        assert_eq!(needs.dropped, ["hooks"]);
+    }
+
+    #[test]
+    fn bind_mounts_become_volumes_of_the_share() {
+        let mut spec = spec();
+        let needs = edit(&mut spec, "c1", 0).unwrap();
+        let sources: Vec<_> = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| m["source"].as_str().unwrap())
+            .collect();
+        let share = "/run/kuasar/share/c1";
+        assert_eq!(sources, ["proc", &format!("{share}/m0"), &format!("{share}/m1"), "/dev/null"]);
+        let of = |i: usize| &needs.volumes[i];
+        assert_eq!(
+            (of(0).kind, of(0).recursive, of(0).read_only),
+            (VolumeKind::Directory, true, true)
+        );
+        assert_eq!(
+            (of(1).kind, of(1).recursive, of(1).read_only),
+            (VolumeKind::File, false, false)
+        );
+    }
+
+    #[test]
+    fn a_target_pid_namespace_is_the_guests() {
+        let mut spec = spec();
+        spec["linux"]["namespaces"][2]["path"] = json!("/proc/12/ns/pid");
+        edit(&mut spec, "c1", 77).unwrap();
+        assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/12/ns/pid");
+    }
+
+    #[test]
+    fn sockets_and_devices_of_the_host_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("docker.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let mut with_socket = spec();
+        with_socket["mounts"][1]["source"] = json!(socket);
+        let refused = edit(&mut with_socket, "c1", 0).unwrap_err();
+        assert!(matches!(refused, Refusal::Impossible(text) if text.contains("docker.sock")));
+        let mut with_device = spec();
+        let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
+        with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
+        let refused = edit(&mut with_device, "c1", 0).unwrap_err();
+        assert!(matches!(refused, Refusal::Impossible(text) if text.contains("/dev/sdb")));
+        let mut with_device = spec();
+        let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
+        with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
+        let all = json!([{"allow": true, "access": "rwm"}]);
+        with_device["linux"]["resources"]["devices"] = all;
+        let needs = edit(&mut with_device, "c1", 0).unwrap();
+        assert_eq!(needs.dropped.len(), 2);
+        assert_eq!(with_device["linux"]["devices"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn wrong_specs_are_named() {
+        let wrong = |change: fn(&mut Map<String, Value>)| {
+            let mut spec = spec();
+            change(&mut spec);
+            edit(&mut spec, "c1", 0).unwrap_err()
+        };
+        let refused = [
+            wrong(|spec| drop(spec.remove("process"))),
+            wrong(|spec| spec["process"]["cwd"] = json!("tmp")),
+            wrong(|spec| spec["mounts"][1]["source"] = json!("relative")),
+            wrong(|spec| spec["mounts"][1]["source"] = json!("/nowhere/at/all")),
+            wrong(|spec| spec["linux"]["namespaces"][0]["type"] = json!("moon")),
+            wrong(|spec| spec["mounts"] = json!({})),
+        ];
+        assert!(refused.iter().all(|one| matches!(one, Refusal::Invalid(_))), "{refused:?}");
+    }
+
+    #[test]
+    fn an_empty_dir_in_memory_is_the_guests_own() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let done = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
+            std::fs::create_dir_all(&path).unwrap();
+            let mut on_disk = spec();
+            on_disk["mounts"][1]["source"] = json!(path);
+            assert!(edit(&mut on_disk, "c1", 0).unwrap().storages.is_empty());
+            kuasar_host::mount::mount_shm(&path, 1 << 20).unwrap();
+            let mut spec = spec();
+            spec["mounts"][1]["source"] = json!(path);
+            let needs = edit(&mut spec, "c1", 0).unwrap();
+            let [storage] = needs.storages.as_slice() else { panic!() };
+            assert_eq!(storage.kind, "tmpfs");
+            assert!(storage.options.contains(&"size=1048576".to_owned()), "{storage:?}");
+            assert_eq!(spec["mounts"][1]["source"], storage.target.as_str());
+            kuasar_host::mount::unmount(&path).unwrap();
+        });
+        done.join().unwrap();
+    }
+}

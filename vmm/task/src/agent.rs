@@ -1,0 +1,153 @@
+//! The parts joined together, from the kernel's hand-over to the last breath.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use containerd_task::events::{Event, EventSender};
+use containerd_task::journal::NoJournal;
+use containerd_task::runtime::NoKeeper;
+use containerd_task::{TaskOptions, TaskServer};
+use futures::stream;
+use tokio::sync::mpsc;
+
+use crate::channel::{self, Control, Gate};
+use crate::cmdline::{Channel, Options};
+use crate::containers::GuestContainers;
+use crate::events::Events;
+use crate::forward::Forwards;
+use crate::guest::GuestService;
+use crate::kmsg::Kmsg;
+use crate::reaper::Reaper;
+use crate::{boot, kmsg, limits, power, serial};
+
+/// Why PID 1 cannot do its duty.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs as PID 1; ends the machine when it cannot.
+pub fn main() -> ! {
+    let started_ns = boot::now_ns();
+    let mut options = Options::default();
+    let run =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(started_ns, &mut options)));
+    match run {
+        Ok(Ok(never)) => match never {},
+        Ok(Err(error)) => tracing::error!("cannot serve: {error}"),
+        // The hook has reported it.
+        Err(_) => {}
+    }
+    power::end(options.poweroff)
+}
+
+fn run(started_ns: u64, options: &mut Options) -> Result<Infallible, Failure> {
+    // One arena: threads come and go, and their memory would not.
+    // SAFETY: plain call before there is a second thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // SAFETY: nobody else reads or writes the environment now.
+    unsafe { std::env::set_var("PATH", "/usr/sbin:/usr/bin:/sbin:/bin") };
+    let mounted = boot::mounts();
+    let (read, unknown) = Options::read();
+    *options = read;
+    if let Ok(file) = std::fs::OpenOptions::new().write(true).open("/dev/kmsg") {
+        // It can only be set once, and this is the once.
+        let _ = tracing::subscriber::set_global_default(Kmsg::new(file, options.level));
+    }
+    kmsg::report_panics();
+    mounted.map_err(|error| {
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        format!("{error}: {}", source.unwrap_or_default())
+    })?;
+    for option in unknown {
+        tracing::warn!(option, "the kernel's command line has an option that is not known");
+    }
+    boot::settings(options.debug);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_stack_size(limits::STACK)
+        .max_blocking_threads(limits::THREADS)
+        .thread_keep_alive(std::time::Duration::from_secs(1))
+        .build()?;
+    runtime.block_on(serve(started_ns, options.clone()))
+}
+
+async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure> {
+    let reaper = Reaper::default();
+    reaper.run()?;
+    let containers = Arc::new(GuestContainers::new(reaper.clone())?);
+    let events = Arc::<Events>::default();
+    let oom = events.clone();
+    let sender = EventSender::call(move |event| {
+        if let Event::Oom(oom_event) = event {
+            oom.oom(&oom_event.container_id);
+        }
+    });
+    let tasks = TaskServer::new(
+        containers.clone(),
+        Arc::new(NoKeeper),
+        Arc::new(NoJournal),
+        sender,
+        TaskOptions {
+            shim_pid: 1,
+            max_containers: limits::CONTAINERS,
+            max_execs: limits::EXECS,
+            drain: limits::DRAIN,
+            ..TaskOptions::default()
+        },
+    );
+    let forwards = Arc::<Forwards>::default();
+    let (control, connections) = mpsc::channel(limits::CONTROL);
+    let gate = Gate::new(tasks.clone(), forwards.clone(), control);
+    let service = Arc::new(GuestService {
+        containers,
+        reaper,
+        gate: gate.clone(),
+        forwards,
+        events,
+        storages: Default::default(),
+        poweroff: options.poweroff,
+        started_ns,
+        serving_ns: Default::default(),
+        pod: Default::default(),
+        pod_ready: Default::default(),
+        ending: Default::default(),
+        network: Default::default(),
+    });
+    let _server = ttrpc_server(connections, &tasks, &service).await?;
+    let vsock = options.channel != Channel::Serial;
+    let port = (options.channel != Channel::Vsock).then(serial::find).flatten();
+    if vsock {
+        // Also where there is no device yet: it may be plugged after a template was restored.
+        match channel::listen(&gate) {
+            Ok(()) => {}
+            Err(error) if port.is_some() => tracing::info!(%error, "no vsock"),
+            Err(error) => return Err(format!("no vsock and no serial port: {error}").into()),
+        }
+    }
+    service.serving_ns.store(boot::now_ns(), Ordering::Relaxed);
+    if let Some(port) = port {
+        let (gate, service) = (gate.clone(), service.clone());
+        serial::serve(port, gate, move |welcome| service.welcomed(welcome))?;
+    }
+    if vsock && channel::has_vsock() {
+        channel::welcome(|welcome| service.welcomed(welcome)).await;
+    }
+    // Everything else is done by tasks that never end.
+    std::future::pending().await
+}
+
+async fn ttrpc_server(
+    connections: mpsc::Receiver<Control>,
+    tasks: &Arc<TaskServer>,
+    service: &Arc<GuestService>,
+) -> Result<ttrpc::r#async::Server, Failure> {
+    let connections = stream::unfold(connections, |mut queue| async move {
+        queue.recv().await.map(|connection| (Ok::<_, std::io::Error>(connection), queue))
+    });
+    let listener = ttrpc::r#async::transport::Listener::new(connections);
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(listener)
+        .register_service(tasks.services())
+        .register_service(service.services());
+    server.start().await?;
+    Ok(server)
+}
