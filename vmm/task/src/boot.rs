@@ -22,15 +22,19 @@ pub const POD_CGROUP: &str = "/sys/fs/cgroup/pod";
 /// The same, from the root of the hierarchy.
 pub const POD_NAME: &str = "/pod";
 
-const QUIET: MsFlags =
-    MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+const QUIET: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
 /// Filesystem, directory, flags, data.
 const MOUNTS: [(&str, &str, MsFlags, &str); 6] = [
     ("proc", "/proc", QUIET, ""),
     ("sysfs", "/sys", QUIET, ""),
     ("tmpfs", "/run", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=755"),
-    ("devpts", "/dev/pts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "mode=620,gid=5,ptmxmode=666"),
+    (
+        "devpts",
+        "/dev/pts",
+        MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        "mode=620,gid=5,ptmxmode=666",
+    ),
     ("tmpfs", "/dev/shm", QUIET, "mode=1777,size=64m"),
     ("cgroup2", "/sys/fs/cgroup", QUIET, ""),
 ];

@@ -83,7 +83,11 @@ impl Gate {
     ///
     /// # Errors
     /// [`HandshakeError`]; the other side has been told.
-    pub async fn connection(&self, port: Port, mut stream: impl Stream) -> Result<(), HandshakeError> {
+    pub async fn connection(
+        &self,
+        port: Port,
+        mut stream: impl Stream,
+    ) -> Result<(), HandshakeError> {
         let late = || HandshakeError::Malformed("no greeting in time".into());
         let greeting = tokio::time::timeout(limits::GREETING_TIME, read_line(&mut stream));
         let line = match greeting.await.map_err(|_| late()).and_then(|line| line) {

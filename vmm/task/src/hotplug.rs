@@ -149,8 +149,12 @@ mod tests {
         let sys = tempfile::tempdir().unwrap();
         let at = |p: &str| sys.path().join(p);
         for (path, text) in [
-            ("cpu0/x", ""), ("cpu1/online", "0\n"), ("cpufreq/online", "0\n"), ("online", "0-1\n"),
-            ("memory0/state", "online\n"), ("memory32/state", "offline\n"),
+            ("cpu0/x", ""),
+            ("cpu1/online", "0\n"),
+            ("cpufreq/online", "0\n"),
+            ("online", "0-1\n"),
+            ("memory0/state", "online\n"),
+            ("memory32/state", "offline\n"),
             ("block_size_bytes", "8000000\n"),
         ] {
             fs::create_dir_all(at(path).parent().unwrap()).unwrap();

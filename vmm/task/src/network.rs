@@ -103,8 +103,7 @@ impl Plan {
     /// # Errors
     /// [`Error::InvalidArgument`] that says what is wrong.
     pub fn new(network: &guest::Network) -> Result<Self> {
-        let counts =
-            [network.interfaces.len(), network.routes.len(), network.neighbours.len()];
+        let counts = [network.interfaces.len(), network.routes.len(), network.neighbours.len()];
         if counts.iter().any(|n| *n > limits::ENTRIES) {
             let text = format!("network: more than {} entries of a kind", limits::ENTRIES);
             return Err(Error::ResourceExhausted(text));
@@ -176,7 +175,9 @@ impl Plan {
         for (index, name) in renames(&current, &wanted) {
             // Older kernels rename only what is down.
             netlink.set_down(index).map_err(failed("set an interface down"))?;
-            netlink.rename(index, &name).map_err(failed(format!("rename an interface to {name}")))?;
+            netlink
+                .rename(index, &name)
+                .map_err(failed(format!("rename an interface to {name}")))?;
         }
         let addresses = netlink.addresses().map_err(failed("list addresses"))?;
         for (i, (index, name)) in self.interfaces.iter().zip(&wanted) {
@@ -231,8 +232,7 @@ impl Plan {
         }
         for (device, address, mac, state) in &self.neighbours {
             let link = index(device)?;
-            let neighbour =
-                Neighbour { address: *address, mac: mac.clone(), link, state: *state };
+            let neighbour = Neighbour { address: *address, mac: mac.clone(), link, state: *state };
             netlink
                 .add_neighbour(&neighbour)
                 .map_err(failed(format!("add the neighbour {address}")))?;

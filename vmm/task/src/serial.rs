@@ -50,14 +50,13 @@ pub fn serve(
 ) -> io::Result<()> {
     let port = std::fs::OpenOptions::new().read(true).write(true).open(&path)?;
     let (sender, mut sessions) = mpsc::channel::<UnixStream>(1);
-    std::thread::Builder::new()
-        .name("serial".into())
-        .stack_size(limits::STACK)
-        .spawn(move || {
+    std::thread::Builder::new().name("serial".into()).stack_size(limits::STACK).spawn(
+        move || {
             if let Err(error) = copy(&port, &sender) {
                 tracing::error!(%error, path = %path.display(), "the serial port is lost");
             }
-        })?;
+        },
+    )?;
     tokio::spawn(async move {
         let mut known = false;
         while let Some(session) = sessions.recv().await {
@@ -133,9 +132,8 @@ impl Opened {
         loop {
             let mut fds = [PollFd::new(port.as_fd(), PollFlags::POLLIN)];
             poll(&mut fds, PollTimeout::ZERO)?;
-            let hung_up = fds.iter().filter_map(PollFd::revents).any(|r| {
-                r.contains(PollFlags::POLLHUP)
-            });
+            let hung_up =
+                fds.iter().filter_map(PollFd::revents).any(|r| r.contains(PollFlags::POLLHUP));
             if !hung_up {
                 return Ok(());
             }

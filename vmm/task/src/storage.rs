@@ -49,8 +49,7 @@ fn bad(storage: &Storage, why: &str) -> Error {
 /// Paths as they are without `.`, `..` and anything relative.
 fn plain_path(text: &str) -> Option<PathBuf> {
     let path = Path::new(text);
-    let normal =
-        path.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
+    let normal = path.components().skip(1).all(|part| matches!(part, Component::Normal(_)));
     (path.is_absolute() && normal && !text.contains('\0')).then(|| path.to_owned())
 }
 
@@ -146,9 +145,7 @@ impl Plan {
             source => find_device(source).await?,
         };
         let work = move || self.mount_from(&device);
-        tokio::task::spawn_blocking(work)
-            .await
-            .map_err(|error| Error::internal("worker", error))?
+        tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
     }
 
     fn mount_from(self, source: &Path) -> Result<PathBuf> {
@@ -354,8 +351,15 @@ mod tests {
     #[test]
     fn targets_stay_below_our_directory_and_out_of_the_share() {
         for target in [
-            "/run/kuasar", "/run/kuasar/", "/run/kuasar/../x", "/etc", "run/kuasar/x", "",
-            "/run/kuasar/share/c/rootfs", "/run/kuasar/share/../x", "/run/kuasarx/y",
+            "/run/kuasar",
+            "/run/kuasar/",
+            "/run/kuasar/../x",
+            "/etc",
+            "run/kuasar/x",
+            "",
+            "/run/kuasar/share/c/rootfs",
+            "/run/kuasar/share/../x",
+            "/run/kuasarx/y",
         ] {
             let error = Plan::new(&storage("tmpfs", "", target)).unwrap_err();
             assert!(matches!(error, Error::InvalidArgument(_)), "{target}");
@@ -373,7 +377,9 @@ mod tests {
         assert_eq!(Plan::new(&s).unwrap().fstype, "ext4");
         s.fstype = "auto".into();
         assert!(Plan::new(&s).is_err());
-        for source in ["vda", "serial:", "serial:a/b", "pci:..", "path:/etc/passwd", "path:/dev/../x"] {
+        for source in
+            ["vda", "serial:", "serial:a/b", "pci:..", "path:/etc/passwd", "path:/dev/../x"]
+        {
             assert!(Plan::new(&storage("block", source, at)).is_err(), "{source}");
         }
         assert!(Plan::new(&storage("nfs", "x", at)).is_err());

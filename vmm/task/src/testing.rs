@@ -14,7 +14,8 @@ impl Random {
     /// Up to `most` bytes, half of them printable.
     pub fn bytes(&mut self, most: usize) -> Vec<u8> {
         let len = self.next() as usize % (most + 1);
-        let byte = |r: u64| if r.is_multiple_of(2) { (r >> 8) as u8 } else { 32 + (r >> 8) as u8 % 95 };
+        let byte =
+            |r: u64| if r.is_multiple_of(2) { (r >> 8) as u8 } else { 32 + (r >> 8) as u8 % 95 };
         (0..len).map(|_| byte(self.next())).collect()
     }
 }

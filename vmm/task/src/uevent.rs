@@ -77,7 +77,10 @@ mod tests {
         let soon = Duration::from_millis(50);
         assert_eq!(wait_for("x", soon, || Ok(Some(1))).await.unwrap(), 1);
         let error = wait_for("disk 7", soon, || Ok(None::<()>)).await.unwrap_err();
-        assert!(matches!(&error, Error::DeadlineExceeded(text) if text.contains("disk 7")), "{error}");
+        assert!(
+            matches!(&error, Error::DeadlineExceeded(text) if text.contains("disk 7")),
+            "{error}"
+        );
         let error = wait_for("x", soon, || Err::<Option<()>, _>(Error::NotFound("n".into()))).await;
         assert!(matches!(error, Err(Error::NotFound(_))));
     }
