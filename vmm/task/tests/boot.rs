@@ -133,7 +133,8 @@ struct Pod {
 
 impl Pod {
     async fn new(tools: &Tools, shared_pid: bool) -> Self {
-        let vm = Vm::boot(tools, "").await;
+        let options = std::env::var("KUASAR_OPTIONS").unwrap_or_default();
+        let vm = Vm::boot(tools, &options).await;
         let client = vm.control().await;
         let (task, guest) = (TaskClient::new(client.clone()), GuestClient::new(client));
         guest.setup(soon(), &setup(shared_pid)).await.unwrap_or_else(|e| {
@@ -150,8 +151,9 @@ impl Pod {
         let mut stdout = self.vm.stream(id, "", Kind::Stdout).await;
         let mut stderr = self.vm.stream(id, "", Kind::Stderr).await;
         self.task.start(soon(), &start(id, "")).await.unwrap();
+        let wait = wait(id, "");
         let (status, output, errors) =
-            tokio::join!(self.task.wait(soon(), &wait(id, "")), all(&mut stdout), all(&mut stderr));
+            tokio::join!(self.task.wait(soon(), &wait), all(&mut stdout), all(&mut stderr));
         assert_eq!(String::from_utf8_lossy(&errors), "", "{id}");
         self.task.delete(soon(), &delete(id, "")).await.unwrap();
         (status.unwrap().exit_status, output)
@@ -312,4 +314,33 @@ async fn a_terminal_is_a_terminal_and_a_shared_pid_namespace_is_shared() {
     assert!(vmm_common::handshake::greet(&mut late, support::TOKEN, &purpose).await.is_err());
     guest.shutdown(soon(), &guest::ShutdownRequest::new()).await.unwrap();
     assert!(pod.vm.ended().await.success());
+}
+
+/// For people: runs the words of `KUASAR_TRY` (separated by `;;`) as containers.
+#[tokio::test]
+async fn tries() {
+    let (Ok(tools), Ok(tries)) = (Tools::find(), std::env::var("KUASAR_TRY")) else { return };
+    let pod = Pod::new(&tools, false).await;
+    for (n, script) in tries.split(";;").enumerate() {
+        let began = Instant::now();
+        let id = format!("t{n}");
+        pod.vm.rootfs(&tools, &id);
+        pod.task.create(soon(), &create(&id, &["sh", "-c", script], false)).await.unwrap();
+        let made = began.elapsed();
+        let mut stdout = pod.vm.stream(&id, "", Kind::Stdout).await;
+        let mut stderr = pod.vm.stream(&id, "", Kind::Stderr).await;
+        pod.task.start(soon(), &start(&id, "")).await.unwrap();
+        let wait = wait(&id, "");
+        let (status, out, err) =
+            tokio::join!(pod.task.wait(soon(), &wait), all(&mut stdout), all(&mut stderr));
+        pod.task.delete(soon(), &delete(&id, "")).await.unwrap();
+        println!(
+            "== {script}: create {made:?}, all {:?}: {status:?} {} bytes, {:?} {:?}",
+            began.elapsed(),
+            out.len(),
+            String::from_utf8_lossy(out.get(..300).unwrap_or(&out)),
+            String::from_utf8_lossy(&err)
+        );
+    }
+    println!("{}", pod.vm.log());
 }

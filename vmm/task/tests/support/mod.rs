@@ -25,6 +25,8 @@ pub struct Tools {
     pub virtiofsd: PathBuf,
     pub task: PathBuf,
     pub busybox: PathBuf,
+    /// An EROFS image to boot from instead of an initramfs, for a kernel without one.
+    pub image: Option<PathBuf>,
 }
 
 impl Tools {
@@ -45,6 +47,7 @@ impl Tools {
             virtiofsd: file("KUASAR_VIRTIOFSD")?,
             task: file("KUASAR_VMM_TASK")?,
             busybox: file("KUASAR_BUSYBOX")?,
+            image: file("KUASAR_GUEST_EROFS").ok(),
         })
     }
 }
@@ -169,6 +172,15 @@ impl Vm {
 
         let started = Instant::now();
         let text = |name: &str| at(name).display().to_string();
+        let (root, boot) = match &tools.image {
+            None => (vec!["-initrd".into(), text("initrd")], ""),
+            Some(image) => {
+                let drive = format!("if=none,id=d,file={},format=raw,readonly=on", image.display());
+                let disk = "virtio-blk-device,drive=d".into();
+                let boot = "root=/dev/vda rootfstype=erofs ro init=/init";
+                (vec!["-drive".into(), drive, "-device".into(), disk], boot)
+            }
+        };
         let qemu = Command::new(&tools.qemu)
             .args(["-accel", "tcg", "-cpu", "max", "-m", "128", "-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-no-reboot"])
@@ -182,11 +194,10 @@ impl Vm {
             .args(["-device", "vhost-user-fs-device,chardev=fs,tag=kuasar"])
             .arg("-kernel")
             .arg(&tools.vmlinux)
-            .arg("-initrd")
-            .arg(at("initrd"))
+            .args(&root)
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 quiet nolapic_timer panic=-1 reboot=t kuasar.log=info {options}"
+                "console=ttyS0 quiet nolapic_timer panic=-1 reboot=t kuasar.log=info {boot} {options}"
             ))
             .stdin(Stdio::null())
             .stdout(out("qemu.log"))
