@@ -22,11 +22,13 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
 BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
-	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p containerd-shim-kuasar --target-dir target/static
+	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p containerd-shim-kuasar \
+	  -p vmm-task --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	@install -d $(BIN)
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/containerd-shim-kuasar \
+	  $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
 	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
 

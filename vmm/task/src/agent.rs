@@ -19,7 +19,7 @@ use crate::forward::Forwards;
 use crate::guest::GuestService;
 use crate::kmsg::Kmsg;
 use crate::reaper::Reaper;
-use crate::{boot, kmsg, limits, power, serial};
+use crate::{boot, kmsg, limits, power, serial, streaming};
 
 /// Why PID 1 cannot do its duty.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -147,6 +147,7 @@ async fn ttrpc_server(
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
         .register_service(tasks.services())
+        .register_service(streaming::services(tasks.clone()))
         .register_service(service.services());
     server.start().await?;
     Ok(server)

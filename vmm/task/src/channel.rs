@@ -10,6 +10,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use containerd_task::TaskServer;
 use containerd_task::stdio::raw::RawConnection;
@@ -43,6 +44,8 @@ pub struct Gate {
     forwards: Arc<Forwards>,
     control: mpsc::Sender<Control>,
     control_slots: Arc<Semaphore>,
+    /// How long a connection may take to greet.
+    patience: Duration,
 }
 
 /// A connection in both directions.
@@ -57,7 +60,15 @@ impl Gate {
         control: mpsc::Sender<Control>,
     ) -> Arc<Self> {
         let control_slots = Arc::new(Semaphore::new(limits::CONTROL));
-        Arc::new(Self { token: Mutex::default(), tasks, forwards, control, control_slots })
+        let patience = limits::GREETING_TIME;
+        Arc::new(Self {
+            token: Mutex::default(),
+            tasks,
+            forwards,
+            control,
+            control_slots,
+            patience,
+        })
     }
 
     /// From now on `token` opens, and no other.
@@ -89,7 +100,7 @@ impl Gate {
         mut stream: impl Stream,
     ) -> Result<(), HandshakeError> {
         let late = || HandshakeError::Malformed("no greeting in time".into());
-        let greeting = tokio::time::timeout(limits::GREETING_TIME, read_line(&mut stream));
+        let greeting = tokio::time::timeout(self.patience, read_line(&mut stream));
         let line = match greeting.await.map_err(|_| late()).and_then(|line| line) {
             Ok(line) => line,
             Err(error) => return refuse(&mut stream, error).await,
@@ -237,7 +248,7 @@ async fn accept(listener: VsockListener, port: Port, gate: Arc<Gate>) {
             Err(error) => {
                 tracing::warn!(%error, ?port, "cannot accept a connection");
                 // Out of descriptors: let some be closed first.
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             }
         };
@@ -309,19 +320,14 @@ pub async fn acknowledge(
 /// Dials the host until it answers, and answers its welcome; `taken` is called in between, so
 /// that everything is in force when the host hears that it is.
 pub async fn welcome(taken: impl Fn(&Welcome)) {
-    let mut pause = std::time::Duration::from_millis(10);
+    let mut pause = Duration::from_millis(10);
     loop {
         let attempt = async {
             let host = VsockAddr::new(VMADDR_CID_HOST, port::READY);
             let mut stream = VsockStream::connect(host).await?;
             let welcome = announce(&mut stream).await?;
             taken(&welcome);
-            acknowledge(&mut stream).await?;
-            stream.shutdown(std::net::Shutdown::Write)?;
-            // Closed by the host when it has read all of it.
-            let end = read_line(&mut stream);
-            let _ = tokio::time::timeout(limits::GREETING_TIME, end).await;
-            Ok::<_, HandshakeError>(())
+            acknowledge(&mut stream).await
         };
         match attempt.await {
             Ok(()) => return,
@@ -414,9 +420,11 @@ mod tests {
         assert!(matches!(served.await.unwrap(), Err(HandshakeError::TooLong)));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_silent_connection_is_given_up() {
         let (gate, _control, _tasks) = gate();
+        let mut gate = Arc::into_inner(gate).unwrap();
+        gate.patience = Duration::from_millis(20);
         let (ours, _theirs) = UnixStream::pair().unwrap();
         assert!(gate.connection(Port::Stream, ours).await.is_err());
     }

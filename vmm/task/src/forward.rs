@@ -85,13 +85,29 @@ impl Forwards {
     }
 }
 
-/// Copies both ways until both have ended.
-pub async fn join(slot: OwnedSemaphorePermit, mut stream: impl Stream, mut socket: TcpStream) {
-    // Its buffers are half of what may be written to a vsock device at once.
-    if let Err(error) = tokio::io::copy_bidirectional(&mut stream, &mut socket).await {
-        tracing::debug!(%error, "a forwarded connection broke");
+/// Copies both ways until the pod's side has ended. The host's end is passed on as a half-close;
+/// the pod's closes the whole stream, since a vsock that ends in a unix socket passes no half of
+/// it on and the host would wait for ever.
+pub async fn join(slot: OwnedSemaphorePermit, stream: impl Stream, socket: TcpStream) {
+    // The buffers of `copy` are half of what may be written to a vsock device at once.
+    let (mut from_host, mut to_host) = tokio::io::split(stream);
+    let (mut from_pod, mut to_pod) = socket.into_split();
+    let inwards = async {
+        let copied = tokio::io::copy(&mut from_host, &mut to_pod).await;
+        let _ = to_pod.shutdown().await;
+        if copied.is_ok() {
+            // The answer may still come.
+            std::future::pending::<()>().await;
+        }
+    };
+    let outwards = async {
+        let _ = tokio::io::copy(&mut from_pod, &mut to_host).await;
+        let _ = to_host.shutdown().await;
+    };
+    tokio::select! {
+        () = inwards => {}
+        () = outwards => {}
     }
-    let _ = stream.shutdown().await;
     drop(slot);
 }
 

@@ -37,6 +37,7 @@ pub mod power;
 pub mod reaper;
 pub mod serial;
 pub mod storage;
+pub mod streaming;
 pub mod uevent;
 
 #[cfg(test)]

@@ -45,9 +45,11 @@ fn bad(what: &str, value: &str) -> Error {
 }
 
 fn mac(text: &str) -> Result<Vec<u8>> {
+    // `from_str_radix` takes a sign, too.
+    let is_byte = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
     let bytes: Option<Vec<u8>> = text
         .split(':')
-        .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten())
+        .map(|part| is_byte(part).then(|| u8::from_str_radix(part, 16).ok()).flatten())
         .collect();
     bytes.filter(|b| b.len() == 6).ok_or_else(|| bad("MAC address (aa:bb:cc:dd:ee:ff)", text))
 }
@@ -260,12 +262,16 @@ fn find<'a>(links: &'a [Link], mac: &[u8]) -> Result<&'a Link> {
 /// another gets a temporary one first, strangers too.
 fn renames(current: &[(u32, &str)], wanted: &[(u32, &str)]) -> Vec<(u32, String)> {
     let has = |index: u32, name: &str| current.contains(&(index, name));
+    let is_taken = |steps: &[(u32, String)], name: &str| {
+        current.iter().chain(wanted).any(|(_, taken)| *taken == name)
+            || steps.iter().any(|(_, taken)| taken == name)
+    };
     let wanted: Vec<_> = wanted.iter().filter(|(index, name)| !has(*index, name)).collect();
-    let mut steps = Vec::new();
+    let mut steps: Vec<(u32, String)> = Vec::new();
     for (index, name) in current {
         if wanted.iter().any(|(_, other)| other == name) {
             let mut temporary = format!("kuasar{index}");
-            while current.iter().any(|(_, taken)| *taken == temporary) {
+            while is_taken(&steps, &temporary) {
                 temporary.insert(0, 'x');
             }
             steps.push((*index, temporary));

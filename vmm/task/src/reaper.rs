@@ -221,7 +221,7 @@ fn checked(code: libc::c_int) -> std::io::Result<()> {
 }
 
 /// `posix_spawn(3)`: vfork underneath, and an error of exec is answered here. Everything that is
-/// not mapped is closed on exec, as every descriptor of ours is.
+/// not mapped is closed.
 fn spawn(command: &Command<'_>) -> Result<libc::pid_t, Failure> {
     let text = |words: &[String]| -> Result<Vec<CString>, Failure> {
         Ok(words.iter().map(|w| CString::new(w.as_str())).collect::<Result<_, _>>()?)
@@ -264,6 +264,11 @@ fn spawn(command: &Command<'_>) -> Result<libc::pid_t, Failure> {
             libc::posix_spawn_file_actions_adddup2(&mut actions.0, fd.as_raw_fd(), number)
         })?;
     }
+    let first_unused = above - 64;
+    // SAFETY: as above.
+    checked(unsafe {
+        libc::posix_spawn_file_actions_addclosefrom_np(&mut actions.0, first_unused)
+    })?;
     let mut raw = std::mem::MaybeUninit::uninit();
     // SAFETY: an out pointer of the right type.
     checked(unsafe { libc::posix_spawnattr_init(raw.as_mut_ptr()) })?;

@@ -6,19 +6,18 @@
 //! side dials: [`super::Streams::attach_raw`]. Until then output stays in the pipe, where it
 //! blocks the process as a FIFO without a reader would.
 //!
-//! * The end of a direction is a half-close: of the connection when the process's output has
-//!   ended, of the pipe when the other side has closed its half.
+//! * The end of input is a half-close of the other side's: the pipe is closed then.
 //! * A connection that breaks loses what the kernel had already taken for it, nothing else: the
 //!   pump waits for the next one. A further connection of the same name takes over.
-//! * What has been handed over is not cut off: the connection stays open until the other side
-//!   has closed it, or [`LINGER`] is over.
+//! * The end of output closes the whole connection: a vsock that ends in a unix socket on the
+//!   host passes no half-close on, and its reader would wait for ever. (The kernel keeps a closed
+//!   vsock until the other side has taken what was sent, for eight seconds.)
 //! * At most [`CHUNK`] bytes are written at once, because some vsock devices hang on more.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
@@ -31,8 +30,6 @@ use crate::journal::Stdio;
 
 /// Most bytes of one write.
 pub const CHUNK: usize = 16 << 10;
-/// How long a connection that has carried everything is kept for its reader.
-pub const LINGER: Duration = Duration::from_secs(30);
 /// First size of a buffer for input; it grows to [`CHUNK`] when it is filled.
 const SMALL: usize = 512;
 const SCHEME: &str = "vsock-stream://";
@@ -148,27 +145,12 @@ pub(super) fn pump(slot: Arc<Slot>, fd: OwnedFd, ways: Ways) -> Result<JoinHandl
         let mut relay = Relay { ways, ..Relay::default() };
         loop {
             let (mut reader, mut writer) = split(slot.next().await);
-            let ended = relay.run(&slot, &fd, &mut reader, &mut writer).await;
-            match ended {
-                Ended::Done => {
-                    linger(reader, writer);
-                    return;
-                }
-                Ended::Deaf => return,
+            match relay.run(&slot, &fd, &mut reader, &mut writer).await {
+                Ended::Done | Ended::Deaf => return,
                 Ended::Connection => {}
             }
         }
     }))
-}
-
-/// Waits in the background until the other side has read all and closed.
-fn linger(mut reader: ReadHalf<RawConnection>, writer: WriteHalf<RawConnection>) {
-    tokio::spawn(async move {
-        let mut sink = [0u8; 64];
-        let closed = async { while matches!(reader.read(&mut sink).await, Ok(n) if n > 0) {} };
-        let _ = tokio::time::timeout(LINGER, closed).await;
-        drop(writer);
-    });
 }
 
 /// Bytes that were taken from one side and not given to the other yet.
@@ -308,6 +290,7 @@ impl Relay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
     use tokio::net::UnixStream;
 
     fn pipe() -> (OwnedFd, OwnedFd) {

@@ -1,0 +1,346 @@
+//! A real guest: QEMU with TCG boots the kernel and `vmm-task` as its init.
+//!
+//! Needs `KUASAR_QEMU`, `KUASAR_VMLINUX`, `KUASAR_VHOST_VSOCK`, `KUASAR_VIRTIOFSD`,
+//! `KUASAR_VMM_TASK` (a static build) and `KUASAR_BUSYBOX` (static), and says `skipped` without.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use kuasar_protos::shim::api;
+use kuasar_protos::shim::shim_async::TaskClient;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+use serde_json::json;
+use support::{Kind, Tools, Vm, address, all};
+use tokio::io::AsyncWriteExt;
+use ttrpc::context::{Context, with_duration};
+use vmm_common::guest;
+use vmm_common::guest_ttrpc::GuestClient;
+
+fn soon() -> Context {
+    with_duration(Duration::from_secs(60))
+}
+
+macro_rules! tools {
+    () => {
+        match Tools::find() {
+            Ok(tools) => tools,
+            Err(why) => {
+                eprintln!("skipped: {why}");
+                return;
+            }
+        }
+    };
+}
+
+fn spec(args: &[&str], terminal: bool) -> serde_json::Value {
+    let caps = ["CAP_CHOWN", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
+    json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "terminal": terminal, "cwd": "/", "args": args, "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+            "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+        ],
+        "linux": {
+            "cgroupsPath": "/kubepods/x",
+            "resources": {"memory": {"limit": 33_554_432}, "pids": {"limit": 64}},
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"},
+                {"type": "network", "path": "/var/run/netns/x"},
+            ],
+        },
+    })
+}
+
+fn create(id: &str, args: &[&str], terminal: bool) -> api::CreateTaskRequest {
+    let container = guest::Container {
+        spec: serde_json::to_vec(&spec(args, terminal)).unwrap(),
+        rootfs: format!("/run/kuasar/share/{id}/rootfs"),
+        ..Default::default()
+    };
+    let (stdin, stdout, stderr) = if terminal {
+        let one = address(id, "", Kind::Terminal);
+        (one.clone(), one, String::new())
+    } else {
+        let of = |kind| address(id, "", kind);
+        (of(Kind::Stdin), of(Kind::Stdout), of(Kind::Stderr))
+    };
+    api::CreateTaskRequest {
+        id: id.into(),
+        terminal,
+        stdin,
+        stdout,
+        stderr,
+        options: MessageField::some(Any {
+            type_url: vmm_common::CONTAINER_TYPE.into(),
+            value: container.write_to_bytes().unwrap(),
+            ..Any::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn start(id: &str, exec: &str) -> api::StartRequest {
+    api::StartRequest { id: id.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+fn wait(id: &str, exec: &str) -> api::WaitRequest {
+    api::WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+fn delete(id: &str, exec: &str) -> api::DeleteRequest {
+    api::DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+fn setup(shared_pid: bool) -> guest::SetupRequest {
+    guest::SetupRequest {
+        sandbox_id: "pod1".into(),
+        hostname: "web-0".into(),
+        resolv_conf: b"nameserver 10.0.0.1\n".to_vec(),
+        shared_pid,
+        shm_bytes: 8 << 20,
+        sysctls: vec![guest::Sysctl {
+            name: "net.ipv4.ip_unprivileged_port_start".into(),
+            value: "80".into(),
+            ..Default::default()
+        }],
+        share: MessageField::some(guest::Storage {
+            id: "share".into(),
+            kind: "virtiofs".into(),
+            source: "kuasar".into(),
+            target: "/run/kuasar/share".into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+struct Pod {
+    vm: Vm,
+    task: TaskClient,
+    guest: GuestClient,
+}
+
+impl Pod {
+    async fn new(tools: &Tools, shared_pid: bool) -> Self {
+        let options = std::env::var("KUASAR_OPTIONS").unwrap_or_default();
+        let vm = Vm::boot(tools, &options).await;
+        let client = vm.control().await;
+        let (task, guest) = (TaskClient::new(client.clone()), GuestClient::new(client));
+        guest.setup(soon(), &setup(shared_pid)).await.unwrap_or_else(|e| {
+            panic!("setup: {e}; console:\n{}", vm.log());
+        });
+        Self { vm, task, guest }
+    }
+
+    /// Runs a container to its end; answers its exit status and output.
+    async fn run(&self, tools: &Tools, id: &str, args: &[&str]) -> (u32, Vec<u8>) {
+        self.vm.rootfs(tools, id);
+        let created = self.task.create(soon(), &create(id, args, false)).await;
+        created.unwrap_or_else(|e| panic!("create {id}: {e}; console:\n{}", self.vm.log()));
+        let mut stdout = self.vm.stream(id, "", Kind::Stdout).await;
+        let mut stderr = self.vm.stream(id, "", Kind::Stderr).await;
+        self.task.start(soon(), &start(id, "")).await.unwrap();
+        let wait = wait(id, "");
+        let (status, output, errors) =
+            tokio::join!(self.task.wait(soon(), &wait), all(&mut stdout), all(&mut stderr));
+        assert_eq!(String::from_utf8_lossy(&errors), "", "{id}");
+        self.task.delete(soon(), &delete(id, "")).await.unwrap();
+        (status.unwrap().exit_status, output)
+    }
+}
+
+#[tokio::test]
+async fn a_guest_boots_and_runs_containers() {
+    let tools = tools!();
+    let pod = Pod::new(&tools, false).await;
+    let Pod { vm, task, guest } = &pod;
+    assert_eq!(vm.ready.protocol, vmm_common::handshake::PROTOCOL);
+    let info = guest.info(soon(), &guest::InfoRequest::new()).await.unwrap();
+    assert!(info.pod_ready && info.cpus == 1 && info.memory_bytes > 64 << 20);
+    let usage = guest.usage(soon(), &guest::UsageRequest::new()).await.unwrap();
+    println!(
+        "figure: exec of QEMU to READY {:?}; vmm-task began at {} ms, served at {} ms ({} ms); \
+         used {} KiB of {} KiB; PSS {} KiB",
+        vm.booted,
+        info.started_ns / 1_000_000,
+        info.serving_ns / 1_000_000,
+        (info.serving_ns - info.started_ns) / 1_000_000,
+        (usage.memory_total - usage.memory_available) >> 10,
+        usage.memory_total >> 10,
+        usage.agent_pss >> 10,
+    );
+    let again = guest.setup(soon(), &setup(false)).await.unwrap_err();
+    assert!(again.to_string().contains("already"), "{again}");
+
+    // Exit code and output, to the last byte.
+    let (status, output) = pod.run(&tools, "c1", &["sh", "-c", "echo hello; exit 7"]).await;
+    assert_eq!((status, output.as_slice()), (7, b"hello\n".as_slice()));
+    let script = "i=0; while [ $i -lt 64 ]; do head -c 16384 /dev/zero; i=$((i+1)); done";
+    let (status, output) = pod.run(&tools, "c2", &["sh", "-c", script]).await;
+    assert_eq!((status, output.len()), (0, 1 << 20));
+    assert!(output.iter().all(|b| *b == 0));
+    let (_, output) = pod.run(&tools, "c3", &["sh", "-c",
+        "hostname; cat /etc/resolv.conf /proc/sys/net/ipv4/ip_unprivileged_port_start; echo $$"]).await;
+    assert_eq!(String::from_utf8_lossy(&output), "web-0\nnameserver 10.0.0.1\n80\n1\n");
+
+    // Input, exec, kill.
+    vm.rootfs(&tools, "c4");
+    task.create(soon(), &create("c4", &["cat"], false)).await.unwrap();
+    let mut stdin = vm.stream("c4", "", Kind::Stdin).await;
+    let mut stdout = vm.stream("c4", "", Kind::Stdout).await;
+    task.start(soon(), &start("c4", "")).await.unwrap();
+    let sent: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
+    let feed = async {
+        stdin.write_all(&sent).await.unwrap();
+        stdin.shutdown().await.unwrap();
+    };
+    let ((), got) = tokio::join!(feed, all(&mut stdout));
+    assert!(got == sent);
+    assert_eq!(task.wait(soon(), &wait("c4", "")).await.unwrap().exit_status, 0);
+    task.delete(soon(), &delete("c4", "")).await.unwrap();
+
+    vm.rootfs(&tools, "c5");
+    task.create(soon(), &create("c5", &["sleep", "1000"], false)).await.unwrap();
+    task.start(soon(), &start("c5", "")).await.unwrap();
+    let process = json!({"cwd": "/", "args": ["sh", "-c", "echo from exec; exit 3"],
+        "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
+    let mut times = Vec::new();
+    for n in 0..5 {
+        let exec = format!("e{n}");
+        let began = Instant::now();
+        let request = api::ExecProcessRequest {
+            id: "c5".into(),
+            exec_id: exec.clone(),
+            stdout: address("c5", &exec, Kind::Stdout),
+            spec: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+                value: serde_json::to_vec(&process).unwrap(),
+                ..Any::default()
+            }),
+            ..Default::default()
+        };
+        task.exec(soon(), &request).await.unwrap();
+        let mut stdout = vm.stream("c5", &exec, Kind::Stdout).await;
+        task.start(soon(), &start("c5", &exec)).await.unwrap();
+        assert_eq!(all(&mut stdout).await, b"from exec\n");
+        assert_eq!(task.wait(soon(), &wait("c5", &exec)).await.unwrap().exit_status, 3);
+        task.delete(soon(), &delete("c5", &exec)).await.unwrap();
+        times.push(began.elapsed());
+    }
+    times.sort();
+    println!("figure: exec in the guest, median {:?}", times[2]);
+    let stats = api::StatsRequest { id: "c5".into(), ..Default::default() };
+    let stats = task.stats(soon(), &stats).await.unwrap();
+    assert_eq!(stats.stats.type_url, "io.containerd.cgroups.v2.Metrics");
+    let kill = api::KillRequest { id: "c5".into(), signal: 9, ..Default::default() };
+    task.kill(soon(), &kill).await.unwrap();
+    assert_eq!(task.wait(soon(), &wait("c5", "")).await.unwrap().exit_status, 137);
+    task.delete(soon(), &delete("c5", "")).await.unwrap();
+    // An exit that nobody reads the output of is told all the same.
+    let state = api::StateRequest { id: "c5".into(), ..Default::default() };
+    assert!(task.state(soon(), &state).await.is_err());
+
+    // Nothing is left, and the guest ends by itself.
+    let began = Instant::now();
+    guest.shutdown(soon(), &guest::ShutdownRequest::new()).await.unwrap();
+    assert!(pod.vm.ended().await.success());
+    println!("figure: shutdown {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_terminal_is_a_terminal_and_a_shared_pid_namespace_is_shared() {
+    let tools = tools!();
+    let pod = Pod::new(&tools, true).await;
+    let Pod { vm, task, guest } = &pod;
+    vm.rootfs(&tools, "t1");
+    task.create(soon(), &create("t1", &["sh"], true)).await.unwrap_or_else(|e| {
+        panic!("create: {e}; console:\n{}", vm.log());
+    });
+    let mut terminal = vm.stream("t1", "", Kind::Terminal).await;
+    task.start(soon(), &start("t1", "")).await.unwrap();
+    let resize =
+        api::ResizePtyRequest { id: "t1".into(), width: 133, height: 42, ..Default::default() };
+    task.resize_pty(soon(), &resize).await.unwrap();
+    terminal.write_all(b"stty size; exit 4\n").await.unwrap();
+    let text = String::from_utf8_lossy(&all(&mut terminal).await).into_owned();
+    assert!(text.contains("42 133"), "{text}");
+    assert_eq!(task.wait(soon(), &wait("t1", "")).await.unwrap().exit_status, 4);
+    task.delete(soon(), &delete("t1", "")).await.unwrap();
+
+    // `/proc/0/ns/pid` is the pod's.
+    let mut request = create("s1", &["sh", "-c", "[ $$ -gt 1 ] && cat /proc/1/comm"], false);
+    let mut container = guest::Container::parse_from_bytes(&request.options.value).unwrap();
+    let mut spec: serde_json::Value = serde_json::from_slice(&container.spec).unwrap();
+    spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/0/ns/pid"});
+    container.spec = serde_json::to_vec(&spec).unwrap();
+    request.options.as_mut().unwrap().value = container.write_to_bytes().unwrap();
+    vm.rootfs(&tools, "s1");
+    task.create(soon(), &request).await.unwrap();
+    let mut stdout = vm.stream("s1", "", Kind::Stdout).await;
+    task.start(soon(), &start("s1", "")).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&all(&mut stdout).await), "pod-init\n");
+    task.wait(soon(), &wait("s1", "")).await.unwrap();
+    task.delete(soon(), &delete("s1", "")).await.unwrap();
+
+    // The clock goes both ways.
+    for (shift, sign) in [(3600, -1), (-3600, 1)] {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let now = i64::try_from(now.as_nanos()).unwrap() + shift * 1_000_000_000;
+        let request =
+            guest::SetClockRequest { now_ns: now, tolerance_ns: 1_000_000, ..Default::default() };
+        let answer = guest.set_clock(soon(), &request).await.unwrap();
+        assert!(answer.stepped && answer.offset_ns.signum() == sign, "{answer}");
+    }
+    let renew = guest::RenewRequest {
+        token: "f".repeat(64),
+        entropy: vec![7; 64],
+        now_ns: 1_700_000_000_000_000_000,
+        ..Default::default()
+    };
+    guest.renew(soon(), &renew).await.unwrap();
+    let mut late = vm.dial(vmm_common::port::CONTROL).await;
+    let purpose = vmm_common::handshake::Purpose::Control;
+    assert!(vmm_common::handshake::greet(&mut late, support::TOKEN, &purpose).await.is_err());
+    guest.shutdown(soon(), &guest::ShutdownRequest::new()).await.unwrap();
+    assert!(pod.vm.ended().await.success());
+}
+
+/// For people: runs the words of `KUASAR_TRY` (separated by `;;`) as containers.
+#[tokio::test]
+async fn tries() {
+    let (Ok(tools), Ok(tries)) = (Tools::find(), std::env::var("KUASAR_TRY")) else { return };
+    let pod = Pod::new(&tools, false).await;
+    for (n, script) in tries.split(";;").enumerate() {
+        let began = Instant::now();
+        let id = format!("t{n}");
+        pod.vm.rootfs(&tools, &id);
+        pod.task.create(soon(), &create(&id, &["sh", "-c", script], false)).await.unwrap();
+        let made = began.elapsed();
+        let mut stdout = pod.vm.stream(&id, "", Kind::Stdout).await;
+        let mut stderr = pod.vm.stream(&id, "", Kind::Stderr).await;
+        pod.task.start(soon(), &start(&id, "")).await.unwrap();
+        let wait = wait(&id, "");
+        let (status, out, err) =
+            tokio::join!(pod.task.wait(soon(), &wait), all(&mut stdout), all(&mut stderr));
+        pod.task.delete(soon(), &delete(&id, "")).await.unwrap();
+        println!(
+            "== {script}: create {made:?}, all {:?}: {status:?} {} bytes, {:?} {:?}",
+            began.elapsed(),
+            out.len(),
+            String::from_utf8_lossy(out.get(..300).unwrap_or(&out)),
+            String::from_utf8_lossy(&err)
+        );
+    }
+    println!("{}", pod.vm.log());
+}
