@@ -4,6 +4,9 @@
 # release's loader and libraries beside them, so they run by their plain paths, on Debian 12 and 13.
 # Prints the versions. A second run finds everything made and only prints.
 #
+# QEMU has the place of its firmware compiled in, so bin/qemu-system-x86_64 is a line of shell that runs
+# libexec/qemu-system-x86_64 with -L. Whoever cannot have a shell runs that with -L share/qemu.
+#
 # Debian 12's own QEMU 7.2 has no vhost-user-vsock, and Debian 13 has no vhost-device-vsock.
 set -euo pipefail
 SRC=$(cd "$(dirname "$0")" && pwd)
@@ -30,7 +33,7 @@ if ! command -v patchelf >/dev/null; then
 fi
 start=$(date +%s)
 rm -rf "$V"
-mkdir -p "$V"/{debs,root,bin,lib,share}
+mkdir -p "$V"/{debs,root,bin,lib,libexec,share}
 private_apt "$V/apt" "deb $SUITE"
 export APT_CONFIG=$V/apt/apt.conf
 
@@ -52,7 +55,6 @@ for deb in "$V"/debs/*.deb; do
     --exclude='./usr/share/locale*' --exclude='./usr/share/lintian*' --exclude='*/gconv'
 done
 
-# QEMU looks for its firmware beside the folder that its program lies in.
 lib=$(dirname "$(find "$V/root" -name libc.so.6)")
 mapfile -t programs < <(find "$V"/root/usr/{bin,libexec} -type f \( -name "${PROGRAMS[0]}" -o -name "${PROGRAMS[1]}" -o -name "${PROGRAMS[2]}" \))
 for p in "${programs[@]}"; do "$lib/ld-linux-x86-64.so.2" --library-path "$lib" --list "$p"; done |
@@ -66,6 +68,9 @@ for p in "${PROGRAMS[@]}"; do
   # DT_RPATH, unlike DT_RUNPATH, also serves the libraries' own libraries.
   patchelf --set-interpreter "$V/lib/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$V/lib" "$V/bin/$p"
 done
+mv "$V/bin/qemu-system-x86_64" "$V/libexec/"
+printf '#!/bin/sh\nexec "%s" -L "%s" "$@"\n' "$V/libexec/qemu-system-x86_64" "$V/share/qemu" > "$V/bin/qemu-system-x86_64"
+chmod 0755 "$V/bin/qemu-system-x86_64"
 rm -rf "$V/root" "$V/debs" "$V/apt"
 versions
 touch "$stamp"

@@ -168,8 +168,8 @@ image() {
   trap "rm -rf '$tree'" EXIT
   chmod 0755 "$tree"
   "$builder" --init "$init" --initramfs "$G/initramfs.cpio" --tree "$tree"
-  # Not compressed, 4 KiB blocks: pages of the program are read as they are needed.
-  mkfs.erofs --quiet -T 0 -U "$UUID" --all-root -b 4096 "$G/guest.erofs.part" "$tree" >/dev/null
+  # Not compressed: pages of the program are read as they are needed.
+  mkfs.erofs --quiet -T 0 -U "$UUID" --all-root "$G/guest.erofs.part" "$tree" >/dev/null
   mv "$G/guest.erofs.part" "$G/guest.erofs"
   echo "guest: $G/guest.erofs: $(stat -c %s "$G/guest.erofs") bytes"
 }
