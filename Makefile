@@ -7,7 +7,7 @@ HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 PROGRAMS := runc-sandboxer sandbox-parent containerd-shim-kuasar-runc-v1
 
-.PHONY: help build deps demo test unit check conformance bench install clean bed
+.PHONY: help build deps guest demo test unit check conformance bench install clean bed
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -31,6 +31,13 @@ build: deps ## all programs, optimised, into target/release
 	  $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
 	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
+
+# What microVM pods boot. The program in the image is GUEST_INIT.
+GUEST_INIT ?= $(BIN)/vmm-task
+guest: ## kernel and image of microVM guests, into target/guest (root; the kernel takes minutes, once)
+	vmm/guest/build.sh kernel
+	@if [ -e $(GUEST_INIT) ]; then vmm/guest/build.sh image $(GUEST_INIT); \
+	  else echo "guest: no image: $(GUEST_INIT) is not there"; fi
 
 bed:
 	tests/bed/setup.sh

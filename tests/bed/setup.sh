@@ -10,6 +10,8 @@ TOP=$(cd "$SRC/../.." && pwd)
 B=${BED:-$TOP/target/bed}
 CRITOOLS=${CRITOOLS:-v1.37.0}
 export DEBIAN_FRONTEND=noninteractive
+# shellcheck source=tests/bed/apt.sh
+. "$SRC/apt.sh"
 
 # The text of the functions named, and of the files they read, as one number.
 sum() { { declare -f "$@"; cat "$SRC"/src/*.c "$SRC"/mkimages.py; echo "$B $CRITOOLS"; } | sha256sum | cut -c1-12; }
@@ -33,30 +35,8 @@ part_packages() {
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-# Packages of other releases, through a private apt configuration; signatures are checked.
-part_lists() {
-  mkdir -p "$B"/apt/lists/partial
-  cat > "$B/apt/apt.conf" <<EOF
-Dir::State::Lists "$B/apt/lists";
-Dir::Cache "$B/apt";
-Dir::Etc::SourceList "$B/apt/sources.list";
-Dir::Etc::SourceParts "/dev/null";
-Dir::Etc::Preferences "/dev/null";
-Dir::Etc::PreferencesParts "/dev/null";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
-Acquire::Check-Valid-Until "false";
-EOF
-  # the mirror that this host already uses
-  local m k='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]'
-  # shellcheck disable=SC2016 # apt's own placeholder
-  m=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | awk '/debian/ && !/security/ && !n++')
-  [ -n "$m" ] || { echo "no Debian mirror in this host's apt configuration" >&2; return 1; }
-  printf 'deb %s %s forky main\ndeb %s %s trixie main\ndeb-src %s %s bookworm main\n' \
-    "$k" "$m" "$k" "$m" "$k" "$m" > "$B/apt/sources.list"
-  APT_CONFIG=$B/apt/apt.conf apt-get update -qq
-}
+# Packages of other releases, through a private apt configuration.
+part_lists() { private_apt "$B/apt" 'deb forky' 'deb trixie' 'deb-src bookworm'; }
 
 part_engines() {
   local lib d

@@ -1,0 +1,181 @@
+#!/bin/bash
+# Builds what a microVM guest is made of into target/guest, from distribution packages alone:
+#
+#   build.sh kernel             vmlinux (microvm) and vmlinux-pci (q35), each with its configuration
+#   build.sh image INIT         initramfs.cpio and guest.erofs, holding the static program INIT as /init
+#
+# Reproducible: the same source package, compiler and files of this directory give the same bytes, in
+# whatever directory. What is there already, made from the same things, is not made again. Root is
+# needed for installing packages that are missing, and for the device node in the disk image.
+# FLAVOURS="microvm" builds that kernel only.
+set -euo pipefail
+export LC_ALL=C TZ=UTC DEBIAN_FRONTEND=noninteractive
+SRC=$(cd "$(dirname "$0")" && pwd)
+TOP=$(cd "$SRC/../.." && pwd)
+G=${GUEST:-$TOP/target/guest}
+SERIES=6.12                     # long-term; in Debian 13, and in Debian 12's security or backports suite
+PACKAGE=linux-source-$SERIES
+FLAVOURS=${FLAVOURS:-pci microvm}
+JOBS=${JOBS:-$(nproc)}
+ARCH=$(uname -m)
+# any fixed moment, user and host: they are printed by the kernel and are part of its bytes
+export KBUILD_BUILD_TIMESTAMP='Thu Jan  1 00:00:00 UTC 2026' KBUILD_BUILD_USER=kuasar KBUILD_BUILD_HOST=kuasar KBUILD_BUILD_VERSION=1
+UUID=4b756173-6172-4775-8573-74526f6f7400
+# shellcheck source=tests/bed/apt.sh
+. "$TOP/tests/bed/apt.sh"
+
+die() { echo "guest: $*" >&2; exit 1; }
+
+# packages PROGRAM:PACKAGE...: installs the packages whose program (or file) is not there
+packages() {
+  local pair missing=()
+  for pair; do
+    case $pair in
+      /*) [ -e "${pair%%:*}" ] || missing+=("${pair##*:}") ;;
+      *) command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}") ;;
+    esac
+  done
+  [ ${#missing[@]} = 0 ] && return 0
+  [ "$(id -u)" = 0 ] || die "these packages are missing, and installing them needs root: ${missing[*]}"
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# The version of the source package that apt would give; nothing when it knows none.
+candidate() { apt-cache policy "$PACKAGE" 2>/dev/null | awk '$1 == "Candidate:" && $2 != "(none)" { print $2 }'; }
+
+# Says which version is to be had, having told apt (APT_CONFIG) where from: this host's own suites
+# when they have it, else a private configuration with the suite that does.
+find_source() {
+  local suite
+  VERSION=$(candidate)
+  [ -z "$VERSION" ] || return 0
+  # lists that are there are good enough: whoever wants a newer kernel runs apt-get update
+  [ ! -e "$G/apt/apt.conf" ] || { export APT_CONFIG=$G/apt/apt.conf; VERSION=$(candidate); }
+  [ -z "$VERSION" ] || return 0
+  unset APT_CONFIG
+  [ "$(id -u)" != 0 ] || apt-get update -qq
+  VERSION=$(candidate)
+  [ -z "$VERSION" ] || return 0
+  case $(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release) in
+    bookworm) suite=bookworm-backports ;;
+    *) suite=trixie ;;
+  esac
+  private_apt "$G/apt" "deb $suite"
+  export APT_CONFIG=$G/apt/apt.conf
+  VERSION=$(candidate)
+  [ -n "$VERSION" ] || die "no package $PACKAGE in $suite"
+}
+
+# the configuration of a flavour, as far as it is ours
+fragment() {
+  case $1 in
+    microvm) cat "$SRC"/kernel/{common,"$ARCH"}.config ;;
+    pci) cat "$SRC"/kernel/{common,"$ARCH","$ARCH-pci"}.config ;;
+    *) die "no flavour $1 of the kernel" ;;
+  esac
+}
+
+product() { case $1 in microvm) echo vmlinux ;; *) echo "vmlinux-$1" ;; esac; }
+
+# what a kernel is made from, as one line
+inputs() {
+  echo "$VERSION $({ fragment "$1"; cat "$SRC/build.sh"; } | sha256sum | cut -c1-16) $(gcc -dumpfullversion) $(ld --version | head -n 1)"
+}
+
+made() { [ -s "$G/$(product "$1")" ] && [ "$(cat "$G/$(product "$1").stamp" 2>/dev/null)" = "$(inputs "$1")" ]; }
+
+unpack_source() {
+  TREE=$G/src/$PACKAGE-$VERSION
+  [ ! -e "$TREE/.complete" ] || return 0
+  rm -rf "$G/src"
+  mkdir -p "$G/src" "$TREE"
+  (cd "$G/src" && apt-get download -qq "$PACKAGE=$VERSION")
+  dpkg --fsys-tarfile "$G"/src/*.deb | tar -xO --wildcards './usr/src/*.tar.xz' | tar -xJ -C "$TREE" --strip-components=1
+  rm -f "$G"/src/*.deb
+  touch "$TREE/.complete"
+}
+
+# Every line of the fragments must hold: the kernel's own tools drop silently what cannot be.
+check_config() {
+  local line wrong=0
+  # the last word on an option counts
+  while read -r line; do
+    case $line in
+      '#'*) ! grep -q "^${line:2:-11}=" "$2" || { echo "guest: is set, and must not be: ${line:2:-11}" >&2; wrong=1; } ;;
+      *) grep -qxF "$line" "$2" || { echo "guest: does not hold: $line" >&2; wrong=1; } ;;
+    esac
+  done < <(grep -hE '^(CONFIG_|# CONFIG_[A-Z0-9_]+ is not set$)' "$1" |
+    awk '{ k = $0; sub(/^# /, "", k); sub(/[ =].*/, "", k); v[k] = $0 } END { for (k in v) print v[k] }')
+  [ $wrong = 0 ] || die "the configuration asks for what this kernel cannot be"
+}
+
+build_kernel() {
+  local flavour=$1 build=$G/build out image=vmlinux start
+  start=$(date +%s)
+  out=$G/$(product "$flavour")
+  mkdir -p "$build"
+  fragment "$flavour" > "$build/fragment.new"
+  # All flavours are built in one place, one after the other: what the difference between their
+  # configurations does not touch is compiled once.
+  if ! cmp -s "$build/fragment.new" "$build/fragment" || [ ! -e "$build/.config" ]; then
+    rm -f "$build/fragment"
+    make -s -C "$TREE" O="$build" KCONFIG_ALLCONFIG="$build/fragment.new" allnoconfig >"$build/config.log" 2>&1 ||
+      { tail -n 20 "$build/config.log" >&2; die "the configuration of $flavour is not one"; }
+    check_config "$build/fragment.new" "$build/.config"
+    mv "$build/fragment.new" "$build/fragment"
+  fi
+  [ "$ARCH" = x86_64 ] || image=Image
+  echo "guest: building $(basename "$out") from $PACKAGE $VERSION ($build/build.log)"
+  nice -n 5 make -C "$TREE" O="$build" -j"$JOBS" "$image" >"$build/build.log" 2>&1 ||
+    { tail -n 20 "$build/build.log" >&2; die "the kernel does not build"; }
+  case $image in
+    vmlinux) objcopy --strip-all --remove-section=.comment "$build/vmlinux" "$out.part" ;;
+    *) cp "$build/arch/arm64/boot/Image" "$out.part" ;;
+  esac
+  cp "$build/.config" "$out.config"
+  mv "$out.part" "$out"
+  inputs "$flavour" > "$out.stamp"
+  echo "guest: $(basename "$out") took $(($(date +%s) - start)) s"
+}
+
+kernel() {
+  local flavour all=1
+  case $ARCH in x86_64 | aarch64) ;; *) die "no kernel configuration for $ARCH" ;; esac
+  packages gcc:gcc make:make
+  find_source
+  for flavour in $FLAVOURS; do made "$flavour" || all=0; done
+  if [ $all = 0 ]; then
+    packages flex:flex bison:bison bc:bc perl:perl xz:xz-utils /usr/include/libelf.h:libelf-dev /usr/include/stdio.h:libc6-dev
+    unpack_source
+    for flavour in $FLAVOURS; do made "$flavour" || build_kernel "$flavour"; done
+    # A tree with its objects is 2 GB: kept only for whoever works on the configuration.
+    [ -n "${KEEP:-}" ] || rm -rf "$G/src" "$G/build"
+  fi
+  for flavour in $FLAVOURS; do
+    echo "guest: $G/$(product "$flavour"): $(stat -c %s "$G/$(product "$flavour")") bytes, $PACKAGE $VERSION"
+  done
+}
+
+image() {
+  local init=$1 tree builder=$TOP/target/debug/guest-image
+  [ -f "$init" ] || die "$init is not there"
+  packages mkfs.erofs:erofs-utils
+  mkdir -p "$G"
+  (cd "$TOP" && cargo build --quiet -p guest-image)
+  tree=$(mktemp -d "$G/tree.XXXXXX")
+  # shellcheck disable=SC2064 # this directory
+  trap "rm -rf '$tree'" EXIT
+  chmod 0755 "$tree"
+  "$builder" --init "$init" --initramfs "$G/initramfs.cpio" --tree "$tree"
+  # Not compressed: pages of the program are read as they are needed.
+  mkfs.erofs --quiet -T 0 -U "$UUID" --all-root "$G/guest.erofs.part" "$tree" >/dev/null
+  mv "$G/guest.erofs.part" "$G/guest.erofs"
+  echo "guest: $G/guest.erofs: $(stat -c %s "$G/guest.erofs") bytes"
+}
+
+case ${1:-} in
+  kernel) kernel ;;
+  image) image "${2:?the program that becomes /init}" ;;
+  *) sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
+esac
