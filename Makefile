@@ -5,7 +5,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
-PROGRAMS := runc-sandboxer sandbox-parent containerd-shim-kuasar-runc-v1
+SHIMS := runc vmm
 
 .PHONY: help build deps guest demo test unit check conformance bench install clean bed
 help:
@@ -22,15 +22,15 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
 BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
-	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p containerd-shim-kuasar \
-	  -p vmm-task --target-dir target/static
+	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p vmm-sandboxer \
+	  -p containerd-shim-kuasar -p vmm-task --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	@install -d $(BIN)
-	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/containerd-shim-kuasar \
-	  $(BUILT)/release/vmm-task \
+	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/vmm-sandboxer \
+	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
-	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
+	for kind in $(SHIMS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
 GUEST_INIT ?= $(BIN)/vmm-task

@@ -304,6 +304,13 @@ fn boot(config: &QemuConfig, spec: &VmSpec, line: &mut Line<'_>) -> Result<()> {
             params.push("nolapic_timer".into());
         }
     }
+    if config.accel == Accel::Tcg {
+        // virtiofsd writes guest memory behind TCG's back: code that TCG has translated from a page
+        // stays in its cache when that page comes to hold a program read by virtiofs, and the
+        // program then runs what was there before. A guest that writes every page it allocates
+        // drops those translations itself.
+        params.push("init_on_alloc=1".into());
+    }
     match &spec.boot.root {
         Root::Initrd(path) => line.option("initrd", text(path)?),
         Root::Image { disk, fstype } => {

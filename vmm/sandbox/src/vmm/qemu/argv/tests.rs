@@ -66,7 +66,7 @@ fn the_smallest_microvm() {
          -chardev stdio,id=console,signal=off -serial chardev:console \
          -chardev socket,id=qmp,fd=3,server=on,wait=off -qmp chardev:qmp \
          -kernel /k/vmlinux -initrd /k/initrd \
-         -append console=ttyS0 panic=-1 reboot=t nolapic_timer quiet"
+         -append console=ttyS0 panic=-1 reboot=t nolapic_timer init_on_alloc=1 quiet"
     );
 }
 
