@@ -28,7 +28,8 @@ fn micros() -> anyhow::Result<i64> {
 }
 
 fn attach(kind: &str, source: &str, at: &str) -> anyhow::Result<()> {
-    mount(Some(source), at, Some(kind), MsFlags::empty(), None::<&str>).with_context(|| format!("mount {kind} at {at}"))
+    mount(Some(source), at, Some(kind), MsFlags::empty(), None::<&str>)
+        .with_context(|| format!("mount {kind} at {at}"))
 }
 
 /// One value of /proc/meminfo, in kB.
@@ -42,7 +43,8 @@ fn meminfo(text: &str, key: &str) -> u64 {
 fn run() -> anyhow::Result<()> {
     let init = micros()?;
     println!("probe: init");
-    let socket: OwnedFd = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket: OwnedFd =
+        socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     connect(socket.as_raw_fd(), &VsockAddr::new(HOST.0, HOST.1)).context("dial the host")?;
     let connected = micros()?;
     let mut host = fs::File::from(socket);
@@ -60,14 +62,17 @@ fn run() -> anyhow::Result<()> {
     let shared = micros()? - before;
     let memory = fs::read_to_string("/proc/meminfo")?;
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+    let clock =
+        fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let (total, free) = (meminfo(&memory, "MemTotal"), meminfo(&memory, "MemFree"));
     let available = meminfo(&memory, "MemAvailable");
     writeln!(
         host,
         "init_us={init} connected_us={connected} share_us={shared} share={} total_kb={total} free_kb={free} \
-         available_kb={available} release={} controllers={}",
+         available_kb={available} clock={} release={} controllers={}",
         share.trim().replace(' ', "_"),
+        clock.trim(),
         release.trim(),
         controllers.trim().replace(' ', ","),
     )?;

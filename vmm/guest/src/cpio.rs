@@ -24,11 +24,15 @@ impl<W: Write> Archive<W> {
     pub(crate) fn add(&mut self, entry: &Entry<'_>) -> io::Result<()> {
         self.inode += 1;
         match entry.kind {
-            Kind::Directory(mode) => self.member(entry.path, self.inode, S_IFDIR | mode, 2, (0, 0), &[]),
-            Kind::File(mode, content) => self.member(entry.path, self.inode, S_IFREG | mode, 1, (0, 0), content),
+            Kind::Directory(mode) => {
+                self.member(entry.path, self.inode, S_IFDIR | mode, 2, (0, 0), &[])
+            }
+            Kind::File(mode, content) => {
+                self.member(entry.path, self.inode, S_IFREG | mode, 1, (0, 0), content)
+            }
             Kind::Device(mode, major, minor) => {
                 self.member(entry.path, self.inode, S_IFCHR | mode, 1, (major, minor), &[])
-            },
+            }
         }
     }
 
@@ -49,7 +53,9 @@ impl<W: Write> Archive<W> {
         device: (u32, u32),
         content: &[u8],
     ) -> io::Result<()> {
-        let too_large = |_| io::Error::new(io::ErrorKind::InvalidInput, "more than 4 GiB in one archive member");
+        let too_large = |_| {
+            io::Error::new(io::ErrorKind::InvalidInput, "more than 4 GiB in one archive member")
+        };
         let size = u32::try_from(content.len()).map_err(too_large)?;
         let name_size = u32::try_from(name.len() + 1).map_err(too_large)?;
         // inode, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor,
@@ -94,7 +100,8 @@ mod tests {
             let (head, _) = archive.split_at(110);
             assert_eq!(&head[..6], b"070701");
             let field = |i: usize| {
-                u32::from_str_radix(std::str::from_utf8(&head[6 + 8 * i..14 + 8 * i]).unwrap(), 16).unwrap()
+                u32::from_str_radix(std::str::from_utf8(&head[6 + 8 * i..14 + 8 * i]).unwrap(), 16)
+                    .unwrap()
             };
             let (size, name_size) = (field(6) as usize, field(11) as usize);
             let name = std::str::from_utf8(&archive[110..110 + name_size - 1]).unwrap().to_owned();
@@ -102,7 +109,12 @@ mod tests {
             if name == "TRAILER!!!" {
                 return members;
             }
-            members.push((name, field(1), (field(9), field(10)), archive[start..start + size].to_vec()));
+            members.push((
+                name,
+                field(1),
+                (field(9), field(10)),
+                archive[start..start + size].to_vec(),
+            ));
             archive = &archive[(start + size).next_multiple_of(4)..];
         }
     }

@@ -83,7 +83,10 @@ pub struct Entry<'a> {
 pub fn entries(init: &[u8]) -> Vec<Entry<'_>> {
     let mut list: Vec<Entry<'_>> = DIRECTORIES
         .iter()
-        .map(|&path| Entry { path, kind: Kind::Directory(if path == "tmp" { 0o1777 } else { 0o755 }) })
+        .map(|&path| Entry {
+            path,
+            kind: Kind::Directory(if path == "tmp" { 0o1777 } else { 0o755 }),
+        })
         .collect();
     list.push(Entry { path: "dev/console", kind: Kind::Device(0o600, 5, 1) });
     list.push(Entry { path: "init", kind: Kind::File(0o755, init) });
@@ -105,7 +108,10 @@ pub fn read_init(path: &Path) -> Result<Vec<u8>, Error> {
         return Err(unfit("not a regular file".into()));
     }
     if meta.len() > MAX_INIT {
-        return Err(unfit(format!("{} bytes, more than the {MAX_INIT} that an image may hold", meta.len())));
+        return Err(unfit(format!(
+            "{} bytes, more than the {MAX_INIT} that an image may hold",
+            meta.len()
+        )));
     }
     let mut init = Vec::new();
     file.take(MAX_INIT).read_to_end(&mut init).map_err(unreadable)?;
@@ -176,11 +182,11 @@ pub fn write_tree(entries: &[Entry<'_>], root: &Path) -> Result<(), Error> {
             Kind::Directory(mode) => {
                 fs::create_dir(path)?;
                 mode
-            },
+            }
             Kind::File(mode, content) => {
                 File::create_new(path)?.write_all(content)?;
                 mode
-            },
+            }
             Kind::Device(mode, major, minor) => {
                 let number = makedev(major.into(), minor.into());
                 mknod(path, SFlag::S_IFCHR, Mode::from_bits_truncate(mode), number)?;
@@ -190,12 +196,13 @@ pub fn write_tree(entries: &[Entry<'_>], root: &Path) -> Result<(), Error> {
                     return Err(io::Error::other("no device node can be made here"));
                 }
                 mode
-            },
+            }
         };
         fs::set_permissions(path, Permissions::from_mode(mode))
     };
     if !root.is_dir() {
-        make(root, &Kind::Directory(0o755)).map_err(|source| Error::Write { path: root.into(), source })?;
+        make(root, &Kind::Directory(0o755))
+            .map_err(|source| Error::Write { path: root.into(), source })?;
     }
     for entry in entries {
         let path = root.join(entry.path);
@@ -252,7 +259,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("out")).unwrap();
         assert!(write_initramfs(&entries(b""), &dir.path().join("out")).is_err());
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["out"]);
     }
 }

@@ -3,7 +3,8 @@
 //! `cargo test -p guest-image --test boot -- --ignored --nocapture` after `make guest` and
 //! `tests/bed/vmm.sh`, as root. Prints medians over `GUEST_BOOTS` boots (default 3). For comparisons:
 //! `GUEST_KERNEL` (path), `GUEST_MACHINE` (`microvm` or `q35`), `GUEST_APPEND` (added to the kernel's command
-//! line), `GUEST_CPUS`, `GUEST_GZIP=1` (compressed initramfs).
+//! line), `GUEST_CPUS`, `GUEST_GZIP=1` (compressed initramfs), `GUEST_CLOCK=0` (the guest finds out how fast its
+//! clocks run), `GUEST_CONSOLE=1` (print what the kernel said).
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // helpers of tests
 
@@ -39,7 +40,17 @@ impl Drop for Guard {
 fn probe() -> PathBuf {
     let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--release", "-p", "guest-image", "--example", "probe", "--target", &target])
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "-p",
+            "guest-image",
+            "--example",
+            "probe",
+            "--target",
+            &target,
+        ])
         .args(["--target-dir", "target/static"])
         .env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static")
         .current_dir(TOP)
@@ -47,6 +58,17 @@ fn probe() -> PathBuf {
         .unwrap();
     assert!(status.success());
     Path::new(TOP).join("target/static").join(target).join("release/examples/probe")
+}
+
+/// How fast the processor's time stamp counter runs, in kHz.
+#[cfg(target_arch = "x86_64")]
+fn tsc_khz() -> u64 {
+    // SAFETY: reads a counter that every x86_64 processor has.
+    let now = || (Instant::now(), unsafe { std::arch::x86_64::_rdtsc() });
+    let (start, first) = now();
+    thread::sleep(Duration::from_millis(100));
+    let (end, last) = now();
+    u64::try_from(u128::from(last - first) * 1_000_000 / (end - start).as_nanos()).unwrap()
 }
 
 /// Waits for a path to appear: a helper that makes its socket is ready then.
@@ -64,6 +86,7 @@ struct Boot {
     vsock: f64,
     report: String,
     rss_kb: f64,
+    cpu: f64,
 }
 
 impl Boot {
@@ -78,7 +101,11 @@ fn boot(kernel: &Path, initramfs: &Path, tools: &Path) -> Boot {
     fs::create_dir(at("share")).unwrap();
     fs::write(at("share/hello"), "hello").unwrap();
     let helper = |program: &str, args: &[&str]| {
-        let child = Command::new(tools.join(program)).args(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = Command::new(tools.join(program))
+            .args(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
         Guard(child.unwrap())
     };
     let text = |name: &str| at(name).to_str().unwrap().to_owned();
@@ -86,23 +113,52 @@ fn boot(kernel: &Path, initramfs: &Path, tools: &Path) -> Boot {
         "vhost-device-vsock",
         &["--guest-cid", "3", "--socket", &text("vsock.vu"), "--uds-path", &text("vsock")],
     );
-    let _fs = helper("virtiofsd", &["--socket-path", &text("fs.vu"), "--shared-dir", &text("share")]);
+    let _fs =
+        helper("virtiofsd", &["--socket-path", &text("fs.vu"), "--shared-dir", &text("share")]);
     let ready = UnixListener::bind(at("vsock_1023")).unwrap();
     appears(&at("vsock.vu"));
     appears(&at("fs.vu"));
 
     let (machine, bus, mut append) = match var("GUEST_MACHINE", "microvm").as_str() {
-        "microvm" => ("microvm,acpi=off,memory-backend=m0", "device", "reboot=t nolapic_timer".to_owned()),
+        "microvm" => {
+            ("microvm,acpi=off,memory-backend=m0", "device", "reboot=t nolapic_timer".to_owned())
+        }
         _ => ("q35,memory-backend=m0", "pci", "reboot=k".to_owned()),
     };
     append += " console=ttyS0 quiet panic=-1 ";
+    if var("GUEST_CLOCK", "1") == "1" {
+        #[cfg(target_arch = "x86_64")]
+        {
+            append +=
+                &format!("tsc_early_khz={} tsc=reliable no_timer_check lpj=5000000 ", tsc_khz());
+        }
+    }
     append += &var("GUEST_APPEND", "");
     let start = Instant::now();
     let mut qemu = Guard(
         Command::new(tools.join("qemu-system-x86_64"))
-            .args(["-accel", "tcg", "-cpu", "max", "-m", "128", "-smp", &var("GUEST_CPUS", "1"), "-M", machine])
+            .args([
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max",
+                "-m",
+                "128",
+                "-smp",
+                &var("GUEST_CPUS", "1"),
+                "-M",
+                machine,
+            ])
             .args(["-object", "memory-backend-memfd,id=m0,size=128M,share=on"])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+            ])
             .args(["-global", "virtio-mmio.force-legacy=false"])
             .arg("-kernel")
             .arg(kernel)
@@ -145,8 +201,14 @@ fn boot(kernel: &Path, initramfs: &Path, tools: &Path) -> Boot {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "hello");
     let report = lines.next().unwrap().unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", qemu.0.id())).unwrap();
+    let ticks: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // utime and stime, in hundredths of a second
+    let cpu = (ticks[11].parse::<f64>().unwrap() + ticks[12].parse::<f64>().unwrap()) * 10.0;
     let status = fs::read_to_string(format!("/proc/{}/status", qemu.0.id())).unwrap();
-    let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok());
+    let rss = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse().ok());
     stream.write_all(b"bye\n").unwrap();
     let end = Instant::now() + DEADLINE;
     while qemu.0.try_wait().unwrap().is_none() {
@@ -157,8 +219,15 @@ fn boot(kernel: &Path, initramfs: &Path, tools: &Path) -> Boot {
     if env::var_os("GUEST_CONSOLE").is_some() {
         println!("{console}");
     }
-    let init: Duration = init.recv().unwrap_or_else(|_| panic!("no word of init; console:\n{console}"));
-    Boot { init: init.as_secs_f64() * 1e3, vsock: vsock.as_secs_f64() * 1e3, report, rss_kb: rss.unwrap() }
+    let init: Duration =
+        init.recv().unwrap_or_else(|_| panic!("no word of init; console:\n{console}"));
+    Boot {
+        init: init.as_secs_f64() * 1e3,
+        vsock: vsock.as_secs_f64() * 1e3,
+        report,
+        rss_kb: rss.unwrap(),
+        cpu,
+    }
 }
 
 fn median(values: impl Iterator<Item = f64>) -> String {
@@ -172,8 +241,10 @@ fn median(values: impl Iterator<Item = f64>) -> String {
 fn a_guest_boots_dials_and_reads_its_share() {
     let tools = PathBuf::from(var("GUEST_TOOLS", &format!("{TOP}/target/bed/vmm/bin")));
     let kernel = PathBuf::from(var("GUEST_KERNEL", &format!("{TOP}/target/guest/vmlinux")));
-    let missing =
-        ["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock"].map(|p| tools.join(p)).into_iter().find(|p| !p.exists());
+    let missing = ["qemu-system-x86_64", "virtiofsd", "vhost-device-vsock"]
+        .map(|p| tools.join(p))
+        .into_iter()
+        .find(|p| !p.exists());
     if !nix::unistd::geteuid().is_root() {
         return println!("skipped: not root");
     }
@@ -194,14 +265,22 @@ fn a_guest_boots_dials_and_reads_its_share() {
     println!("{}", first.report);
     println!("exec to init: {} ms", median(boots.iter().map(|b| b.init)));
     println!("exec to vsock: {} ms", median(boots.iter().map(|b| b.vsock)));
+    println!("CPU of the VMM until the report: {} ms", median(boots.iter().map(|b| b.cpu)));
     println!("VMM resident: {} kB", median(boots.iter().map(|b| b.rss_kb)));
     for key in ["init_us", "connected_us", "share_us", "total_kb", "free_kb", "available_kb"] {
-        println!("guest {key}: {}", median(boots.iter().map(|b| b.value(key).unwrap().parse().unwrap())));
+        println!(
+            "guest {key}: {}",
+            median(boots.iter().map(|b| b.value(key).unwrap().parse().unwrap()))
+        );
     }
     for b in &boots {
+        println!("clock of the guest: {}", b.value("clock").unwrap());
         assert_eq!(b.value("share"), Some("hello"));
         for controller in ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"] {
-            assert!(b.value("controllers").unwrap().split(',').any(|c| c == controller), "no {controller}");
+            assert!(
+                b.value("controllers").unwrap().split(',').any(|c| c == controller),
+                "no {controller}"
+            );
         }
     }
 }

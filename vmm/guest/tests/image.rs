@@ -24,7 +24,10 @@ fn build(dir: &Path, init: &Path, umask: &str) -> [Vec<u8>; 2] {
     let said = String::from_utf8(out.stdout).unwrap();
     ["initramfs.cpio", "guest.erofs"].map(|name| {
         let content = fs::read(dir.join(name)).unwrap();
-        assert!(said.contains(&format!("{name}: {} bytes", content.len())), "the size of {name} is not told: {said}");
+        assert!(
+            said.contains(&format!("{name}: {} bytes", content.len())),
+            "the size of {name} is not told: {said}"
+        );
         content
     })
 }
@@ -44,7 +47,9 @@ fn two_builds_of_an_image_are_the_same_bytes() {
     if !env::split_paths(&env::var_os("PATH").unwrap()).any(|p| p.join("mkfs.erofs").exists()) {
         return println!("skipped: no mkfs.erofs");
     }
-    let Some(program) = program() else { return println!("skipped: no static program to put into an image") };
+    let Some(program) = program() else {
+        return println!("skipped: no static program to put into an image");
+    };
     let dir = tempfile::tempdir().unwrap();
     let mut images = Vec::new();
     // differing places, umasks, modes, times of the program
@@ -55,7 +60,8 @@ fn two_builds_of_an_image_are_the_same_bytes() {
         fs::copy(&program, &init).unwrap();
         fs::set_permissions(&init, fs::Permissions::from_mode(mode)).unwrap();
         images.push(build(&place, &init, umask));
-        let mut left: Vec<_> = fs::read_dir(&place).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let mut left: Vec<_> =
+            fs::read_dir(&place).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["guest.erofs", "initramfs.cpio", "program"], "something was left behind");
     }
