@@ -187,6 +187,8 @@ allowed_annotations = ["io.kuasar.vmm"]
 path = "$B/vmm/libexec/qemu-system-x86_64"
 accel = "tcg"
 data_dirs = ["$B/vmm/share/qemu"]
+[jail]
+libraries = ["$B/vmm", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
 [helpers]
 virtiofsd = "$B/vmm/bin/virtiofsd"
 vsock = "$B/vmm/bin/vhost-device-vsock"
