@@ -139,7 +139,7 @@ mod tests {
         let mut random = crate::testing::Random(1);
         for _ in 0..2000 {
             let mut line = random.bytes(600);
-            if random.next() % 2 == 0 {
+            if random.next().is_multiple_of(2) {
                 line.extend(b" kuasar.");
                 line.extend(random.bytes(40));
             }

@@ -276,6 +276,10 @@ fn spawn(command: &Command<'_>) -> Result<libc::pid_t, Failure> {
     let mut attributes = Attributes(unsafe { raw.assume_init() });
     let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // Not sigfillset(3): it leaves out the C library's own two signals, and posix_spawn(3) has
+    // whatever is not in the set of those ignored by the new program.
+    // SAFETY: a sigset_t is an array of bits.
+    unsafe { std::ptr::write_bytes(all.as_mut_ptr(), 0xff, 1) };
     // A session of its own; no signal blocked, none ignored (Rust ignores SIGPIPE).
     let flags = libc::POSIX_SPAWN_SETSIGMASK
         | libc::POSIX_SPAWN_SETSIGDEF
@@ -283,7 +287,6 @@ fn spawn(command: &Command<'_>) -> Result<libc::pid_t, Failure> {
     // SAFETY: out pointers of the right type, and attributes that are initialised.
     unsafe {
         libc::sigemptyset(none.as_mut_ptr());
-        libc::sigfillset(all.as_mut_ptr());
         checked(libc::posix_spawnattr_setflags(
             &mut attributes.0,
             libc::c_short::try_from(flags)?,

@@ -3,6 +3,8 @@
 //! Needs `KUASAR_QEMU`, `KUASAR_VMLINUX`, `KUASAR_VHOST_VSOCK`, `KUASAR_VIRTIOFSD`,
 //! `KUASAR_VMM_TASK` (a static build) and `KUASAR_BUSYBOX` (static), and says `skipped` without.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests, outside of test functions
+
 mod support;
 
 use std::time::{Duration, Instant};
@@ -245,9 +247,9 @@ async fn a_guest_boots_and_runs_containers() {
     assert_eq!(stats.stats.type_url, "io.containerd.cgroups.v2.Metrics");
     let kill = api::KillRequest { id: "c5".into(), signal: 9, ..Default::default() };
     task.kill(soon(), &kill).await.unwrap();
+    // Nobody has come for its output: the exit is told all the same.
     assert_eq!(task.wait(soon(), &wait("c5", "")).await.unwrap().exit_status, 137);
     task.delete(soon(), &delete("c5", "")).await.unwrap();
-    // An exit that nobody reads the output of is told all the same.
     let state = api::StateRequest { id: "c5".into(), ..Default::default() };
     assert!(task.state(soon(), &state).await.is_err());
 

@@ -1,5 +1,7 @@
 //! The reaper on real processes. One test in a process of its own: it reaps every child there is.
 
+#![allow(clippy::unwrap_used)] // helpers of the test, outside of test functions
+
 use std::os::fd::AsFd;
 use std::time::Duration;
 

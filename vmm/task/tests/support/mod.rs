@@ -196,8 +196,11 @@ impl Vm {
             .arg(&tools.vmlinux)
             .args(&root)
             .arg("-append")
+            // init_on_alloc: virtiofsd writes into guest memory behind TCG's back, which then
+            // runs stale translations of whatever code was in that page before. The guest's own
+            // write of zeroes invalidates them.
             .arg(format!(
-                "console=ttyS0 quiet nolapic_timer panic=-1 reboot=t kuasar.log=info {boot} {options}"
+                "init_on_alloc=1 console=ttyS0 quiet nolapic_timer panic=-1 reboot=t kuasar.log=info {boot} {options}"
             ))
             .stdin(Stdio::null())
             .stdout(out("qemu.log"))
