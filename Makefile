@@ -5,7 +5,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
-PROGRAMS := runc-sandboxer sandbox-parent containerd-shim-kuasar-runc-v1
+PROGRAMS := runc-sandboxer gvisor-sandboxer sandbox-parent containerd-shim-kuasar-runc-v1 containerd-shim-kuasar-gvisor-v1
 
 .PHONY: help build deps demo test unit check conformance bench install clean bed
 help:
@@ -22,13 +22,13 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
 BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
-	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p containerd-shim-kuasar --target-dir target/static
+	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer -p containerd-shim-kuasar --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	@install -d $(BIN)
-	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/containerd-shim-kuasar \
-	  $(BUILT)/parent/sandbox-parent $(BIN)/
-	ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-runc-v1
+	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
+	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/parent/sandbox-parent $(BIN)/
+	for kind in runc gvisor; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 bed:
 	tests/bed/setup.sh
@@ -59,14 +59,17 @@ check: deps ## format, lints, licences, documentation, shell scripts
 
 install: build ## programs, unit and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/runc-sandboxer $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
-	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-runc-v1
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-runc.service \
-	  > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
-	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
+	install -m 0755 $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
 	@# An operator's configuration is never replaced.
-	[ -e $(DESTDIR)/etc/kuasar/runc-sandboxer.toml ] || \
-	  install -m 0644 packaging/runc-sandboxer.toml $(DESTDIR)/etc/kuasar/runc-sandboxer.toml
+	set -e; for kind in runc gvisor; do \
+	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \
+	  install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-$$kind-v1; \
+	  sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-$$kind.service \
+	    > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
+	  chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
+	  [ -e $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml ] || \
+	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
+	done
 
 clean: ## removes target/
 	cargo clean
