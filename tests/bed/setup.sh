@@ -53,8 +53,8 @@ EOF
   # shellcheck disable=SC2016 # apt's own placeholder
   m=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | awk '/debian/ && !/security/ && !n++')
   [ -n "$m" ] || { echo "no Debian mirror in this host's apt configuration" >&2; return 1; }
-  printf 'deb %s %s forky main\ndeb %s %s trixie main\ndeb-src %s %s bookworm main\n' \
-    "$k" "$m" "$k" "$m" "$k" "$m" > "$B/apt/sources.list"
+  printf 'deb %s %s forky main\ndeb %s %s trixie main\ndeb %s %s bookworm-backports main\ndeb-src %s %s bookworm main\n' \
+    "$k" "$m" "$k" "$m" "$k" "$m" "$k" "$m" > "$B/apt/sources.list"
   APT_CONFIG=$B/apt/apt.conf apt-get update -qq
 }
 
@@ -118,9 +118,11 @@ part_critools() {
   ) >"$B/go.log" 2>&1
 }
 
-# gVisor: a static program
+# gVisor: a static program. Of bookworm-backports: the same release in forky is built with a Go that
+# has moved what it reads of goroutines, and its sentry panics as soon as a task waits for another.
 part_runsc() {
-  (cd "$B/debs" && APT_CONFIG=$B/apt/apt.conf apt-get download -qq runsc/forky && dpkg -x runsc_*.deb "$B/runsc")
+  rm -rf "$B/runsc" "$B"/debs/runsc_*
+  (cd "$B/debs" && APT_CONFIG=$B/apt/apt.conf apt-get download -qq runsc/bookworm-backports && dpkg -x runsc_*.deb "$B/runsc")
   ln -sf "$B/runsc/usr/bin/runsc" "$B/bin/runsc"
   "$B/bin/runsc" --version >/dev/null || { echo "bed: runsc does not run here: left out"; rm -f "$B/bin/runsc"; }
 }
