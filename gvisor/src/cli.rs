@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kuasar_host::live::Live;
@@ -232,17 +232,6 @@ impl Runsc {
         }
     }
 
-    /// Sandboxes of which there is a control socket.
-    pub fn sandboxes(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(&self.root).into_iter().flatten().flatten();
-        entries
-            .filter_map(|entry| {
-                let name = entry.file_name().into_string().ok()?;
-                Some(name.strip_prefix("runsc-")?.strip_suffix(".sock")?.to_owned())
-            })
-            .collect()
-    }
-
     /// The gofer of a container, from gVisor's record of it.
     pub fn gofer(&self, sandbox: &str, container: &str) -> Option<Identity> {
         let file = self.root.join(format!("{container}_sandbox:{sandbox}.state"));
@@ -363,9 +352,6 @@ impl Runsc {
         Err(Failure::Failed { verb, reason })
     }
 }
-
-/// Shared by all pods of a daemon.
-pub type SharedRunsc = Arc<Runsc>;
 
 fn text(path: &Path) -> Result<String, Failure> {
     let text = path.to_str().map(str::to_owned);

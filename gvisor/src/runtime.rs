@@ -556,6 +556,17 @@ impl Runtime for Containers {
         }
     }
 
+    async fn resized(&self, process: &ProcessRef) {
+        let pid = if process.exec.is_empty() { 0 } else { process.pid };
+        let sentry = self.sentry();
+        // A sandbox reads the size from the host's terminal, and tells nobody by itself.
+        if let Err(error) =
+            sentry.signal(&process.container, pid, libc::SIGWINCH, Receiver::Foreground).await
+        {
+            tracing::debug!(container = process.container, %error, "the new size is not told");
+        }
+    }
+
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
         let dir = self.pod.container(container);
         // Whoever waits still, of a container that never started, is told.

@@ -69,12 +69,16 @@ pub struct Exec {
 /// Capability sets as bits, as Linux numbers them.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
-#[expect(missing_docs, reason = "the names of the five sets")]
 pub struct Capabilities {
+    /// Permitted.
     pub permitted_caps: u64,
+    /// Inheritable.
     pub inheritable_caps: u64,
+    /// Effective.
     pub effective_caps: u64,
+    /// Bounding.
     pub bounding_caps: u64,
+    /// Ambient.
     pub ambient_caps: u64,
 }
 

@@ -706,11 +706,22 @@ impl TaskServer {
         Ok((reference.pid, exit))
     }
 
-    pub(crate) fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<()> {
-        let p = self.container(id)?.process(exec)?;
+    pub(crate) async fn resize(
+        &self,
+        id: &str,
+        exec: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<()> {
+        let c = self.container(id)?;
+        let p = c.process(exec)?;
         let clamp = |v: u32| u16::try_from(v).unwrap_or(u16::MAX);
         *lock(&p.size) = Some((clamp(width), clamp(height)));
-        lock(&p.io).resize(clamp(width), clamp(height))
+        lock(&p.io).resize(clamp(width), clamp(height))?;
+        if matches!(p.record().status, Status::Running) {
+            self.runtime.resized(&c.reference(&p)).await;
+        }
+        Ok(())
     }
 
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<()> {

@@ -149,7 +149,7 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, q: api::ResizePtyRequest) -> Rpc<Empty> {
-        self.server.resize(&q.id, &q.exec_id, q.width, q.height)?;
+        self.server.resize(&q.id, &q.exec_id, q.width, q.height).await?;
         Ok(Empty::new())
     }
 
