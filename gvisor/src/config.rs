@@ -25,6 +25,8 @@ pub struct Config {
     pub warm_cgroups: Duration,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
+    /// Sysctls that a pod may ask for and does not get: gVisor's kernel has none of them.
+    pub ignored_sysctls: Vec<String>,
     /// Port-forwards of one pod at the same time.
     pub max_forwards: usize,
     /// From [`CommonConfig::allowed_annotations`]: those of ours that count, without the prefix.
@@ -117,6 +119,7 @@ impl Default for Config {
             runsc_timeouts: Limits::default(),
             warm_cgroups: Duration::from_millis(250),
             shm_size: 64 << 20,
+            ignored_sysctls: Vec::new(),
             max_forwards: 64,
             heeded: Vec::new(),
         }

@@ -171,6 +171,13 @@ impl Flavor for Gvisor {
                     .into(),
             ));
         }
+        let asked = sandbox.config.linux.sysctls.keys();
+        for name in asked.filter(|name| !config.ignored_sysctls.contains(name)) {
+            return Err(Error::InvalidArgument(format!(
+                "sysctl {name:.100} cannot be set on gVisor: remove it from the pod, or name it \
+                 in ignored_sysctls"
+            )));
+        }
         let (runsc, version) = self.runsc.find().await.map_err(Error::FailedPrecondition)?;
         let modes = Modes::of(&sandbox.config, &sandbox.netns_path);
         let flags = config
