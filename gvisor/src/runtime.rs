@@ -436,7 +436,9 @@ impl Runtime for Containers {
                     .into(),
             ));
         }
+        let begun = Instant::now();
         let result = self.create_inner(request, io).await;
+        Metrics("gvisor").phase("container_create", begun.elapsed());
         if result.is_err() {
             self.undo(&request.id).await;
         }
@@ -464,7 +466,9 @@ impl Runtime for Containers {
         self.parent()
             .forget(&self.kept_streams(container))
             .await
-            .map_err(parent_error("give up the container's streams"))
+            .map_err(parent_error("give up the container's streams"))?;
+        Metrics("gvisor").phase("container_start", begun.elapsed());
+        Ok(())
     }
 
     async fn exec(
