@@ -71,7 +71,8 @@ impl From<Failure> for containerd_task::error::Error {
             Failure::Other(text) => Self::FailedPrecondition(text.clone()),
             Failure::Failed { verb, reason } => {
                 // The image or the pod asks for a command that is not there.
-                let theirs = ["no such file or directory", "permission denied", "exec format error"];
+                let theirs =
+                    ["no such file or directory", "permission denied", "exec format error"];
                 let theirs = theirs.iter().any(|words| reason.contains(words))
                     && reason.contains("starting sub-container");
                 let text = format!("OCI runtime {verb} failed: runsc: {reason}");
@@ -172,9 +173,10 @@ impl Runsc {
             .map_err(|error| format!("{shown} cannot be run: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = text.lines().find_map(|line| line.strip_prefix("runsc version "));
-        let version = version.map(|version| crate::urpc::clean(version.trim())).ok_or_else(|| {
-            format!("{shown} --version names no version: runsc.path has to be gVisor's runsc")
-        })?;
+        let version =
+            version.map(|version| crate::urpc::clean(version.trim())).ok_or_else(|| {
+                format!("{shown} --version names no version: runsc.path has to be gVisor's runsc")
+            })?;
         if let Some(date) = date(&version).filter(|date| *date < OLDEST) {
             return Err(format!(
                 "{shown} is gVisor of {date}, which is too old: install {OLDEST} or newer"
@@ -266,7 +268,8 @@ impl Runsc {
         id: &str,
         streams: [Option<BorrowedFd<'_>>; 3],
     ) -> Result<(), Failure> {
-        let words = vec!["run".into(), "--detach".into(), "--bundle".into(), text(bundle)?, id.into()];
+        let words =
+            vec!["run".into(), "--detach".into(), "--bundle".into(), text(bundle)?, id.into()];
         self.run(own, bundle, words, streams, self.limits().create, false).await
     }
 
@@ -327,8 +330,7 @@ impl Runsc {
         let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
         let cookie = Parent::new_cookie();
         let env = vec![format!("PATH={path}")];
-        let spawned =
-            self.parent.spawn(Spawn { argv, env, fds: streams.to_vec(), cookie }).await?;
+        let spawned = self.parent.spawn(Spawn { argv, env, fds: streams.to_vec(), cookie }).await?;
         let exit = match tokio::time::timeout(limit, self.parent.exit_of(cookie)).await {
             Ok(exit) => exit?,
             Err(_) => {
@@ -346,9 +348,8 @@ impl Runsc {
         if exit.status == 0 {
             return Ok(());
         }
-        let reason = last_error(&log).unwrap_or_else(|| {
-            format!("it ended with status {} and no message", exit.status)
-        });
+        let reason = last_error(&log)
+            .unwrap_or_else(|| format!("it ended with status {} and no message", exit.status));
         Err(Failure::Failed { verb, reason })
     }
 }
@@ -389,7 +390,10 @@ mod tests {
         let failed = |reason: &str| Failure::Failed { verb: "run".into(), reason: reason.into() };
         let code = |reason: &str| containerd_task::error::Error::from(failed(reason)).code();
         let theirs = "starting container: starting sub-container [/x]: failed to load /x: no such file or directory";
-        assert_eq!(code(theirs), containerd_task::error::Error::InvalidArgument(String::new()).code());
+        assert_eq!(
+            code(theirs),
+            containerd_task::error::Error::InvalidArgument(String::new()).code()
+        );
         assert_ne!(code("cannot load sandbox"), code(theirs));
     }
 }

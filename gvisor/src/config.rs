@@ -166,19 +166,11 @@ fn is_overlay(value: &str) -> bool {
 
 /// What a pod may choose: name of the flag, values in words, check.
 const CHOICES: &[(&str, &str, Check)] = &[
-    ("platform", "systrap, kvm or ptrace", |value| {
-        matches!(value, "systrap" | "kvm" | "ptrace")
-    }),
-    ("network", "sandbox, host or none", |value| {
-        matches!(value, "sandbox" | "host" | "none")
-    }),
+    ("platform", "systrap, kvm or ptrace", |value| matches!(value, "systrap" | "kvm" | "ptrace")),
+    ("network", "sandbox, host or none", |value| matches!(value, "sandbox" | "host" | "none")),
     ("overlay2", "none, or root or all, a colon, and self or memory", is_overlay),
-    ("file-access", "exclusive or shared", |value| {
-        matches!(value, "exclusive" | "shared")
-    }),
-    ("file-access-mounts", "exclusive or shared", |value| {
-        matches!(value, "exclusive" | "shared")
-    }),
+    ("file-access", "exclusive or shared", |value| matches!(value, "exclusive" | "shared")),
+    ("file-access-mounts", "exclusive or shared", |value| matches!(value, "exclusive" | "shared")),
     ("host-uds", "none, open, create or all", |value| {
         matches!(value, "none" | "open" | "create" | "all")
     }),
@@ -231,7 +223,9 @@ impl Config {
             return Err(format!("runsc.debug_log = {:?}: an absolute path", runsc.debug_log));
         }
         if runsc.strace && runsc.debug_log.as_os_str().is_empty() {
-            return Err("runsc.strace: system calls are logged below runsc.debug_log: set it".into());
+            return Err(
+                "runsc.strace: system calls are logged below runsc.debug_log: set it".into()
+            );
         }
         if let Some(flag) = runsc.args.iter().find(|flag| !flag.starts_with('-')) {
             return Err(format!("runsc.args: {flag:?} is no flag"));

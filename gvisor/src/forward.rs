@@ -119,10 +119,7 @@ fn steer(netns: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<OwnedFd>
     // At byte 68: expected_attach_type.
     load[8] = two(0, BPF_SK_LOOKUP);
     let program = owned(bpf(BPF_PROG_LOAD, &load)?);
-    let link = [
-        two(program.as_raw_fd() as u32, netns.as_raw_fd() as u32),
-        two(BPF_SK_LOOKUP, 0),
-    ];
+    let link = [two(program.as_raw_fd() as u32, netns.as_raw_fd() as u32), two(BPF_SK_LOOKUP, 0)];
     bpf(BPF_LINK_CREATE, &link).map(owned)
 }
 
@@ -252,10 +249,12 @@ mod tests {
                 }
                 Err(error) => panic!("{error}"),
             };
-            let dial = |port| [
-                Stream::connect((Ipv4Addr::LOCALHOST, port)),
-                Stream::connect((Ipv6Addr::LOCALHOST, port)),
-            ];
+            let dial = |port| {
+                [
+                    Stream::connect((Ipv4Addr::LOCALHOST, port)),
+                    Stream::connect((Ipv6Addr::LOCALHOST, port)),
+                ]
+            };
             for port in [80, 8080, 65535] {
                 for stream in dial(port) {
                     let stream = stream.unwrap();

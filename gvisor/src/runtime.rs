@@ -258,9 +258,7 @@ impl Containers {
             ProcessIo::Terminal { size } => {
                 let console = Console::listen(&self.pod.dir)?;
                 let begun = Instant::now();
-                self.runsc
-                    .create_container(&self.own, &dir, &request.id, console.path())
-                    .await?;
+                self.runsc.create_container(&self.own, &dir, &request.id, console.path()).await?;
                 Metrics("gvisor").phase("engine_create", begun.elapsed());
                 (None, Some(console.master(size)?))
             }
@@ -493,9 +491,8 @@ impl Runtime for Containers {
             }
             ProcessIo::Terminal { size } => {
                 let (master, slave) = pty(size)?;
-                let again = || {
-                    slave.try_clone().map_err(|error| Error::internal("make a terminal", error))
-                };
+                let again =
+                    || slave.try_clone().map_err(|error| Error::internal("make a terminal", error));
                 ([again()?, again()?, slave], Some(master))
             }
         };
@@ -688,9 +685,8 @@ impl Runtime for Containers {
         let connection = kept.map(Connection::from_fd).transpose();
         let connection = connection.map_err(called("take the connection up"))?;
         if !process.exec.is_empty() {
-            return Ok(connection.map(|connection| -> BoxFuture<'static, Exit> {
-                Box::pin(end_of(connection))
-            }));
+            return Ok(connection
+                .map(|connection| -> BoxFuture<'static, Exit> { Box::pin(end_of(connection)) }));
         }
         let id = &process.container;
         let Ok(meta) = self.meta(id) else { return Ok(None) };

@@ -198,8 +198,9 @@ impl Sentry {
             connection.send(method, arg, fds).await?;
             connection.receive().await
         };
-        let answer =
-            tokio::time::timeout(self.limit, call).await.map_err(|_| CallError::Late(self.limit))??;
+        let answer = tokio::time::timeout(self.limit, call)
+            .await
+            .map_err(|_| CallError::Late(self.limit))??;
         serde_json::from_value(answer).map_err(|error| CallError::Garbled(error.to_string()))
     }
 
@@ -250,13 +251,7 @@ impl Sentry {
     ///
     /// # Errors
     /// When there is no such process.
-    pub async fn signal(
-        &self,
-        container: &str,
-        pid: u32,
-        signal: i32,
-        to: Receiver,
-    ) -> Result<()> {
+    pub async fn signal(&self, container: &str, pid: u32, signal: i32, to: Receiver) -> Result<()> {
         let arg = json!({ "CID": container, "Signo": signal, "PID": pid, "Mode": to as u8 });
         self.order("containerManager.Signal", arg).await
     }

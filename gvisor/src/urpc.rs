@@ -74,8 +74,8 @@ impl Connection {
     /// [`CallError::Gone`] when nobody listens.
     pub async fn dial(path: &Path, limit: Duration) -> Result<Self, CallError> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-            .map_err(io::Error::from)?;
+        let fd =
+            socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(io::Error::from)?;
         let address = UnixAddr::new(path).map_err(io::Error::from)?;
         let dial = async {
             loop {

@@ -72,7 +72,12 @@ pub fn handler() -> String {
 /// Runs `tests/bed/bed.sh` with arguments; panics when it fails.
 pub fn switch(args: &[&str], env: &[(&str, &str)]) {
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bed/bed.sh");
-    let out = Command::new(script).args(args).env("KIND", kind()).envs(env.iter().copied()).output().unwrap();
+    let out = Command::new(script)
+        .args(args)
+        .env("KIND", kind())
+        .envs(env.iter().copied())
+        .output()
+        .unwrap();
     assert!(out.status.success(), "bed.sh {args:?}: {}", String::from_utf8_lossy(&out.stderr));
 }
 
@@ -113,7 +118,8 @@ pub fn wait_for(what: &str, deadline: Duration, mut ok: impl FnMut() -> bool) {
 
 /// Pid of the daemon under test.
 pub fn daemon_pid() -> u32 {
-    let name = if kind() == "runc" { "daemon.pid".into() } else { format!("daemon-{}.pid", kind()) };
+    let name =
+        if kind() == "runc" { "daemon.pid".into() } else { format!("daemon-{}.pid", kind()) };
     std::fs::read_to_string(bed().join("run").join(name)).unwrap().trim().parse().unwrap()
 }
 

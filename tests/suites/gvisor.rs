@@ -97,7 +97,12 @@ fn no_process_stays_beside_sentry_and_gofers() {
     assert_eq!((sentries, gofers), (1, 3), "{rest:?}");
     // And nobody of ours outside of the pod's cgroup: no shim, no waiting command.
     let outside = count().saturating_sub(before).saturating_sub(processes(&pod).len());
-    assert_eq!(outside, 0, "{}", String::from_utf8_lossy(&inside(&["ps", "-e", "-o", "args"]).stdout));
+    assert_eq!(
+        outside,
+        0,
+        "{}",
+        String::from_utf8_lossy(&inside(&["ps", "-e", "-o", "args"]).stdout)
+    );
 }
 
 #[test]
@@ -131,7 +136,10 @@ fn a_program_that_is_not_there_is_named() {
         timeout: 30,
     };
     let error = cri!(exec_sync, q).unwrap_err();
-    assert!(error.message().contains("no such file") || error.message().contains("not found"), "{error}");
+    assert!(
+        error.message().contains("no such file") || error.message().contains("not found"),
+        "{error}"
+    );
     pod.remove().unwrap();
     leaks::assert_none(&before);
 }
@@ -151,7 +159,10 @@ fn execs_have_their_own_output_code_and_user() {
     assert_eq!((code, out.as_str()), (0, "20000\n"));
     // CAP_NET_RAW is withheld here as it is from the container.
     let line = "grep CapBnd /proc/self/status";
-    assert_eq!(c.sh(line), c.sh(&format!("{line} /proc/1/status | tail -n 1 | sed s/.*CapBnd/CapBnd/")));
+    assert_eq!(
+        c.sh(line),
+        c.sh(&format!("{line} /proc/1/status | tail -n 1 | sed s/.*CapBnd/CapBnd/"))
+    );
 }
 
 #[test]
@@ -327,9 +338,7 @@ fn the_network_is_gvisors_and_a_port_is_forwarded() {
     let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
     let ip = cri!(pod_sandbox_status, q).unwrap().status.unwrap().network.unwrap().ip;
     // From the host over the pod's veth.
-    wait_for("it answers on its address", SOON, || {
-        dial(&format!("{ip}:8080"))
-    });
+    wait_for("it answers on its address", SOON, || dial(&format!("{ip}:8080")));
     // The way of kubectl port-forward: localhost in the pod's network namespace.
     let netns = info_netns(&pod);
     wait_for("it answers through the pod's localhost", SOON, || {
@@ -390,31 +399,51 @@ fn a_pod_may_choose_where_that_is_allowed() {
     assert!(error.message().contains("systrap, kvm or ptrace"), "{error}");
 }
 
+/// The daemon's configuration as it was, put back when this is dropped.
+struct Configuration {
+    file: std::path::PathBuf,
+    text: String,
+}
+
+impl Configuration {
+    fn read() -> Self {
+        let file = bed().join("etc/kuasar-gvisor.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        Self { file, text }
+    }
+
+    /// The daemon runs with this.
+    fn set(&self, text: &str) {
+        std::fs::write(&self.file, text).unwrap();
+        switch(&["daemon", "stop"], &[]);
+        switch(&["daemon", "start"], &[]);
+    }
+}
+
+impl Drop for Configuration {
+    fn drop(&mut self) {
+        self.set(&self.text);
+    }
+}
+
 #[test]
 fn a_missing_runsc_is_told_with_the_remedy() {
     let Some(_on) = gvisor() else { return };
-    let file = bed().join("etc/kuasar-gvisor.toml");
-    let text = std::fs::read_to_string(&file).unwrap();
+    let configuration = Configuration::read();
     let before = leaks::snapshot();
     for (program, words) in [
         ("/no/such/runsc", "install gVisor, or set runsc.path"),
         ("/bin/false", "has to be gVisor's runsc"),
     ] {
-        let changed = regex_path(&text, program);
-        std::fs::write(&file, changed).unwrap();
-        switch(&["daemon", "stop"], &[]);
-        switch(&["daemon", "start"], &[]);
+        configuration.set(&with_path(&configuration.text, program));
         let error = Pod::try_run(pod_config("gv-none"), HANDLER).map(drop).unwrap_err();
         assert!(error.message().contains(words), "{error}");
     }
-    std::fs::write(&file, text).unwrap();
-    switch(&["daemon", "stop"], &[]);
-    switch(&["daemon", "start"], &[]);
     leaks::assert_none(&before);
 }
 
 /// The configuration with another `runsc.path`.
-fn regex_path(text: &str, program: &str) -> String {
+fn with_path(text: &str, program: &str) -> String {
     let line = |line: &str| match line.starts_with("path = ") {
         true => format!("path = {program:?}"),
         false => line.to_owned(),
@@ -425,14 +454,10 @@ fn regex_path(text: &str, program: &str) -> String {
 #[test]
 fn a_runsc_that_crashes_or_hangs_fails_the_pod_alone() {
     let Some(_on) = gvisor() else { return };
-    let file = bed().join("etc/kuasar-gvisor.toml");
-    let text = std::fs::read_to_string(&file).unwrap();
+    let configuration = Configuration::read();
     let before = leaks::snapshot();
     let fake = bed().join("run/fake-runsc");
-    let fakes = [
-        ("kill -9 $$", "no message"),
-        ("exec sleep 100", "did not finish run within"),
-    ];
+    let fakes = [("kill -9 $$", "no message"), ("exec sleep 100", "runsc run did not finish within")];
     for (line, words) in fakes {
         let script = format!(
             "#!/bin/sh\ncase \"$*\" in --version) echo runsc version release-20240729.0 ;; *) {line} ;; esac\n"
@@ -440,17 +465,13 @@ fn a_runsc_that_crashes_or_hangs_fails_the_pod_alone() {
         let mut to = std::fs::File::create(&fake).unwrap();
         to.write_all(script.as_bytes()).unwrap();
         drop(to);
-        std::fs::set_permissions(&fake, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let changed = regex_path(&text, &fake.to_string_lossy());
-        std::fs::write(&file, format!("{changed}\n[runsc_timeouts]\ncreate = \"2s\"\n")).unwrap();
-        switch(&["daemon", "stop"], &[]);
-        switch(&["daemon", "start"], &[]);
+        std::fs::set_permissions(&fake, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .unwrap();
+        let changed = with_path(&configuration.text, &fake.to_string_lossy());
+        configuration.set(&format!("{changed}\n[runsc_timeouts]\ncreate = \"2s\"\n"));
         let error = Pod::try_run(pod_config("gv-bad"), HANDLER).map(drop).unwrap_err();
         assert!(error.message().contains(words), "{error}");
     }
-    std::fs::write(&file, text).unwrap();
     let _ = std::fs::remove_file(&fake);
-    switch(&["daemon", "stop"], &[]);
-    switch(&["daemon", "start"], &[]);
     leaks::assert_none(&before);
 }

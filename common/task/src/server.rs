@@ -706,13 +706,7 @@ impl TaskServer {
         Ok((reference.pid, exit))
     }
 
-    pub(crate) async fn resize(
-        &self,
-        id: &str,
-        exec: &str,
-        width: u32,
-        height: u32,
-    ) -> Result<()> {
+    pub(crate) async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<()> {
         let c = self.container(id)?;
         let p = c.process(exec)?;
         let clamp = |v: u32| u16::try_from(v).unwrap_or(u16::MAX);
