@@ -16,10 +16,10 @@ use crate::config::{Config, Limits, Network};
 use crate::sentry::Sentry;
 
 /// Date of the oldest release whose control protocol was compared with ours.
-const OLDEST: u32 = 2024_01_01;
+const OLDEST: u32 = 20240101;
 /// Releases from this date on tell a network namespace of their own from the host's on every
 /// kernel. Older ones look for a sysctl that Linux 6.9 and later show in all of them.
-const KNOWS_NETNS: u32 = 2024_08_01;
+const KNOWS_NETNS: u32 = 20240801;
 /// First argument by which sandbox-parent runs this program in front of `runsc`: see
 /// [`crate::masked`].
 pub const MASKED: &str = "run-masked";
@@ -379,9 +379,9 @@ mod tests {
 
     #[test]
     fn a_version_has_a_date() {
-        assert_eq!(date("release-20240729.0"), Some(2024_07_29));
-        assert_eq!(date("0.0~20240729.0"), Some(2024_07_29));
-        assert_eq!(date("release-20260817.0-3-g3c5eee17d"), Some(2026_08_17));
+        assert_eq!(date("release-20240729.0"), Some(20240729));
+        assert_eq!(date("0.0~20240729.0"), Some(20240729));
+        assert_eq!(date("release-20260817.0-3-g3c5eee17d"), Some(20260817));
         assert_eq!(date("VERSION_MISSING"), None);
     }
 

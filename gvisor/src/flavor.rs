@@ -171,8 +171,8 @@ impl Flavor for Gvisor {
                     .into(),
             ));
         }
-        let asked = sandbox.config.linux.sysctls.keys();
-        for name in asked.filter(|name| !config.ignored_sysctls.contains(name)) {
+        let mut asked = sandbox.config.linux.sysctls.keys();
+        if let Some(name) = asked.find(|name| !config.ignored_sysctls.contains(name)) {
             return Err(Error::InvalidArgument(format!(
                 "sysctl {name:.100} cannot be set on gVisor: remove it from the pod, or name it \
                  in ignored_sysctls"

@@ -694,11 +694,10 @@ impl Runtime for Containers {
         match connection {
             Some(connection) => self.watch(id, connection),
             // Started, and the daemon died before it could ask.
-            None if meta.started => {
-                if self.follow(id, meta.handle).await.is_err() {
-                    return Ok(None);
-                }
-            }
+            None if meta.started => match self.follow(id, meta.handle).await {
+                Ok(()) => {}
+                Err(_) => return Ok(None),
+            },
             // It waits for its start, as long as there is a sandbox.
             None if self.sentry().dial().await.is_err() => return Ok(None),
             None => {}

@@ -21,6 +21,12 @@ def run(*words, **more):
     return subprocess.run(words, check=True, capture_output=True, text=True, **more).stdout
 
 
+def leave(*words):
+    """A command that leaves processes behind: they would hold a pipe open."""
+    with open(os.devnull, "r+") as null:
+        subprocess.run(words, check=True, stdin=null, stdout=null, stderr=null)
+
+
 def phases():
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(METRICS)
@@ -68,9 +74,9 @@ def alone(top, i):
     a = time.monotonic()
     run("unshare", "-m", "true")
     b = time.monotonic()
-    run("unshare", "-m", "sh", "-c", cover, "sh", *base, "run", "--detach", "--bundle", f"{top}/root{i}", sandbox)
+    leave("unshare", "-m", "sh", "-c", cover, "sh", *base, "run", "--detach", "--bundle", f"{top}/root{i}", sandbox)
     c = time.monotonic()
-    run(*base, "run", "--detach", "--bundle", f"{top}/sub{i}", f"sub{i}", stdin=subprocess.DEVNULL)
+    leave(*base, "run", "--detach", "--bundle", f"{top}/sub{i}", f"sub{i}")
     d = time.monotonic()
     for name in (f"sub{i}", sandbox):
         run(*base, "delete", "--force", name)

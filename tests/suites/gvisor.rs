@@ -457,7 +457,8 @@ fn a_runsc_that_crashes_or_hangs_fails_the_pod_alone() {
     let configuration = Configuration::read();
     let before = leaks::snapshot();
     let fake = bed().join("run/fake-runsc");
-    let fakes = [("kill -9 $$", "no message"), ("exec sleep 100", "runsc run did not finish within")];
+    let fakes =
+        [("kill -9 $$", "no message"), ("exec sleep 100", "runsc run did not finish within")];
     for (line, words) in fakes {
         let script = format!(
             "#!/bin/sh\ncase \"$*\" in --version) echo runsc version release-20240729.0 ;; *) {line} ;; esac\n"
