@@ -5,7 +5,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
-SHIMS := runc vmm
+# Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
+KINDS := runc vmm gvisor
 
 .PHONY: help build deps guest demo test unit check conformance bench install clean bed
 help:
@@ -22,15 +23,16 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
 BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
-	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p vmm-sandboxer \
-	  -p containerd-shim-kuasar -p vmm-task --target-dir target/static
+	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
+	  -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	@install -d $(BIN)
-	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/vmm-sandboxer \
+	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
+	  $(BUILT)/release/vmm-sandboxer \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
-	for kind in $(SHIMS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
+	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
 GUEST_INIT ?= $(BIN)/vmm-task
@@ -68,14 +70,22 @@ check: deps ## format, lints, licences, documentation, shell scripts
 
 install: build ## programs, unit and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/runc-sandboxer $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
-	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-runc-v1
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-runc.service \
-	  > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
-	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-runc.service
+	install -m 0755 $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
 	@# An operator's configuration is never replaced.
-	[ -e $(DESTDIR)/etc/kuasar/runc-sandboxer.toml ] || \
-	  install -m 0644 packaging/runc-sandboxer.toml $(DESTDIR)/etc/kuasar/runc-sandboxer.toml
+	set -e; for kind in $(KINDS); do \
+	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \
+	  install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-$$kind-v1; \
+	  sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-$$kind.service \
+	    > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
+	  chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
+	  [ -e $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml ] || \
+	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
+	done
+	@# What microVMs boot, where `make guest` has made it.
+	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
+	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \
+	  install -m 0644 target/guest/vmlinux target/guest/initramfs.cpio $(DESTDIR)$(PREFIX)/share/kuasar/; \
+	else echo "install: no guest for microVM pods: run \`make guest\` first"; fi
 
 clean: ## removes target/
 	cargo clean

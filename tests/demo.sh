@@ -10,7 +10,9 @@ trap '"$BED_SH" down || true' EXIT
 T=$(mktemp -d "$B/run/demo.XXXXXX")
 crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"; }
 ms() { echo $(($(date +%s%N) / 1000000)); }
-for handler in runc kuasar-runc; do
+handlers="runc kuasar-runc"
+[ ! -S "$B/run/kuasar-gvisor.sock" ] || handlers="$handlers kuasar-gvisor"
+for handler in $handlers; do
   cat > "$T/pod.json" <<EOF
 { "metadata": { "name": "demo", "namespace": "demo", "uid": "$handler", "attempt": 1 },
   "hostname": "demo", "log_directory": "$T/logs",
@@ -28,9 +30,13 @@ EOF
   c=$(ms)
   out=$(crictl exec "$container" hostname)
   d=$(ms)
-  if [ "$handler" = runc ]; then processes=$(pgrep -fc "containerd-shim.*$pod|^/pause" || true); else processes=$(pgrep -fc "^\[sandbox-${pod:0:8}" || true); fi
+  case $handler in
+    runc) processes=$(pgrep -fc "containerd-shim.*$pod|^/pause" || true) ;;
+    kuasar-gvisor) processes="$(pgrep -fc '^runsc-(sandbox|gofer) ' || true), all gVisor's" ;;
+    *) processes=$(pgrep -fc "^\[sandbox-${pod:0:8}" || true) ;;
+  esac
   crictl rmp -f "$pod" >/dev/null
-  printf '%-12s pod %4d ms   container %4d ms   exec %4d ms (%s)   remove %4d ms   processes of its own: %s\n' \
+  printf '%-13s pod %4d ms   container %4d ms   exec %4d ms (%s)   remove %4d ms   processes of its own: %s\n' \
     "$handler" $((b - a)) $((c - b)) $((d - c)) "$out" $(($(ms) - d)) "$processes"
 done
 echo "times include one crictl command each (about 20 ms); see 'make bench' for the daemon's own share"

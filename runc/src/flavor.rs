@@ -12,6 +12,7 @@ use kuasar_oci::engine::Engines;
 use kuasar_oci::pod::Pod;
 use kuasar_oci::runtime::Containers;
 use kuasar_pod::{Choice, Flavor, PodSettings, files};
+use serde_json::Value;
 
 use crate::config::Config;
 
@@ -48,7 +49,7 @@ impl Flavor for Runc {
         Ok(Choice { engine: engine.to_owned(), ..Choice::default() })
     }
 
-    fn runtime(&self, pod: Arc<Pod>) -> Result<Arc<dyn Runtime>> {
+    fn runtime(&self, pod: Arc<Pod>, _own: &Value) -> Result<Arc<dyn Runtime>> {
         Ok(Arc::new(Containers::new(pod, self.engines.clone(), self.cgroups.clone())))
     }
 

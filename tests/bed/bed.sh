@@ -1,7 +1,7 @@
 #!/bin/bash
-# The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | vmm start|stop|kill |
-# containerd start|kill | run CMD…
-# Everything lives below target/bed, in a private network and mount namespace.
+# The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | containerd start|kill | run CMD…
+# Everything lives below target/bed, in a private network and mount namespace. KIND names the
+# sandboxer that `daemon` is about: runc, which is the default, gvisor or vmm.
 set -euo pipefail
 SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(cd "$SRC/../.." && pwd)
@@ -9,7 +9,9 @@ B=${BED:-$TOP/target/bed}
 K=${KUASAR_BIN_DIR:-$TOP/target/release}
 export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
 export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
-export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock
+export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_GVISOR_SOCKET=$B/run/kuasar-gvisor.sock
+export KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock
+KIND=${KIND:-runc}
 
 pid_of() { cat "$B/run/$1.pid" 2>/dev/null || true; }
 alive() { [ -n "$1" ] && readlink "/proc/$1/exe" >/dev/null 2>&1; }
@@ -47,33 +49,27 @@ s = socket.socket(socket.AF_UNIX)
 s.settimeout(5)
 s.connect(sys.argv[1])
 s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
-sys.exit(0 if s.recv(9) else 1)' "$B/run/${1:-kuasar-runc}.sock"
+sys.exit(0 if s.recv(9) else 1)' "$B/run/kuasar-$KIND.sock"
 }
+# Which sandboxers there are here.
+kinds() {
+  echo runc
+  [ ! -x "$B/bin/runsc" ] || [ ! -x "$K/gvisor-sandboxer" ] || echo gvisor
+  [ ! -x "$B/vmm/libexec/qemu-system-x86_64" ] || [ ! -x "$K/vmm-sandboxer" ] || echo vmm
+}
+name() { [ "$KIND" = runc ] && echo daemon || echo "daemon-$KIND"; }
 daemon() {
   case $1 in
     spawn) # does not wait until it serves
-      start daemon kuasar-runc.log "$K/runc-sandboxer" --listen "$B/run/kuasar-runc.sock" \
-        --dir "$B/run/kuasar-runc" --config "$B/etc/kuasar-runc.toml" ${LOG:+--log-level "$LOG"} ;;
+      start "$(name)" "kuasar-$KIND.log" "$K/$KIND-sandboxer" --listen "$B/run/kuasar-$KIND.sock" \
+        --dir "$B/run/kuasar-$KIND" --config "$B/etc/kuasar-$KIND.toml" ${LOG:+--log-level "$LOG"} ;;
     start)
-      alive "$(pid_of daemon)" && return 0
+      alive "$(pid_of "$(name)")" && return 0
       daemon spawn
       wait_for 30 answers ;;
-    stop) end daemon TERM ;;
-    kill) end daemon KILL ;;
-    died) wait_for 30 gone "$(pid_of daemon)" ;;
-  esac
-}
-# Whether there is what pods in VMs need; without it that daemon is left out of the bed.
-has_vmm() { [ -x "$K/vmm-sandboxer" ] && [ -x "$B/vmm/libexec/qemu-system-x86_64" ]; }
-vmm() {
-  case $1 in
-    start)
-      alive "$(pid_of vmm)" && return 0
-      start vmm kuasar-vmm.log "$K/vmm-sandboxer" --listen "$B/run/kuasar-vmm.sock" \
-        --dir "$B/run/kuasar-vmm" --config "$B/etc/kuasar-vmm.toml" ${LOG:+--log-level "$LOG"}
-      wait_for 30 answers kuasar-vmm ;;
-    stop) end vmm TERM ;;
-    kill) end vmm KILL ;;
+    stop) end "$(name)" TERM ;;
+    kill) end "$(name)" KILL ;;
+    died) wait_for 30 gone "$(pid_of "$(name)")" ;;
   esac
 }
 containerd_() {
@@ -91,7 +87,7 @@ containerd_() {
 up() {
   mkdir -p "$B/run"
   if ! alive "$(pid_of ns)"; then
-    rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-vmm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
+    rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-gvisor" "$B/run/kuasar-vmm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
     setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &
     echo $! > "$B/run/ns.pid"
     # Until it has its namespaces, `inside` would be the host.
@@ -100,12 +96,13 @@ up() {
     # A hybrid of cgroup v1 and v2 is v1 in here: crun refuses the hybrid.
     inside umount /sys/fs/cgroup/unified 2>/dev/null || true
     # its own tmpfs, so that a full disk can be tried without harm
-    inside mkdir -p "$B/run/kuasar-runc"
-    inside mount -t tmpfs -o mode=0700,size=64m tmpfs "$B/run/kuasar-runc"
+    for KIND in $(kinds); do
+      inside mkdir -p "$B/run/kuasar-$KIND"
+      inside mount -t tmpfs -o mode=0700,size=64m tmpfs "$B/run/kuasar-$KIND"
+    done
   fi
   alive "$(pid_of registry)" || start registry registry.log python3 "$SRC/registry.py" "$B/images" 5055
-  daemon start
-  ! has_vmm || vmm start
+  for KIND in $(kinds); do daemon start; done
   containerd_ start
   ctr -n k8s.io images ls -q | grep -q pause:3.10 ||
     inside ctr -a "$CONTAINERD_ADDRESS" -n k8s.io images import "$B/images/base.tar" >/dev/null
@@ -137,12 +134,10 @@ down() {
       timeout 60 nsenter -t "$(pid_of ns)" -n -m -- crictl rmp -fa >/dev/null 2>&1 || true
     fi
     end containerd TERM || end containerd KILL || true
-    end daemon TERM || end daemon KILL || true
-    inside "$K/runc-sandboxer" --dir "$B/run/kuasar-runc" shutdown-parent --force >/dev/null 2>&1 || true
-    if [ -d "$B/run/kuasar-vmm" ]; then
-      end vmm TERM || end vmm KILL || true
-      inside "$K/vmm-sandboxer" --dir "$B/run/kuasar-vmm" shutdown-parent --force >/dev/null 2>&1 || true
-    fi
+    for KIND in $(kinds); do
+      daemon stop || daemon kill || true
+      inside "$K/$KIND-sandboxer" --dir "$B/run/kuasar-$KIND" shutdown-parent --force >/dev/null 2>&1 || true
+    done
     end_stock_shims
     end registry TERM || true
     end ns KILL || true
@@ -153,7 +148,6 @@ case ${1:-} in
   up) up ;;
   down) down ;;
   daemon) daemon "$2" ;;
-  vmm) vmm "$2" ;;
   containerd) containerd_ "$2" ;;
   run) shift; inside "$@" ;;
   *) echo "usage: bed.sh up|down|daemon start|spawn|stop|kill|died|containerd start|stop|kill|run CMD" >&2; exit 2 ;;

@@ -30,6 +30,9 @@ pub fn snapshot() -> Snapshot {
         if is_ours && text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
             all.insert(format!("process {text}"));
         }
+        if is_ours && (text.starts_with("runsc-") || text.contains("/runsc ")) {
+            all.insert(format!("process {text}"));
+        }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };
         if cgroup.contains(&format!("/{root}/")) {
             all.insert(format!("process in a pod's cgroup: {text}"));
@@ -52,9 +55,9 @@ pub fn snapshot() -> Snapshot {
             walk(&dir.path().join(name), "cgroup", 3, &mut all);
         }
     }
-    for sub in ["sandboxes", "t", "pods"] {
-        let listed =
-            crate::inside(&["ls", "-1", &run.join("kuasar-runc").join(sub).to_string_lossy()]);
+    for sub in ["sandboxes", "t", "pods", "r"] {
+        let state = run.join(format!("kuasar-{}", crate::kind()));
+        let listed = crate::inside(&["ls", "-1", &state.join(sub).to_string_lossy()]);
         for name in String::from_utf8_lossy(&listed.stdout).lines() {
             all.insert(format!("state {sub}/{name}"));
         }

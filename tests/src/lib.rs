@@ -31,15 +31,53 @@ pub fn programs() -> PathBuf {
     std::env::var_os("KUASAR_BIN_DIR").map_or_else(|| top().join("target/release"), PathBuf::from)
 }
 
+/// The handler of tests that choose one, see [`on`].
+static CHOSEN: std::sync::Mutex<Option<String>> = std::sync::Mutex::new(None);
+
+/// Until it is dropped, [`handler`] is the one that was chosen.
+#[must_use]
+pub struct Chosen(());
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        *CHOSEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    }
+}
+
+/// Puts another handler under test; `None` and a note where its sandboxer is not in the bed.
+/// Suites run one test at a time.
+pub fn on(handler: &str) -> Option<Chosen> {
+    *CHOSEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(handler.to_owned());
+    let chosen = Chosen(());
+    if !bed().join(format!("run/kuasar-{}.sock", kind())).exists() {
+        skip(&format!("no {}-sandboxer in the test bed: its engine does not run here", kind()));
+        return None;
+    }
+    Some(chosen)
+}
+
+/// The sandboxer under test: `runc`, or `gvisor`.
+pub fn kind() -> &'static str {
+    if handler().starts_with("kuasar-gvisor") { "gvisor" } else { "runc" }
+}
+
 /// Runtime handler under test.
 pub fn handler() -> String {
+    if let Some(chosen) = &*CHOSEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        return chosen.clone();
+    }
     std::env::var("KUASAR_HANDLER").unwrap_or_else(|_| "kuasar-runc".into())
 }
 
 /// Runs `tests/bed/bed.sh` with arguments; panics when it fails.
 pub fn switch(args: &[&str], env: &[(&str, &str)]) {
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bed/bed.sh");
-    let out = Command::new(script).args(args).envs(env.iter().copied()).output().unwrap();
+    let out = Command::new(script)
+        .args(args)
+        .env("KIND", kind())
+        .envs(env.iter().copied())
+        .output()
+        .unwrap();
     assert!(out.status.success(), "bed.sh {args:?}: {}", String::from_utf8_lossy(&out.stderr));
 }
 
@@ -80,7 +118,9 @@ pub fn wait_for(what: &str, deadline: Duration, mut ok: impl FnMut() -> bool) {
 
 /// Pid of the daemon under test.
 pub fn daemon_pid() -> u32 {
-    std::fs::read_to_string(bed().join("run/daemon.pid")).unwrap().trim().parse().unwrap()
+    let name =
+        if kind() == "runc" { "daemon.pid".into() } else { format!("daemon-{}.pid", kind()) };
+    std::fs::read_to_string(bed().join("run").join(name)).unwrap().trim().parse().unwrap()
 }
 
 /// Notes a test that cannot run here: printed, and counted by `tests/run.sh`.

@@ -26,7 +26,7 @@ pub const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Pro
 
 /// Path of the daemon's socket.
 pub fn daemon_socket() -> PathBuf {
-    crate::bed().join("run/kuasar-runc.sock")
+    crate::bed().join(format!("run/kuasar-{}.sock", crate::kind()))
 }
 
 /// Connects to a socket as the bed's mount namespace sees it; its path may be of any length.

@@ -6,6 +6,7 @@ mod engines;
 mod events;
 mod failpoints;
 mod features;
+mod gvisor;
 mod kill9;
 mod lifecycle;
 mod privileges;

@@ -199,9 +199,9 @@ fn kill_9_of_the_daemon_loses_neither_container_nor_output() {
     let pod = pod("vm-kill9");
     let c = pod.start(&["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"]);
     let vmm = vmm_pid(&pod);
-    switch(&["vmm", "kill"], &[]);
+    switch(&["daemon", "kill"], &[("KIND", "vmm")]);
     assert!(Path::new(&format!("/proc/{vmm}")).exists());
-    switch(&["vmm", "start"], &[]);
+    switch(&["daemon", "start"], &[("KIND", "vmm")]);
     assert_eq!(vmm_pid(&pod), vmm);
     assert!(c.is_running());
     assert_eq!(c.sh("echo in"), "in");

@@ -394,7 +394,7 @@ fn text(path: &Path) -> Result<String> {
 }
 
 /// The message of the last error line of an engine's log (runc's and crun's JSON format).
-fn last_error(log: &Path) -> Option<String> {
+pub fn last_error(log: &Path) -> Option<String> {
     let text = std::fs::read(log).ok()?;
     let text = String::from_utf8_lossy(&text);
     let mut last = None;

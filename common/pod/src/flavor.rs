@@ -51,6 +51,18 @@ pub trait Flavor: Send + Sync + 'static {
     /// Name of the kind, such as `runc`: key of its entry in Status' `info`.
     fn name(&self) -> &'static str;
 
+    /// Whether containers live in the pod's host namespaces. A kernel of its own has namespaces of
+    /// its own: none are made, and sysctls are the flavor's to apply.
+    fn in_namespaces(&self) -> bool {
+        true
+    }
+
+    /// Pid that stands for the pod, where the init of a shared PID namespace does not; 0 for none.
+    fn pid(&self, own: &Value) -> u32 {
+        let _ = own;
+        0
+    }
+
     /// Asked at each Create and Start.
     fn settings(&self) -> PodSettings;
 
@@ -58,8 +70,8 @@ pub trait Flavor: Send + Sync + 'static {
     async fn choose(&self, spec: &SandboxSpec) -> Result<Choice>;
 
     /// The containers of a pod that is up, or that has been: containerd also asks how containers
-    /// of a stopped pod have ended, and deletes them.
-    fn runtime(&self, pod: Arc<Pod>) -> Result<Arc<dyn Runtime>>;
+    /// of a stopped pod have ended, and deletes them. `own` is what is recorded.
+    fn runtime(&self, pod: Arc<Pod>, own: &Value) -> Result<Arc<dyn Runtime>>;
 
     /// A pod starts, its containers come next.
     fn expect_containers(&self) {}

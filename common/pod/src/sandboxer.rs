@@ -16,14 +16,14 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::{
-    PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
+    PodServices, Recovered, SandboxContext, SandboxExit, SandboxSpec, Sandboxer, Started,
 };
 use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{namespace, process};
 use kuasar_oci::pod::{Modes, Namespaces, Pod};
-use sandbox_parent::client::{Parent, ParentError, PodNamespaces};
+use sandbox_parent::client::{Parent, ParentError, PodNamespaceFds, PodNamespaces};
 use sandbox_parent::protocol::stage;
 
 use crate::files::{self, host};
@@ -57,8 +57,8 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         }
     }
 
-    fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Tasks> {
-        self.servers.make(ctx, self.flavor.runtime(Arc::new(pod))?)
+    fn insert(&self, ctx: &SandboxContext, pod: Pod, own: &serde_json::Value) -> Result<Tasks> {
+        self.servers.make(ctx, self.flavor.runtime(Arc::new(pod), own)?)
     }
 
     async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
@@ -122,7 +122,26 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         let _ = tokio::task::spawn_blocking(work).await;
     }
 
-    fn started(&self, ctx: &SandboxContext, pod: &Pod) -> Started {
+    async fn make_namespaces(
+        &self,
+        spec: &SandboxSpec,
+        modes: Modes,
+        netns: Option<&OwnedFd>,
+        hostname: &str,
+        sysctls: &[(String, String)],
+    ) -> Result<PodNamespaceFds> {
+        let wanted = PodNamespaces {
+            id: &spec.id,
+            ipc: !modes.host_ipc,
+            uts: (!modes.host_network).then_some(hostname),
+            pid: modes.shared_pid,
+            netns: netns.map(AsFd::as_fd),
+            sysctls: sysctls.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
+        };
+        self.parent.pod_namespaces(&wanted).await.map_err(|error| explain(error, sysctls))
+    }
+
+    fn started(&self, ctx: &SandboxContext, pod: &Pod, own: &serde_json::Value) -> Started {
         let mut labels = BTreeMap::new();
         let options = &ctx.spec.config.linux.security_context.selinux_options;
         if [&options.user, &options.role, &options.type_, &options.level]
@@ -136,7 +155,11 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         if !ctx.spec.runtime.is_empty() {
             labels.insert("oci_runtime_type".into(), ctx.spec.runtime.clone());
         }
-        Started { pid: pod.namespaces.init, labels, ..Started::default() }
+        let pid = match pod.namespaces.init {
+            0 => self.flavor.pid(own),
+            init => init,
+        };
+        Started { pid, labels, ..Started::default() }
     }
 
     async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
@@ -269,21 +292,10 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         // Not earlier: for engines the first move holds up every mkdir of a cgroup.
         self.flavor.expect_containers();
         let begun = Instant::now();
-        let made = self
-            .parent
-            .pod_namespaces(&PodNamespaces {
-                id: &spec.id,
-                ipc: !modes.host_ipc,
-                uts: (!modes.host_network).then_some(hostname.as_str()),
-                pid: modes.shared_pid,
-                netns: netns.as_ref().map(AsFd::as_fd),
-                sysctls: sysctls
-                    .iter()
-                    .map(|(name, value)| (name.as_str(), value.as_str()))
-                    .collect(),
-            })
-            .await
-            .map_err(|error| explain(error, &sysctls))?;
+        let made = match self.flavor.in_namespaces() {
+            true => self.make_namespaces(&spec, modes, netns.as_ref(), &hostname, &sysctls).await?,
+            false => PodNamespaceFds::default(),
+        };
         let (init, pidfd) = match made.init {
             Some((pid, pidfd)) => (pid, Some(pidfd)),
             None => (0, None),
@@ -325,8 +337,8 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
             self.save(ctx, &state).await?;
         }
         up?;
-        let started = self.started(ctx, &pod);
-        self.insert(ctx, pod)?;
+        let started = self.started(ctx, &pod, &state.own);
+        self.insert(ctx, pod, &state.own)?;
         if let Some(pidfd) = pidfd {
             watch_end(ctx, pidfd);
         }
@@ -403,9 +415,10 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
             self.fetch(id, "pid"),
             self.fetch(id, "init"),
         )?;
-        let whole = (modes.host_ipc || ipc.is_some())
-            && (modes.host_network || uts.is_some())
-            && (!modes.shared_pid || (pid.is_some() && init.is_some()));
+        let whole = !self.flavor.in_namespaces()
+            || (modes.host_ipc || ipc.is_some())
+                && (modes.host_network || uts.is_some())
+                && (!modes.shared_pid || (pid.is_some() && init.is_some()));
         let alive =
             init.as_ref().is_none_or(|pidfd| process::pidfd_signal(pidfd.as_fd(), 0).is_ok());
         let lost = match (self.fresh, state.started, whole && alive) {
@@ -429,10 +442,10 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         if lost.is_some() {
             self.kill_leftovers(&ctx.dir, &state).await;
         }
-        let started = self.started(ctx, &pod);
+        let started = self.started(ctx, &pod, &state.own);
         // Also of a pod that is stopped or lost: containerd asks how its containers have ended,
         // and deletes them.
-        let tasks = self.insert(ctx, pod)?;
+        let tasks = self.insert(ctx, pod, &state.own)?;
         tasks.server().recover().await;
         if let Some(why) = lost {
             tracing::debug!(sandbox = id, why, "the pod is down");

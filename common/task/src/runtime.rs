@@ -142,6 +142,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// Sends a signal; with `all`, to every process of the container. Signal 0 probes.
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()>;
 
+    /// The terminal of a running process has a new size. The kernel tells its own processes; a
+    /// kernel of another kind has to be told.
+    async fn resized(&self, process: &ProcessRef) {
+        let _ = process;
+    }
+
     /// Removes what [`Runtime::create`] made: engine state, cgroup, mounts. Idempotent.
     async fn delete(&self, container: &str, bundle: &std::path::Path) -> Result<()>;
 

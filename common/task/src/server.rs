@@ -732,7 +732,11 @@ impl TaskServer {
         if process.pid != 0 && self.runtime.resize(&process, width, height).await? {
             return Ok(());
         }
-        lock(&p.io).resize(width, height)
+        lock(&p.io).resize(width, height)?;
+        if matches!(p.record().status, Status::Running) {
+            self.runtime.resized(&process).await;
+        }
+        Ok(())
     }
 
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<()> {

@@ -1,0 +1,399 @@
+//! Commands of `runsc`: they are run by sandbox-parent, which becomes the parent of the sentries
+//! and gofers that they leave behind.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use kuasar_host::live::Live;
+use kuasar_host::process::{Identity, find_program, pidfd_signal};
+use kuasar_oci::engine::last_error;
+use sandbox_parent::client::{Parent, ParentError, Spawn};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Limits, Network};
+use crate::sentry::Sentry;
+
+/// Date of the oldest release whose control protocol was compared with ours.
+const OLDEST: u32 = 20240101;
+/// Releases from this date on tell a network namespace of their own from the host's on every
+/// kernel. Older ones look for a sysctl that Linux 6.9 and later show in all of them.
+const KNOWS_NETNS: u32 = 20240801;
+/// First argument by which sandbox-parent runs this program in front of `runsc`: see
+/// [`crate::masked`].
+pub const MASKED: &str = "run-masked";
+
+/// Why a command did not do what it was for.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It cannot be run.
+    #[error("run runsc")]
+    Spawn(#[from] ParentError),
+    /// It ended with these words.
+    #[error("runsc {verb} failed: {reason}")]
+    Failed {
+        /// The command.
+        verb: String,
+        /// Its words, cleaned.
+        reason: String,
+    },
+    /// It was killed.
+    #[error(
+        "runsc {verb} did not finish within {limit:?}: see runsc_timeouts, or debug_log for why"
+    )]
+    Late {
+        /// The command.
+        verb: String,
+        /// How long it had.
+        limit: Duration,
+    },
+    /// Something about its files.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl From<Failure> for containerd_sandbox::error::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Late { .. } => Self::DeadlineExceeded(failure.to_string()),
+            Failure::Other(text) => Self::FailedPrecondition(text),
+            Failure::Failed { .. } => Self::internal("start the sandbox", failure),
+            Failure::Spawn(error) => Self::internal("run runsc", error),
+        }
+    }
+}
+
+impl From<Failure> for containerd_task::error::Error {
+    fn from(failure: Failure) -> Self {
+        match &failure {
+            Failure::Late { .. } => Self::DeadlineExceeded(failure.to_string()),
+            Failure::Other(text) => Self::FailedPrecondition(text.clone()),
+            Failure::Failed { verb, reason } => {
+                // The image or the pod asks for a command that is not there.
+                let theirs =
+                    ["no such file or directory", "permission denied", "exec format error"];
+                let theirs = theirs.iter().any(|words| reason.contains(words))
+                    && reason.contains("starting sub-container");
+                let text = format!("OCI runtime {verb} failed: runsc: {reason}");
+                if theirs {
+                    Self::InvalidArgument(text)
+                } else {
+                    Self::internal(format!("OCI runtime {verb} failed"), format!("runsc: {reason}"))
+                }
+            }
+            Failure::Spawn(_) => Self::internal("run runsc", failure),
+        }
+    }
+}
+
+/// What is durable of a pod's sandbox.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(default)]
+pub struct Own {
+    /// The program, as it was found.
+    pub runsc: PathBuf,
+    /// Its version.
+    pub version: String,
+    /// Global flags.
+    pub args: Vec<String>,
+    /// Which network.
+    pub network: Network,
+    /// Which platform, for people.
+    pub platform: String,
+    /// Id of the sandbox and of its root container to runsc.
+    pub id: String,
+    /// `linux.cgroupsPath` of the root container: where sentry and gofers are.
+    pub cgroup: String,
+    /// The sentry.
+    pub sentry: Option<Identity>,
+}
+
+/// A program that was looked at.
+#[derive(Debug, Clone)]
+struct Known {
+    path: PathBuf,
+    changed: Option<SystemTime>,
+    version: String,
+}
+
+/// Runs `runsc`.
+#[derive(Debug)]
+pub struct Runsc {
+    parent: Parent,
+    config: Live<Config>,
+    /// Root of gVisor's own state; control sockets are in it.
+    root: PathBuf,
+    /// Path of this program for sandbox-parent.
+    own_program: String,
+    known: Mutex<Option<Known>>,
+}
+
+impl Runsc {
+    /// With the configuration as it is at each call; gVisor's state goes to `root`.
+    pub fn new(parent: Parent, config: Live<Config>, root: PathBuf, own_program: String) -> Self {
+        Self { parent, config, root, own_program, known: Mutex::default() }
+    }
+
+    /// Who runs and keeps.
+    pub fn parent(&self) -> &Parent {
+        &self.parent
+    }
+
+    fn limits(&self) -> Limits {
+        self.config.get().runsc_timeouts
+    }
+
+    /// Finds the program and asks for its version, once for each file.
+    ///
+    /// # Errors
+    /// A text that says what is wrong and what helps.
+    pub async fn find(&self) -> Result<(PathBuf, String), String> {
+        let name = self.config.get().runsc.path.clone();
+        let path = find_program(&name).ok_or_else(|| {
+            format!(
+                "program {} is not installed: install gVisor, or set runsc.path to where it is",
+                name.display()
+            )
+        })?;
+        let changed = std::fs::metadata(&path).and_then(|meta| meta.modified()).ok();
+        {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(known) = known.as_ref().filter(|k| k.path == path && k.changed == changed) {
+                return Ok((path, known.version.clone()));
+            }
+        }
+        let shown = path.display();
+        let mut command = tokio::process::Command::new(&path);
+        command.arg("--version").stdin(std::process::Stdio::null()).kill_on_drop(true);
+        let limit = self.limits().other;
+        let output = tokio::time::timeout(limit, command.output())
+            .await
+            .map_err(|_| format!("{shown} --version did not answer within {limit:?}"))?
+            .map_err(|error| format!("{shown} cannot be run: {error}"))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.lines().find_map(|line| line.strip_prefix("runsc version "));
+        let version =
+            version.map(|version| crate::urpc::clean(version.trim())).ok_or_else(|| {
+                format!("{shown} --version names no version: runsc.path has to be gVisor's runsc")
+            })?;
+        if let Some(date) = date(&version).filter(|date| *date < OLDEST) {
+            return Err(format!(
+                "{shown} is gVisor of {date}, which is too old: install {OLDEST} or newer"
+            ));
+        }
+        tracing::info!(path = %shown, version, "gVisor");
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Some(Known { path: path.clone(), changed, version: version.clone() });
+        Ok((path, version))
+    }
+
+    /// Control socket of a sandbox.
+    pub fn socket(&self, id: &str) -> PathBuf {
+        self.root.join(format!("runsc-{id}.sock"))
+    }
+
+    /// The running sandbox `id`.
+    pub fn sentry(&self, id: &str) -> Sentry {
+        Sentry::new(self.socket(id), self.limits().other)
+    }
+
+    /// Files that gVisor has of a container, or of all of a sandbox.
+    fn state_files(&self, sandbox: &str, container: Option<&str>) -> Vec<PathBuf> {
+        let tail = format!("_sandbox:{sandbox}.");
+        let entries = std::fs::read_dir(&self.root).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| {
+                let name = entry.file_name();
+                let name = name.to_str().unwrap_or_default();
+                name.split_once(&tail)
+                    .is_some_and(|(id, _)| container.is_none_or(|container| id == container))
+            })
+            .map(|entry| entry.path())
+            .collect()
+    }
+
+    /// Removes gVisor's own records of a container, or of a whole sandbox that has ended.
+    pub fn forget(&self, sandbox: &str, container: Option<&str>) {
+        let mut files = match container {
+            // What gVisor names them, without a look through the whole directory.
+            Some(container) => ["state", "lock"]
+                .map(|kind| self.root.join(format!("{container}_sandbox:{sandbox}.{kind}")))
+                .to_vec(),
+            None => self.state_files(sandbox, None),
+        };
+        if container.is_none() {
+            files.push(self.socket(sandbox));
+        }
+        for file in files {
+            if let Err(error) = std::fs::remove_file(&file)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(file = %file.display(), %error, "cannot be removed");
+            }
+        }
+    }
+
+    /// The gofer of a container, from gVisor's record of it.
+    pub fn gofer(&self, sandbox: &str, container: &str) -> Option<Identity> {
+        let file = self.root.join(format!("{container}_sandbox:{sandbox}.state"));
+        let text = std::fs::read(file).ok()?;
+        let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        let pid = value.get("goferPid")?.as_u64().and_then(|pid| u32::try_from(pid).ok())?;
+        Identity::of(pid)
+    }
+
+    /// Starts the root container and with it the sandbox; answers the sentry's pid.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn start_sandbox(&self, own: &Own, bundle: &Path) -> Result<u32, Failure> {
+        let pid_file = bundle.join("sentry.pid");
+        let mut words = vec!["run".to_owned(), "--detach".into(), "--bundle".into(), text(bundle)?];
+        words.extend(["--pid-file".into(), text(&pid_file)?, own.id.clone()]);
+        let masked = own.network == Network::Sandbox
+            && date(&own.version).is_some_and(|date| date < KNOWS_NETNS);
+        self.run(own, bundle, words, [None, None, None], self.limits().create, masked).await?;
+        pid(&pid_file)
+    }
+
+    /// Runs a container without a terminal in the sandbox.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn run_container(
+        &self,
+        own: &Own,
+        bundle: &Path,
+        id: &str,
+        streams: [Option<BorrowedFd<'_>>; 3],
+    ) -> Result<(), Failure> {
+        let words =
+            vec!["run".into(), "--detach".into(), "--bundle".into(), text(bundle)?, id.into()];
+        self.run(own, bundle, words, streams, self.limits().create, false).await
+    }
+
+    /// Makes a container with a terminal, whose master comes to the socket `console`.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn create_container(
+        &self,
+        own: &Own,
+        bundle: &Path,
+        id: &str,
+        console: &Path,
+    ) -> Result<(), Failure> {
+        let mut words = vec!["create".to_owned(), "--bundle".into(), text(bundle)?];
+        words.extend(["--console-socket".into(), text(console)?, id.into()]);
+        self.run(own, bundle, words, [None, None, None], self.limits().create, false).await
+    }
+
+    /// Lets a container that was created run.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn start_container(&self, own: &Own, bundle: &Path, id: &str) -> Result<(), Failure> {
+        let words = vec!["start".into(), id.into()];
+        self.run(own, bundle, words, [None, None, None], self.limits().create, false).await
+    }
+
+    /// Any other command.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn command(&self, own: &Own, dir: &Path, words: Vec<String>) -> Result<(), Failure> {
+        self.run(own, dir, words, [None, None, None], self.limits().create, false).await
+    }
+
+    async fn run(
+        &self,
+        own: &Own,
+        dir: &Path,
+        words: Vec<String>,
+        streams: [Option<BorrowedFd<'_>>; 3],
+        limit: Duration,
+        masked: bool,
+    ) -> Result<(), Failure> {
+        let verb = words.first().cloned().unwrap_or_default();
+        let log = dir.join("engine.log");
+        let _ = std::fs::remove_file(&log);
+        let mut argv = Vec::new();
+        if masked {
+            argv.extend([self.own_program.clone(), MASKED.to_owned()]);
+        }
+        argv.push(text(&own.runsc)?);
+        argv.extend(["--root".into(), text(&self.root)?]);
+        argv.extend(["--log".into(), text(&log)?, "--log-format".into(), "json".into()]);
+        argv.extend(own.args.iter().cloned());
+        argv.extend(words);
+        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+        let cookie = Parent::new_cookie();
+        let env = vec![format!("PATH={path}")];
+        let spawned = self.parent.spawn(Spawn { argv, env, fds: streams.to_vec(), cookie }).await?;
+        let exit = match tokio::time::timeout(limit, self.parent.exit_of(cookie)).await {
+            Ok(exit) => exit?,
+            Err(_) => {
+                // It may have ended just now.
+                let _ = pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
+                let parent = self.parent.clone();
+                tokio::spawn(async move {
+                    let _ = parent.exit_of(cookie).await;
+                    parent.acknowledge(cookie).await;
+                });
+                return Err(Failure::Late { verb, limit });
+            }
+        };
+        self.parent.acknowledge(cookie).await;
+        if exit.status == 0 {
+            return Ok(());
+        }
+        let reason = last_error(&log)
+            .unwrap_or_else(|| format!("it ended with status {} and no message", exit.status));
+        Err(Failure::Failed { verb, reason })
+    }
+}
+
+fn text(path: &Path) -> Result<String, Failure> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| Failure::Other(format!("path {} is not UTF-8", path.display())))
+}
+
+fn pid(file: &Path) -> Result<u32, Failure> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| Failure::Other(format!("runsc left no {}: {error}", file.display())))?;
+    let pid = text.trim().parse::<u32>().ok().filter(|pid| *pid > 0);
+    pid.ok_or_else(|| Failure::Other(format!("runsc wrote no pid: {:.40?}", text.trim())))
+}
+
+/// Date of a release, as the number YYYYMMDD: `release-20240729.0`, `0.0~20240729.0`. `None` for
+/// one that was built by hand.
+pub fn date(version: &str) -> Option<u32> {
+    let digits = version.split(|c: char| !c.is_ascii_digit());
+    digits.filter(|part| part.len() == 8).find_map(|part| part.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_has_a_date() {
+        assert_eq!(date("release-20240729.0"), Some(20240729));
+        assert_eq!(date("0.0~20240729.0"), Some(20240729));
+        assert_eq!(date("release-20260817.0-3-g3c5eee17d"), Some(20260817));
+        assert_eq!(date("VERSION_MISSING"), None);
+    }
+
+    #[test]
+    fn what_an_image_lacks_is_not_the_nodes_fault() {
+        let failed = |reason: &str| Failure::Failed { verb: "run".into(), reason: reason.into() };
+        let code = |reason: &str| containerd_task::error::Error::from(failed(reason)).code();
+        let theirs = "starting container: starting sub-container [/x]: failed to load /x: no such file or directory";
+        assert_eq!(
+            code(theirs),
+            containerd_task::error::Error::InvalidArgument(String::new()).code()
+        );
+        assert_ne!(code("cannot load sandbox"), code(theirs));
+    }
+}

@@ -1,0 +1,726 @@
+//! Containers of one pod's sandbox: the [`Runtime`] behind the pod's Task server.
+//!
+//! `runsc` makes a container; everything after that is a call to the sentry ([`crate::sentry`]).
+//! No process of `runsc` stays to wait for a container's or an exec's end. Instead a call "tell
+//! me when it ends" is open on a connection of which sandbox-parent keeps a duplicate, and the
+//! answer is looked at without being taken off the socket: a daemon that is killed at any moment
+//! finds it again, until the end is in the journal and the connection is given up.
+//!
+//! gVisor takes a container's streams when it starts it, containerd gives them when it creates
+//! it. Meanwhile sandbox-parent keeps them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use containerd_task::error::{Error, Result};
+use containerd_task::runtime::{
+    AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
+};
+use futures::future::BoxFuture;
+use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::mount::Mount;
+use kuasar_host::process::{self, Identity};
+use kuasar_host::record;
+use kuasar_oci::console::Console;
+use kuasar_oci::observer::Observer;
+use kuasar_oci::pod::Pod;
+use kuasar_oci::spec::plain_process;
+use kuasar_pod::Metrics;
+use sandbox_parent::client::Parent;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tokio::sync::watch;
+
+use crate::cli::{Own, Runsc};
+use crate::sentry::{Exec, Receiver, Sentry, status};
+use crate::urpc::{CallError, Connection};
+use crate::{spec, stats};
+
+/// Name of the root container's record beside those of containers; no container has such an id.
+pub const ROOT: &str = "@sandbox";
+/// How long a gofer may take to end after its container.
+const GOFER: Duration = Duration::from_secs(2);
+/// How long a cgroup may take to lose its killed processes.
+const CGROUP_DEADLINE: Duration = Duration::from_secs(5);
+/// Status of whatever ran in a sandbox that was killed.
+const KILLED: u32 = 137;
+
+/// What a container's later calls need.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Meta {
+    /// `linux.cgroupsPath`: of the container's own cgroup, in which nothing runs.
+    cgroup: String,
+    /// Where the rootfs is mounted.
+    rootfs: Option<PathBuf>,
+    /// Name of its exit.
+    handle: u64,
+    /// It has a terminal, so gVisor has made it already.
+    terminal: bool,
+    /// It was started.
+    started: bool,
+    /// Its gofer.
+    gofer: Option<Identity>,
+}
+
+type Streams = [Option<OwnedFd>; 3];
+
+/// A container, while somebody waits for its end.
+#[derive(Debug)]
+struct Live {
+    exit: watch::Sender<Option<Exit>>,
+    /// Until it starts.
+    streams: Option<Streams>,
+}
+
+/// The containers of one pod.
+pub struct Containers {
+    pod: Arc<Pod>,
+    own: Own,
+    runsc: Arc<Runsc>,
+    cgroups: Arc<Layout>,
+    live: Mutex<BTreeMap<String, Live>>,
+    /// Exits that a recovery has taken up.
+    reattached: Mutex<BTreeSet<u64>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+    let what = what.into();
+    move |error| match error {
+        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
+        other => Error::internal(what, other),
+    }
+}
+
+fn parent_error(what: &str) -> impl FnOnce(sandbox_parent::client::ParentError) -> Error {
+    let what = what.to_owned();
+    move |error| Error::internal(what, error)
+}
+
+/// A failed call, where it is not what was to be expected.
+fn called(what: impl Into<String>) -> impl FnOnce(CallError) -> Error {
+    let what = what.into();
+    move |error| match error {
+        CallError::Gone => Error::NotFound(format!("{what}: {error}")),
+        CallError::Late(_) => Error::DeadlineExceeded(format!("{what}: {error}")),
+        other => Error::internal(what, other),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+}
+
+fn now(status: u32) -> Exit {
+    Exit { status, at: SystemTime::now() }
+}
+
+/// The end for which a connection waits. The answer stays in the socket.
+async fn end_of(connection: Connection) -> Exit {
+    let end = match connection.peek().await {
+        Ok(answer) => now(status(&answer)),
+        Err(CallError::Refused(_)) => now(255),
+        // The sentry has ended, and with it all that ran in it.
+        Err(_) => now(KILLED),
+    };
+    Metrics("gvisor").exit();
+    end
+}
+
+fn save(dir: &Path, meta: &Meta) -> Result<()> {
+    let text =
+        serde_json::to_vec(meta).map_err(|error| Error::internal("write meta.json", error))?;
+    record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(internal("write meta.json"))
+}
+
+impl Containers {
+    /// The containers of `pod`, whose sandbox is `own`.
+    pub fn new(pod: Arc<Pod>, own: Own, runsc: Arc<Runsc>, cgroups: Arc<Layout>) -> Self {
+        let (live, reattached) = (Mutex::default(), Mutex::default());
+        Self { pod, own, runsc, cgroups, live, reattached }
+    }
+
+    fn parent(&self) -> &Parent {
+        self.runsc.parent()
+    }
+
+    fn sentry(&self) -> Sentry {
+        self.runsc.sentry(&self.own.id)
+    }
+
+    fn sentry_pid(&self) -> u32 {
+        // A sandbox that was never recorded has no containers.
+        self.own.sentry.map_or(1, |sentry| sentry.pid)
+    }
+
+    fn meta(&self, id: &str) -> Result<Meta> {
+        let path = self.pod.container(id).join("meta.json");
+        let text = std::fs::read(&path)
+            .map_err(|_| Error::NotFound(format!("container {id} does not exist")))?;
+        serde_json::from_slice(&text)
+            .map_err(|error| Error::internal(format!("read {}", path.display()), error))
+    }
+
+    fn cgroup(&self, id: &str) -> Result<Cgroup> {
+        let meta = self.meta(id)?;
+        self.cgroups.group(&meta.cgroup).map_err(internal(format!("cgroup of container {id}")))
+    }
+
+    /// Where sentry and gofers are.
+    fn root_cgroup(&self) -> Option<Cgroup> {
+        self.cgroups.group(&self.own.cgroup).ok()
+    }
+
+    fn kept(&self, handle: u64) -> String {
+        format!("{}/wait/{handle:016x}", self.pod.id)
+    }
+
+    fn kept_streams(&self, container: &str) -> String {
+        format!("{}/streams/{container}/", self.pod.id)
+    }
+
+    /// Prepares bundle, rootfs and spec; synchronous work in one go.
+    fn prepare(pod: &Pod, own: &Own, request: &CreateContainer, meta: &mut Meta) -> Result<()> {
+        let dir = pod.container(&request.id);
+        record::private_dir(&dir).map_err(internal("make the container's directory"))?;
+        let source = request.bundle.join("config.json");
+        let mut loaded =
+            kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
+        let rootfs = request.bundle.join("rootfs");
+        let mut value = Value::Object(std::mem::take(loaded.value_mut()));
+        meta.cgroup = spec::container(&mut value, pod, own, &request.id, &rootfs)
+            .map_err(Error::InvalidArgument)?;
+        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
+            process.insert("terminal".into(), json!(meta.terminal));
+        }
+        meta.rootfs = (!request.rootfs.is_empty()).then(|| rootfs.clone());
+        save(&dir, meta)?;
+        if !request.rootfs.is_empty() {
+            let begun = Instant::now();
+            let mounts: Vec<Mount> = request
+                .rootfs
+                .iter()
+                .map(|mount| Mount {
+                    kind: mount.kind.clone(),
+                    source: mount.source.clone(),
+                    target: mount.target.clone(),
+                    options: mount.options.clone(),
+                })
+                .collect();
+            kuasar_host::mount::mount_all(&mounts, &rootfs)
+                .map_err(internal("mount the rootfs"))?;
+            Metrics("gvisor").phase("rootfs", begun.elapsed());
+        }
+        let root =
+            value.pointer("/root/path").and_then(Value::as_str).map_or(rootfs.as_path(), Path::new);
+        if !root.is_dir() {
+            return Err(Error::InvalidArgument(format!(
+                "rootfs {} is no directory",
+                root.display()
+            )));
+        }
+        let text =
+            serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
+        record::write_file(&dir.join("config.json"), &text, 0o600)
+            .map_err(internal("write the spec"))
+    }
+
+    async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
+        let handle = Parent::new_cookie();
+        let terminal = matches!(io, ProcessIo::Terminal { .. });
+        let mut meta = Meta { handle, terminal, ..Meta::default() };
+        let (pod, own, wanted) = (self.pod.clone(), self.own.clone(), request.clone());
+        blocking(move || Self::prepare(&pod, &own, &wanted, &mut meta)).await?;
+        let dir = self.pod.container(&request.id);
+        let (streams, terminal) = match io {
+            ProcessIo::Streams { stdin, stdout, stderr } => {
+                let streams = [stdin, stdout, stderr];
+                for (number, stream) in streams.iter().enumerate() {
+                    let Some(stream) = stream else { continue };
+                    let name = format!("{}{number}", self.kept_streams(&request.id));
+                    self.parent()
+                        .keep(&name, stream.as_fd())
+                        .await
+                        .map_err(parent_error("keep the container's streams"))?;
+                }
+                (Some(streams), None)
+            }
+            ProcessIo::Terminal { size } => {
+                let console = Console::listen(&self.pod.dir)?;
+                let begun = Instant::now();
+                self.runsc.create_container(&self.own, &dir, &request.id, console.path()).await?;
+                Metrics("gvisor").phase("engine_create", begun.elapsed());
+                (None, Some(console.master(size)?))
+            }
+        };
+        let exit = self.expect(&request.id, streams);
+        Ok(Spawned { pid: self.sentry_pid(), handle, terminal, exit })
+    }
+
+    /// Enters a container into the table; answers its end.
+    fn expect(&self, id: &str, streams: Option<Streams>) -> BoxFuture<'static, Exit> {
+        let (exit, mut end) = watch::channel(None);
+        lock(&self.live).insert(id.to_owned(), Live { exit, streams });
+        Box::pin(async move {
+            let end = end.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+            end.unwrap_or_else(|| now(KILLED))
+        })
+    }
+
+    /// The container has ended, or never will have run.
+    fn ended(&self, id: &str, exit: Exit) {
+        if let Some(live) = lock(&self.live).get(id) {
+            live.exit.send_if_modified(|end| end.is_none() && end.replace(exit).is_none());
+        }
+    }
+
+    /// The streams of a container that was created and not started.
+    async fn streams(&self, id: &str) -> Result<Streams> {
+        if let Some(streams) = lock(&self.live).get_mut(id).and_then(|live| live.streams.take()) {
+            return Ok(streams);
+        }
+        let mut streams = [None, None, None];
+        for (number, stream) in streams.iter_mut().enumerate() {
+            let name = format!("{}{number}", self.kept_streams(id));
+            *stream = self
+                .parent()
+                .fetch(&name)
+                .await
+                .map_err(parent_error("fetch the container's streams"))?;
+        }
+        Ok(streams)
+    }
+
+    /// From now on the container's end is known, also to a later daemon.
+    async fn follow(&self, id: &str, handle: u64) -> Result<()> {
+        let connection = self.sentry().dial().await.map_err(called("ask for the end"))?;
+        self.parent()
+            .keep(&self.kept(handle), connection.as_fd())
+            .await
+            .map_err(parent_error("keep the connection"))?;
+        Sentry::ask_end(&connection, id).await.map_err(called("ask for the end"))?;
+        self.watch(id, connection);
+        Ok(())
+    }
+
+    fn watch(&self, id: &str, connection: Connection) {
+        let Some(exit) = lock(&self.live).get(id).map(|live| live.exit.clone()) else { return };
+        tokio::spawn(async move {
+            let end = tokio::select! {
+                end = end_of(connection) => end,
+                // The container is deleted.
+                () = exit.closed() => return,
+            };
+            exit.send_if_modified(|known| known.is_none() && known.replace(end).is_none());
+        });
+    }
+
+    /// Undoes a create; errors only slow down who comes later, so they are logged.
+    async fn undo(&self, id: &str) {
+        if let Err(error) = self.delete(id, Path::new("")).await {
+            tracing::warn!(container = id, error = %error.chain(), "cannot clean up after a failed create");
+        }
+    }
+
+    /// An exec of which no journal knows: its daemon died before it could say that it runs.
+    async fn end_unknown(&self, name: &str) {
+        let Ok(Some(fd)) = self.parent().fetch(name).await else { return };
+        let Ok(connection) = Connection::from_fd(fd) else { return };
+        let answer = tokio::time::timeout(Duration::from_millis(10), connection.receive()).await;
+        if let Ok(Ok(answer)) = answer
+            && let Some(pid) = answer.as_u64().and_then(|pid| u32::try_from(pid).ok())
+        {
+            let sentry = self.sentry();
+            for container in self.containers() {
+                let _ = sentry.signal(&container, pid, libc::SIGKILL, Receiver::Process).await;
+            }
+        }
+        let _ = self.parent().forget(name).await;
+    }
+
+    fn containers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.pod.dir.join("containers")).into_iter().flatten();
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|id| id != ROOT)
+            .collect()
+    }
+
+    async fn run_exec(
+        &self,
+        connection: &Connection,
+        container: &str,
+        process: &Map<String, Value>,
+        terminal: bool,
+        streams: [BorrowedFd<'_>; 3],
+    ) -> Result<u32> {
+        let texts = |name: &str| -> Vec<String> {
+            let list = process.get(name).and_then(Value::as_array).into_iter().flatten();
+            list.filter_map(|text| text.as_str().map(str::to_owned)).collect()
+        };
+        let user = |name: &str| {
+            let id = process.get("user").and_then(|user| user.get(name));
+            id.and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok()).unwrap_or(0)
+        };
+        let groups = process.get("user").and_then(|user| user.get("additionalGids"));
+        let groups = groups.and_then(Value::as_array).into_iter().flatten();
+        let exec = Exec {
+            argv: texts("args"),
+            envv: texts("env"),
+            cwd: process.get("cwd").and_then(Value::as_str).unwrap_or("/").to_owned(),
+            uid: user("uid"),
+            gid: user("gid"),
+            groups: groups
+                .filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
+                .collect(),
+            no_new_privileges: process.get("noNewPrivileges") == Some(&Value::Bool(true)),
+            capabilities: spec::capabilities(
+                process,
+                self.own.args.iter().any(|arg| arg == "--net-raw=true" || arg == "--net-raw"),
+            ),
+            terminal,
+            fds: [0, 1, 2],
+            container: container.to_owned(),
+            ..Exec::default()
+        };
+        self.sentry().exec(connection, &exec, streams).await.map_err(|error| match error {
+            CallError::Refused(words) => {
+                let theirs = ["no such file", "permission denied", "not found", "exec format"];
+                let text = format!("OCI runtime exec failed: runsc: {words}");
+                match theirs.iter().any(|part| words.contains(part)) {
+                    true => Error::InvalidArgument(text),
+                    false => Error::FailedPrecondition(text),
+                }
+            }
+            other => called("exec")(other),
+        })
+    }
+}
+
+/// A pty: master and slave.
+fn pty(size: Option<(u16, u16)>) -> Result<(OwnedFd, OwnedFd)> {
+    use std::os::fd::AsRawFd;
+    let wrap = |error: nix::Error| Error::internal("make a terminal", error);
+    let (width, height) = size.unwrap_or_default();
+    let window = libc::winsize { ws_col: width, ws_row: height, ws_xpixel: 0, ws_ypixel: 0 };
+    let made = nix::pty::openpty(size.is_some().then_some(&window), None).map_err(wrap)?;
+    for fd in [&made.master, &made.slave] {
+        // SAFETY: a live descriptor and a flag.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+            return Err(wrap(nix::Error::last()));
+        }
+    }
+    Ok((made.master, made.slave))
+}
+
+#[async_trait]
+impl Runtime for Containers {
+    async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
+        if request.checkpoint.is_some() {
+            return Err(Error::Unimplemented(
+                "a container cannot be restored into a running sandbox: gVisor restores whole \
+                 pods; create it anew"
+                    .into(),
+            ));
+        }
+        let begun = Instant::now();
+        let result = self.create_inner(request, io).await;
+        Metrics("gvisor").phase("container_create", begun.elapsed());
+        if result.is_err() {
+            self.undo(&request.id).await;
+        }
+        result
+    }
+
+    async fn start(&self, container: &str, _pid: u32) -> Result<()> {
+        let mut meta = self.meta(container)?;
+        let dir = self.pod.container(container);
+        let begun = Instant::now();
+        if meta.terminal {
+            self.runsc.start_container(&self.own, &dir, container).await?;
+        } else {
+            let streams = self.streams(container).await?;
+            let [stdin, stdout, stderr] = &streams;
+            let streams = [stdin, stdout, stderr].map(|fd| fd.as_ref().map(AsFd::as_fd));
+            self.runsc.run_container(&self.own, &dir, container, streams).await?;
+        }
+        Metrics("gvisor").phase("engine_start", begun.elapsed());
+        meta.started = true;
+        meta.gofer = self.runsc.gofer(&self.own.id, container);
+        save(&dir, &meta)?;
+        self.follow(container, meta.handle).await?;
+        // The sandbox has them now, and a reader has to see their end when it gives them up.
+        self.parent()
+            .forget(&self.kept_streams(container))
+            .await
+            .map_err(parent_error("give up the container's streams"))?;
+        Metrics("gvisor").phase("container_start", begun.elapsed());
+        Ok(())
+    }
+
+    async fn exec(
+        &self,
+        container: &str,
+        _exec: &str,
+        spec: &[u8],
+        io: ProcessIo,
+    ) -> Result<Spawned> {
+        let begun = Instant::now();
+        let mut process: Map<String, Value> = serde_json::from_slice(spec)
+            .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
+        plain_process(&mut process).map_err(Error::InvalidArgument)?;
+        let null = || {
+            let file = std::fs::File::options().read(true).write(true).open("/dev/null");
+            file.map(OwnedFd::from).map_err(|error| Error::internal("open /dev/null", error))
+        };
+        let (streams, terminal) = match io {
+            ProcessIo::Streams { stdin, stdout, stderr } => {
+                let or_null = |stream: Option<OwnedFd>| stream.map_or_else(null, Ok);
+                ([or_null(stdin)?, or_null(stdout)?, or_null(stderr)?], None)
+            }
+            ProcessIo::Terminal { size } => {
+                let (master, slave) = pty(size)?;
+                let again =
+                    || slave.try_clone().map_err(|error| Error::internal("make a terminal", error));
+                ([again()?, again()?, slave], Some(master))
+            }
+        };
+        let handle = Parent::new_cookie();
+        let connection = self.sentry().dial().await.map_err(called("exec"))?;
+        let name = self.kept(handle);
+        // First of all: whoever comes after us finds out what was begun.
+        self.parent()
+            .keep(&name, connection.as_fd())
+            .await
+            .map_err(parent_error("keep the connection"))?;
+        let [stdin, stdout, stderr] = &streams;
+        let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+        let run = async {
+            let pid =
+                self.run_exec(&connection, container, &process, terminal.is_some(), fds).await?;
+            Sentry::ask_end_of_exec(&connection, container, pid).await.map_err(called("exec"))?;
+            Ok::<_, Error>(pid)
+        };
+        let pid = match run.await {
+            Ok(pid) => pid,
+            Err(error) => {
+                let _ = self.parent().forget(&name).await;
+                return Err(error);
+            }
+        };
+        Metrics("gvisor").phase("engine_exec", begun.elapsed());
+        Ok(Spawned { pid, handle, terminal, exit: Box::pin(end_of(connection)) })
+    }
+
+    async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
+        let id = &process.container;
+        let meta = self.meta(id)?;
+        if !meta.started && process.exec.is_empty() {
+            // Nothing runs that could take a signal; those that end a process end it.
+            if matches!(signal, libc::SIGKILL | libc::SIGTERM | libc::SIGINT | libc::SIGQUIT) {
+                self.ended(id, now(128 + signal as u32));
+            }
+            return Ok(());
+        }
+        let gone = |words: &dyn std::fmt::Display| {
+            Error::NotFound(format!("process of container {id} has ended: {words}"))
+        };
+        let sentry = self.sentry();
+        let pid = if process.exec.is_empty() { 0 } else { process.pid };
+        let sent = match (signal, all) {
+            (0, _) => sentry.processes(id).await.and_then(|pids| match pids.is_empty() {
+                true => Err(CallError::Refused("no process".into())),
+                false => Ok(()),
+            }),
+            (_, true) => sentry.signal(id, 0, signal, Receiver::All).await,
+            (_, false) => sentry.signal(id, pid, signal, Receiver::Process).await,
+        };
+        match sent {
+            Ok(()) => Ok(()),
+            Err(CallError::Refused(words)) if words.contains("invalid argument") => {
+                Err(Error::InvalidArgument(format!("unknown signal {signal}")))
+            }
+            Err(CallError::Refused(words)) => Err(gone(&words)),
+            Err(error @ CallError::Gone) => Err(gone(&error)),
+            Err(other) => Err(called("signal the process")(other)),
+        }
+    }
+
+    async fn resized(&self, process: &ProcessRef) {
+        let pid = if process.exec.is_empty() { 0 } else { process.pid };
+        let sentry = self.sentry();
+        // A sandbox reads the size from the host's terminal, and tells nobody by itself.
+        if let Err(error) =
+            sentry.signal(&process.container, pid, libc::SIGWINCH, Receiver::Foreground).await
+        {
+            tracing::debug!(container = process.container, %error, "the new size is not told");
+        }
+    }
+
+    async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
+        let dir = self.pod.container(container);
+        // Whoever waits still, of a container that never started, is told.
+        self.ended(container, now(KILLED));
+        lock(&self.live).remove(container);
+        if !dir.exists() {
+            return Ok(());
+        }
+        self.parent()
+            .forget(&self.kept_streams(container))
+            .await
+            .map_err(parent_error("give up the container's streams"))?;
+        match self.sentry().destroy(container).await {
+            Ok(()) | Err(CallError::Gone | CallError::Refused(_)) => {}
+            Err(other) => return Err(called("end the container")(other)),
+        }
+        let meta = self.meta(container).ok();
+        let gofer = meta.as_ref().and_then(|meta| meta.gofer);
+        let gofer = gofer.or_else(|| self.runsc.gofer(&self.own.id, container));
+        let handle = meta.as_ref().map(|meta| meta.handle);
+        let (runsc, sandbox, id) = (self.runsc.clone(), self.own.id.clone(), container.to_owned());
+        let cgroup = meta.as_ref().and_then(|meta| self.cgroups.group(&meta.cgroup).ok());
+        blocking(move || {
+            if let Some(pidfd) = gofer.and_then(Identity::open) {
+                // It holds the rootfs, and ends by itself when the sandbox lets it go.
+                if !process::pidfd_ended(pidfd.as_fd(), GOFER).unwrap_or(true) {
+                    let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+                    let _ = process::pidfd_ended(pidfd.as_fd(), GOFER);
+                }
+            }
+            runsc.forget(&sandbox, Some(&id));
+            if let Some(cgroup) = &cgroup {
+                cgroup.remove(CGROUP_DEADLINE).map_err(internal("remove the cgroup"))?;
+            }
+            if let Some(rootfs) = meta.and_then(|meta| meta.rootfs) {
+                kuasar_host::mount::unmount_below(&rootfs)
+                    .map_err(internal("unmount the rootfs"))?;
+            }
+            match std::fs::remove_dir_all(&dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(Error::internal(format!("remove {}", dir.display()), error))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await?;
+        if let Some(handle) = handle {
+            let _ = self.parent().forget(&self.kept(handle)).await;
+        }
+        Ok(())
+    }
+
+    async fn pids(&self, container: &str) -> Result<Vec<u32>> {
+        self.meta(container)?;
+        let pids = self.sentry().processes(container).await.unwrap_or_default();
+        // containerd takes an empty list for a leaked shim.
+        Ok(if pids.is_empty() { vec![self.sentry_pid()] } else { pids })
+    }
+
+    async fn pause(&self, container: &str) -> Result<()> {
+        self.meta(container)?;
+        self.sentry().pause().await.map_err(called("pause the sandbox"))
+    }
+
+    async fn resume(&self, container: &str) -> Result<()> {
+        self.meta(container)?;
+        self.sentry().resume().await.map_err(called("resume the sandbox"))
+    }
+
+    async fn checkpoint(
+        &self,
+        container: &str,
+        path: &Path,
+        _options: Option<AnyMessage>,
+    ) -> Result<()> {
+        self.meta(container)?;
+        let image =
+            path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
+        let words = ["checkpoint", "--leave-running", "--image-path", image, self.own.id.as_str()];
+        let words = words.iter().map(|word| (*word).to_owned()).collect();
+        let dir = self.pod.container(container);
+        Ok(self.runsc.command(&self.own, &dir, words).await?)
+    }
+
+    async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
+        let cgroup = self.cgroup(container)?;
+        let resources = resources.to_vec();
+        blocking(move || cgroup.update(&resources).map_err(internal("update resources"))).await
+    }
+
+    async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {
+        let cgroup = self.cgroup(container)?;
+        // Between exit and delete nobody answers for the container.
+        let usage = self.sentry().usage(container).await.unwrap_or_default();
+        let root = self.root_cgroup();
+        let id = container.to_owned();
+        blocking(move || Ok(stats::message(&cgroup, root.as_ref(), &usage, &id, flavor))).await
+    }
+
+    async fn oom_watch(&self, _container: &str) -> Option<OwnedFd> {
+        self.root_cgroup()?.oom_watch()
+    }
+
+    fn oom_kills(&self, _container: &str) -> u64 {
+        self.root_cgroup().map(|cgroup| cgroup.oom_kills()).unwrap_or_default()
+    }
+
+    async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>> {
+        lock(&self.reattached).insert(process.handle);
+        let kept = self
+            .parent()
+            .fetch(&self.kept(process.handle))
+            .await
+            .map_err(parent_error("fetch the connection"))?;
+        let connection = kept.map(Connection::from_fd).transpose();
+        let connection = connection.map_err(called("take the connection up"))?;
+        if !process.exec.is_empty() {
+            return Ok(connection
+                .map(|connection| -> BoxFuture<'static, Exit> { Box::pin(end_of(connection)) }));
+        }
+        let id = &process.container;
+        let Ok(meta) = self.meta(id) else { return Ok(None) };
+        let end = self.expect(id, None);
+        match connection {
+            Some(connection) => self.watch(id, connection),
+            // Started, and the daemon died before it could ask.
+            None if meta.started => match self.follow(id, meta.handle).await {
+                Ok(()) => {}
+                Err(_) => return Ok(None),
+            },
+            // It waits for its start, as long as there is a sandbox.
+            None if self.sentry().dial().await.is_err() => return Ok(None),
+            None => {}
+        }
+        Ok(Some(end))
+    }
+
+    async fn existing(&self) -> Vec<String> {
+        let prefix = format!("{}/wait/", self.pod.id);
+        let taken = std::mem::take(&mut *lock(&self.reattached));
+        let mut known: BTreeSet<String> = taken.iter().map(|handle| self.kept(*handle)).collect();
+        let containers = self.containers();
+        let metas = containers.iter().filter_map(|id| self.meta(id).ok());
+        known.extend(metas.map(|meta| self.kept(meta.handle)));
+        for name in self.parent().kept().await.unwrap_or_default() {
+            if name.starts_with(&prefix) && !known.contains(&name) {
+                self.end_unknown(&name).await;
+            }
+        }
+        containers
+    }
+
+    async fn exit_recorded(&self, process: &ProcessRef) {
+        let _ = self.parent().forget(&self.kept(process.handle)).await;
+    }
+}
