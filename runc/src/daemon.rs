@@ -27,7 +27,7 @@ pub async fn run(
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let config = shared.clone();
     let make = |parts: &resident::Parts| {
-        let engines = Engines::new(parts.parent.clone(), exe.path(), config.clone());
+        let engines = Engines::new(parts.parent.clone(), exe.path(), &dir, config.clone());
         Ok(RuncSandboxer::new(config.clone(), parts, engines, cgroups, dir))
     };
     let reload = move || {

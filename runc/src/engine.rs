@@ -23,6 +23,13 @@ use crate::spec::Descriptors;
 const FIRST_FD: RawFd = 3;
 /// Name of the built-in engine in the configuration.
 pub const BUILTIN: &str = "builtin";
+/// Name of the built-in engine without its own way of making containers: to compare the two.
+pub const LIBCONTAINER: &str = "libcontainer";
+
+/// Whether an engine of this name is built in.
+pub fn is_builtin(name: &str) -> bool {
+    matches!(name, BUILTIN | LIBCONTAINER)
+}
 
 /// One engine of the configuration.
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
@@ -61,6 +68,8 @@ impl Default for Limits {
 pub struct Engines {
     parent: Parent,
     builtin: String,
+    /// Where the built-in engine keeps compiled seccomp profiles.
+    cache: PathBuf,
     config: Arc<RwLock<Arc<Config>>>,
     warmer: OnceLock<Warmer>,
 }
@@ -93,9 +102,14 @@ pub struct Left {
 
 impl Engines {
     /// The engines of this configuration, as it is at each call; `builtin` is the path of our own
-    /// program for sandbox-parent (see [`crate::selfexe`]).
-    pub fn new(parent: Parent, builtin: String, config: Arc<RwLock<Arc<Config>>>) -> Self {
-        Self { parent, builtin, config, warmer: OnceLock::new() }
+    /// program for sandbox-parent (see [`crate::selfexe`]), `dir` the daemon's state directory.
+    pub fn new(
+        parent: Parent,
+        builtin: String,
+        dir: &Path,
+        config: Arc<RwLock<Arc<Config>>>,
+    ) -> Self {
+        Self { parent, builtin, cache: dir.join("seccomp"), config, warmer: OnceLock::new() }
     }
 
     /// Processes are about to be moved into cgroups: see [`Warmer`].
@@ -116,7 +130,7 @@ impl Engines {
 
     /// The engine with this name; otherwise the text names those that there are.
     pub fn get(self: &Arc<Self>, name: &str) -> std::result::Result<Engine, String> {
-        if name == BUILTIN {
+        if is_builtin(name) {
             return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
         }
         let all = self.config();
@@ -166,6 +180,9 @@ impl Engine {
         passed: &[BorrowedFd<'_>],
     ) -> Result<Left> {
         let mut words = vec!["create".to_owned(), "--bundle".into(), text(dir)?];
+        if self.is_builtin() {
+            words.extend(["--seccomp-cache".into(), text(&self.all.cache)?]);
+        }
         let pid_file = dir.join("init.pid");
         self.process(&mut words, streams, &pid_file)?;
         words.push(id.into());
@@ -270,7 +287,13 @@ impl Engine {
         let log = dir.join("engine.log");
         let _ = std::fs::remove_file(&log);
         let mut argv = match &self.cli {
-            None => vec![self.all.builtin.clone(), "oci".into()],
+            None => {
+                let mut argv = vec![self.all.builtin.clone(), "oci".into()];
+                if self.name == LIBCONTAINER {
+                    argv.push("--libcontainer".into());
+                }
+                argv
+            }
             Some(cli) => {
                 let mut argv = vec![text(&cli.path)?];
                 argv.extend(cli.args.iter().cloned());

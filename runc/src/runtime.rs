@@ -110,7 +110,7 @@ impl Containers {
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-    ) -> Result<(Meta, Vec<i32>, Option<Value>)> {
+    ) -> Result<(Meta, Vec<i32>)> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
             .map_err(internal("make the container's directory"))?;
@@ -169,9 +169,7 @@ impl Containers {
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
         record::write_file(&dir.join("config.json"), &text, 0o600)
             .map_err(internal("write the spec"))?;
-        // On cgroup v2 the built-in engine enforces no device rules.
-        let devices = value.pointer_mut("/linux/resources/devices").map(Value::take);
-        Ok((meta, passed, devices.filter(|_| engine.is_builtin())))
+        Ok((meta, passed))
     }
 
     /// Undoes a create; errors only slow down who comes later, so they are logged.
@@ -187,7 +185,7 @@ impl Containers {
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let engine_too = engine.clone();
-        let (mut meta, passed, devices) =
+        let (mut meta, passed) =
             blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal)).await?;
         let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
@@ -209,12 +207,6 @@ impl Containers {
         kuasar_daemon::metrics::observe("engine_create", begun.elapsed());
         meta.pid = left.pid;
         save(&dir, &meta)?;
-        if let Some(devices) = devices {
-            // Before the container's program runs: its init process waits for `start`.
-            self.cgroup(&request.id)?
-                .restrict_devices(&devices)
-                .map_err(internal("restrict the container's devices"))?;
-        }
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
     }
@@ -326,19 +318,23 @@ impl Runtime for Containers {
                 "restoring from a checkpoint is not supported; create the container anew".into(),
             ));
         }
+        let begun = Instant::now();
         let result = self.create_inner(request, io).await;
         if result.is_err() {
             self.undo(&request.id).await;
         }
+        kuasar_daemon::metrics::observe("task_create", begun.elapsed());
         result
     }
 
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
+        let called = Instant::now();
         let meta = self.meta(container)?;
         let begun = Instant::now();
         let engine = self.engine(&meta.engine)?;
         engine.start(&self.pod.container(container), container, meta.hooks).await?;
         kuasar_daemon::metrics::observe("engine_start", begun.elapsed());
+        kuasar_daemon::metrics::observe("task_start", called.elapsed());
         Ok(())
     }
 

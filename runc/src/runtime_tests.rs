@@ -44,6 +44,7 @@ async fn bed(engine: &str) -> Option<Bed> {
     let engines = Arc::new(Engines::new(
         parent.clone(),
         program.to_str().unwrap().into(),
+        dir.path(),
         Arc::new(std::sync::RwLock::new(Arc::new(Config::default()))),
     ));
     if let Err(reason) = engines.get(engine) {
