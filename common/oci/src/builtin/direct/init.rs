@@ -12,7 +12,7 @@ use nix::sched::CloneFlags;
 use super::plan::Plan;
 use super::seccomp::Filter;
 use super::{privileges, rootfs, sys};
-use crate::oci::{console, payload};
+use crate::builtin::{console, payload};
 
 /// What the creating process has prepared.
 pub struct Prepared {

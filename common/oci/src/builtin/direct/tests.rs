@@ -46,7 +46,7 @@ fn with(name: &str, test: impl FnOnce(Container) + Send) {
 
 fn program() -> PathBuf {
     let exe = std::env::current_exe().unwrap();
-    exe.parent().unwrap().parent().unwrap().join("runc-sandboxer")
+    exe.parent().unwrap().parent().unwrap().join("examples/kuasar-oci")
 }
 
 fn spec(rootfs: &Path, id: &str) -> Value {
@@ -95,7 +95,7 @@ impl Container {
 
     fn oci(&self, words: &[&str]) -> Command {
         let mut command = Command::new(program());
-        command.args(["oci", "--root"]).arg(self.path("state")).arg("--log").arg(self.path("log"));
+        command.arg("--root").arg(self.path("state")).arg("--log").arg(self.path("log"));
         command.args(words).stdin(Stdio::null());
         command
     }
@@ -187,7 +187,7 @@ fn a_process_is_what_its_spec_says() {
              cat /proc/self/oom_score_adj /proc/sys/net/ipv4/ip_default_ttl /proc/sys/kernel/shmmni
              grep -E '^(Cap|NoNewPrivs|Seccomp:|SigIgn)' /proc/$$/status; ls /proc/$$/fd | wc -w
              mkdir /tmp/never || echo denied; cat /proc/self/cgroup | grep -v ':/$' || echo own cgroups
-             grep -c . /proc/self/mountinfo >/dev/null && readlink /proc/$$/exe | grep -c runc-sandboxer",
+             readlink /proc/$$/exe | grep -c kuasar",
         );
         let lines: Vec<&str> = text.lines().collect();
         let (head, rest) = lines.split_at(13);

@@ -72,8 +72,8 @@ pub struct Exec {
     pub console_socket: Option<PathBuf>,
 }
 
-const USAGE: &str = "usage: runc-sandboxer oci --root DIR [--log FILE] [--libcontainer] \
-    create --bundle DIR [--seccomp-cache DIR] [--pid-file F] [--console-socket S] [--preserve-fds N] ID | \
+const USAGE: &str = "usage: [oci] --root DIR [--log FILE] [--libcontainer] [--seccomp-cache DIR] \
+    create --bundle DIR [--pid-file F] [--console-socket S] [--preserve-fds N] ID | \
     exec --process F [--pid-file F] [--console-socket S] ID | start ID | kill ID [SIGNAL] | \
     delete [--force] ID | state ID";
 
@@ -83,7 +83,7 @@ impl Args {
         let mut words = Words(arguments.into_iter());
         let mut root = PathBuf::from("/run/kuasar-oci");
         let mut log = None;
-        let (mut systemd, mut libcontainer) = (false, false);
+        let (mut systemd, mut libcontainer, mut cache) = (false, false, None);
         let name = loop {
             let (word, inline) = words.option()?;
             match word.as_str() {
@@ -92,6 +92,7 @@ impl Args {
                 "--log-format" => drop(words.value(&word, inline)?),
                 "--systemd-cgroup" => systemd = true,
                 "--libcontainer" => libcontainer = true,
+                "--seccomp-cache" => cache = Some(words.value(&word, inline)?.into()),
                 "--debug" => {}
                 other if other.starts_with('-') => {
                     return Err(Error::Usage(format!("unknown option {other}; {USAGE}")));
@@ -99,7 +100,7 @@ impl Args {
                 _ => break word,
             }
         };
-        let mut create = Create { systemd, libcontainer, ..Create::default() };
+        let mut create = Create { systemd, libcontainer, cache, ..Create::default() };
         let mut exec = Exec::default();
         let (mut all, mut force) = (false, false);
         let mut rest = Vec::new();
@@ -111,9 +112,6 @@ impl Args {
                 }
                 ("create", "--console-socket") => {
                     create.console_socket = Some(words.value(&word, inline)?.into());
-                }
-                ("create", "--seccomp-cache") => {
-                    create.cache = Some(words.value(&word, inline)?.into());
                 }
                 ("create", "--preserve-fds") => {
                     let text = words.value(&word, inline)?;
