@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::CommonConfig;
-use kuasar_oci::engine::{BUILTIN, EngineConfig, Limits, Settings};
+use kuasar_oci::engine::{BUILTIN, EngineConfig, LIBCONTAINER, Limits, Settings, is_builtin};
 use serde::{Deserialize, Deserializer};
 
 /// Annotation by which a pod chooses its engine, where the configuration allows it.
@@ -16,7 +16,8 @@ pub const ENGINE_ANNOTATION: &str = "io.kuasar.runc.engine";
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Engine of pods that choose none: `builtin`, or a name of `[engines]`.
+    /// Engine of pods that choose none: `builtin`, `libcontainer` (the built-in one without its own
+    /// way of making containers), or a name of `[engines]`.
     pub engine: String,
     /// Command-line engines by name. `runc` and `crun` are there unless they are given.
     #[serde(deserialize_with = "engines")]
@@ -96,7 +97,7 @@ impl Config {
 
     /// What is wrong with it, in words that name the key.
     pub fn check(&self) -> Result<(), String> {
-        let known = |name: &str| name == BUILTIN || self.engines.contains_key(name);
+        let known = |name: &str| is_builtin(name) || self.engines.contains_key(name);
         if !known(&self.engine) {
             return Err(format!("engine = {:?} is neither builtin nor in [engines]", self.engine));
         }
@@ -107,8 +108,9 @@ impl Config {
                 ));
             }
         }
-        if self.engines.contains_key(BUILTIN) {
-            return Err("engines.builtin: this name is the built-in engine's".into());
+        if let Some(name) = [BUILTIN, LIBCONTAINER].iter().find(|n| self.engines.contains_key(**n))
+        {
+            return Err(format!("engines.{name}: this name is the built-in engine's"));
         }
         if !self.engines.contains_key(&self.userns_engine) {
             return Err(format!("userns_engine = {:?} is not in [engines]", self.userns_engine));
@@ -148,7 +150,7 @@ impl Config {
         has_userns: bool,
     ) -> &'a str {
         match self.chosen(runtime, annotations) {
-            BUILTIN if has_userns => &self.userns_engine,
+            name if has_userns && is_builtin(name) => &self.userns_engine,
             name => name,
         }
     }
@@ -190,6 +192,10 @@ mod tests {
         );
         assert_eq!(config.engine_of("other", &HashMap::new(), false), "builtin");
         assert_eq!(config.engine_of("other", &HashMap::new(), true), "runc");
+        let config: Config = toml::from_str("engine = 'libcontainer'").unwrap();
+        config.check().unwrap();
+        assert_eq!(config.engine_of("other", &HashMap::new(), false), "libcontainer");
+        assert_eq!(config.engine_of("other", &HashMap::new(), true), "runc");
     }
 
     #[test]
@@ -208,6 +214,7 @@ mod tests {
         let check = |text: &str| toml::from_str::<Config>(text).unwrap().check().unwrap_err();
         assert!(check("engine = \"podman\"").contains("podman"));
         assert!(check("engine_timeouts = { create = '0s' }").contains("engine_timeouts.create"));
+        assert!(check("[engines.libcontainer]\npath = '/x'").contains("engines.libcontainer"));
         assert!(toml::from_str::<Config>("engin = 1").is_err());
     }
 }

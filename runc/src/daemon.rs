@@ -31,7 +31,9 @@ pub async fn run(
     let config = Live::new(config);
     let make = {
         let (config, settings) = (config.clone(), settings.clone());
-        let builtin = Some(vec![exe.path(), "oci".to_owned()]);
+        let kept = dir.join("seccomp").into_os_string().into_string();
+        let kept = kept.map_err(|_| anyhow::anyhow!("the state directory is not UTF-8"))?;
+        let builtin = Some(vec![exe.path(), "oci".into(), "--seccomp-cache".into(), kept]);
         move |parts: &resident::Parts| {
             let engines = Arc::new(Engines::new(Backend {
                 builtin,

@@ -1,15 +1,15 @@
-//! Every engine keeps the same promises: the built-in one, runc and crun.
+//! Every engine keeps the same promises: the built-in one in its two ways, runc and crun.
 
 use std::sync::OnceLock;
 
 use kuasar_tests::cri::*;
 use kuasar_tests::wire::{Bundle, Direct};
-use kuasar_tests::{cri, handler, ours, skip};
+use kuasar_tests::{bed, cri, handler, ours, skip};
 
 /// The engines that run here; why another one does not is noted, and counted once for each test.
 pub fn available() -> Vec<&'static str> {
     static CRUN: OnceLock<Result<(), String>> = OnceLock::new();
-    let mut all = vec!["builtin", "runc"];
+    let mut all = vec!["builtin", "libcontainer", "runc"];
     let crun = CRUN.get_or_init(|| {
         Direct::run_on("probe", "crun")
             .run_to_end(&Bundle::new(&["true"]))
@@ -64,6 +64,25 @@ fn every_engine_runs_a_container() {
             (c.logged("stdout"), c.logged("stderr")),
             (b"out\n".to_vec(), b"err\n".to_vec())
         );
+    });
+}
+
+/// What the built-in engine is for: the containers that containerd asks for every day are made by
+/// itself, and libcontainer is not needed.
+#[test]
+fn the_builtin_engine_makes_usual_containers_itself() {
+    each("direct", |engine, pod| {
+        if !matches!(engine, "builtin" | "libcontainer") {
+            return;
+        }
+        let plain = pod.start(&["sleep", "1000"]);
+        let terminal = pod.start_with(&["sleep", "1000"], |c| c.tty = true);
+        for container in [&plain, &terminal] {
+            let below = format!("run/kuasar-runc/sandboxes/{}/containers", pod.id);
+            let state = bed().join(below).join(&container.id).join("engine").join(&container.id);
+            let text = std::fs::read_to_string(state.join("state.json")).unwrap();
+            assert_eq!(text.contains("\"engine\":\"direct\""), engine == "builtin", "{text}");
+        }
     });
 }
 

@@ -109,10 +109,6 @@ fn a_volume_is_propagated_as_it_says() {
     inside(&["umount", &late]);
     inside(&["umount", &at]);
     assert!(slave, "a mount of the host reaches a volume that asks for it");
-    if private && handler() == "kuasar-runc" {
-        // libcontainer 0.7 gives every bind mount the propagation of the container's root.
-        return skip("the built-in engine: a private volume beside one that is propagated");
-    }
     assert!(!private, "and no other");
 }
 

@@ -26,6 +26,13 @@ use crate::spec::Descriptors;
 const FIRST_FD: RawFd = 3;
 /// Name of the built-in engine in the configuration.
 pub const BUILTIN: &str = "builtin";
+/// Name of the built-in engine without its own way of making containers: to compare the two.
+pub const LIBCONTAINER: &str = "libcontainer";
+
+/// Whether an engine of this name is built in.
+pub fn is_builtin(name: &str) -> bool {
+    matches!(name, BUILTIN | LIBCONTAINER)
+}
 
 /// One engine of the configuration.
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
@@ -62,7 +69,7 @@ impl Default for Limits {
 /// What a daemon's configuration says of engines.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Command-line engines by name; none is called [`BUILTIN`].
+    /// Command-line engines by name; none has one of the built-in engine's ([`is_builtin`]).
     pub engines: BTreeMap<String, EngineConfig>,
     /// How long an engine may take.
     pub timeouts: Limits,
@@ -171,7 +178,7 @@ impl Engines {
     /// The engine with this name; otherwise the text names those that there are.
     pub fn get(self: &Arc<Self>, name: &str) -> std::result::Result<Engine, String> {
         let builtin = self.backend.builtin.as_ref();
-        if name == BUILTIN && builtin.is_some() {
+        if is_builtin(name) && builtin.is_some() {
             return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
         }
         let all = self.backend.settings.get();
@@ -323,7 +330,13 @@ impl Engine {
         let _ = std::fs::remove_file(&log);
         let mut argv = match &self.cli {
             // An engine without a command line is only made where there is a built-in one.
-            None => self.all.backend.builtin.clone().unwrap_or_default(),
+            None => {
+                let mut argv = self.all.backend.builtin.clone().unwrap_or_default();
+                if self.name == LIBCONTAINER {
+                    argv.push("--libcontainer".into());
+                }
+                argv
+            }
             Some(cli) => {
                 let mut argv = vec![text(&cli.path)?];
                 argv.extend(cli.args.iter().cloned());

@@ -18,7 +18,7 @@ use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
-use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::cgroup::Layout;
 use kuasar_host::mount::{IdMap, Mount};
 use kuasar_host::{process, record};
 use serde::{Deserialize, Serialize};
@@ -97,11 +97,6 @@ impl Containers {
             .map_err(|error| Error::internal(format!("read {}", path.display()), error))
     }
 
-    fn cgroup(&self, id: &str) -> Result<Cgroup> {
-        let meta = self.meta(id)?;
-        self.cgroups.group(&meta.cgroup).map_err(internal(format!("cgroup of container {id}")))
-    }
-
     fn target<'a>(&'a self, id: &'a str, dir: &'a Path, meta: &'a Meta) -> Target<'a> {
         Target {
             id,
@@ -152,7 +147,7 @@ impl Containers {
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-    ) -> Result<(Meta, Vec<i32>, Option<Value>)> {
+    ) -> Result<(Meta, Vec<i32>)> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
             .map_err(internal("make the container's directory"))?;
@@ -211,9 +206,7 @@ impl Containers {
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
         record::write_file(&dir.join("config.json"), &text, 0o600)
             .map_err(internal("write the spec"))?;
-        // On cgroup v2 the built-in engine enforces no device rules.
-        let devices = value.pointer_mut("/linux/resources/devices").map(Value::take);
-        Ok((meta, passed, devices.filter(|_| engine.is_builtin())))
+        Ok((meta, passed))
     }
 
     /// Undoes a create; errors only slow down who comes later, so they are logged.
@@ -229,7 +222,7 @@ impl Containers {
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let (engine_too, observer) = (engine.clone(), self.observer().clone());
-        let (mut meta, passed, devices) = blocking(move || {
+        let (mut meta, passed) = blocking(move || {
             Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal)
         })
         .await?;
@@ -253,12 +246,6 @@ impl Containers {
         self.observer().phase("engine_create", begun.elapsed());
         meta.pid = left.pid;
         save(&dir, &meta)?;
-        if let Some(devices) = devices {
-            // Before the container's program runs: its init process waits for `start`.
-            self.cgroup(&request.id)?
-                .restrict_devices(&devices)
-                .map_err(internal("restrict the container's devices"))?;
-        }
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
     }
@@ -350,19 +337,23 @@ impl Runtime for Containers {
                 "restoring from a checkpoint is not supported; create the container anew".into(),
             ));
         }
+        let begun = Instant::now();
         let result = self.create_inner(request, io).await;
         if result.is_err() {
             self.undo(&request.id).await;
         }
+        self.observer().phase("task_create", begun.elapsed());
         result
     }
 
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
+        let called = Instant::now();
         let meta = self.meta(container)?;
         let begun = Instant::now();
         let engine = self.engine(&meta.engine)?;
         engine.start(&self.pod.container(container), container, meta.hooks).await?;
         self.observer().phase("engine_start", begun.elapsed());
+        self.observer().phase("task_start", called.elapsed());
         Ok(())
     }
 

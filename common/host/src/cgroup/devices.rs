@@ -1,5 +1,5 @@
-//! Device rules on cgroup v2: a BPF program of type `cgroup_device` (Linux 4.15) attached to the
-//! group. v1 has files for them (`devices.allow`), which engines write themselves.
+//! Device rules. On cgroup v2 they are a BPF program of type `cgroup_device` (Linux 4.15) attached
+//! to the group; v1 has the files `devices.allow` and `devices.deny`.
 //!
 //! The rules of an OCI spec are a list in which the last match wins. The program looks at them
 //! from the last to the first and ends at the first that matches; what nothing matches is denied.
@@ -228,7 +228,53 @@ fn attach(directory: &Path, rules: &[Rule]) -> io::Result<()> {
         .map(drop)
 }
 
+impl Rule {
+    /// The lines that say the same to v1, where each changes what the lines before have left.
+    fn lines(&self) -> Vec<String> {
+        if self.kind.is_none()
+            && self.major.is_none()
+            && self.minor.is_none()
+            && self.access == READ | WRITE | MKNOD
+        {
+            return vec!["a".into()];
+        }
+        let number = |n: Option<u32>| n.map_or_else(|| "*".into(), |n| n.to_string());
+        let letters: String = [(READ, 'r'), (WRITE, 'w'), (MKNOD, 'm')]
+            .iter()
+            .filter(|(bit, _)| self.access & bit != 0)
+            .map(|(_, letter)| *letter)
+            .collect();
+        // To v1 `a` is everything, whatever stands behind it.
+        [(BLOCK, 'b'), (CHAR, 'c')]
+            .iter()
+            .filter(|(kind, _)| self.kind.is_none_or(|k| k == *kind))
+            .map(|(_, letter)| {
+                format!("{letter} {}:{} {letters}", number(self.major), number(self.minor))
+            })
+            .collect()
+    }
+}
+
 impl Cgroup {
+    /// Puts device rules on a new group that has no processes and no groups below it: v1 and v2.
+    ///
+    /// # Errors
+    /// As [`Self::restrict_devices`].
+    pub fn set_devices(&self, devices: &Value) -> Result<()> {
+        if self.layout().is_v2() {
+            return self.restrict_devices(devices);
+        }
+        let rules = Rule::list(devices)?;
+        let Some(dir) = self.dir("devices").filter(|dir| dir.is_dir()) else { return Ok(()) };
+        for rule in &rules {
+            let file = if rule.allow { "devices.allow" } else { "devices.deny" };
+            for line in rule.lines() {
+                super::write(&dir, file, &line)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Enforces device rules on v2; the program lives as long as the group. On v1 nothing is done:
     /// there the engine has written them.
     ///
@@ -267,6 +313,17 @@ mod tests {
         ] {
             assert!(list(bad.clone()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn rules_as_v1_has_them() {
+        let rules = Rule::list(&json!([
+            { "allow": false, "access": "rwm" },
+            { "allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw" },
+            { "allow": true, "major": 9, "access": "m" },
+        ]));
+        let lines: Vec<_> = rules.unwrap().iter().flat_map(Rule::lines).collect();
+        assert_eq!(lines, ["a", "c 1:3 rw", "b 9:* m", "c 9:* m"]);
     }
 
     /// A group of the unified hierarchy, removed at the end.

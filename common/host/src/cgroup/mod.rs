@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::{Context, Error, Result};
 
+pub use devices::Rule as DeviceRule;
 pub use oom::OomWatch;
 pub use stats::{V1_TYPE, V2_TYPE};
 pub use warm::Warmer;
@@ -60,6 +61,43 @@ impl Layout {
         let text =
             fs::read_to_string("/proc/self/mountinfo").context(|| "cannot read mountinfo")?;
         Self::parse(&text)
+    }
+
+    /// As [`Self::detect`], without reading mountinfo where the hierarchies are where nearly every
+    /// host has them: `/sys/fs/cgroup` itself, or one directory per line of `/proc/self/cgroup`
+    /// below it. mountinfo has a line for each mount of the host, that is for each container; a
+    /// program that runs once per container would get slower with each.
+    ///
+    /// # Errors
+    /// As [`Self::detect`].
+    pub fn detect_usual() -> Result<Self> {
+        match Self::usual(Path::new("/sys/fs/cgroup")) {
+            Some(layout) => Ok(layout),
+            None => Self::detect(),
+        }
+    }
+
+    fn usual(root: &Path) -> Option<Self> {
+        use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
+        let kind = |at: &Path| statfs(at).ok().map(|fs| fs.filesystem_type());
+        if kind(root)? == CGROUP2_SUPER_MAGIC {
+            return Some(Self::V2(root.to_owned()));
+        }
+        let mut v1 = BTreeMap::new();
+        for line in fs::read_to_string("/proc/self/cgroup").ok()?.lines() {
+            let controllers = line.split(':').nth(1)?;
+            if controllers.is_empty() {
+                continue;
+            }
+            let at = root.join(controllers.strip_prefix("name=").unwrap_or(controllers));
+            if kind(&at)? != CGROUP_SUPER_MAGIC {
+                return None;
+            }
+            for name in controllers.split(',') {
+                v1.insert(name.strip_prefix("name=").unwrap_or(name).to_owned(), at.clone());
+            }
+        }
+        (!v1.is_empty()).then_some(Self::V1(v1))
     }
 
     fn parse(mountinfo: &str) -> Result<Self> {
@@ -161,7 +199,8 @@ impl Cgroup {
         }
     }
 
-    fn dirs(&self) -> Vec<PathBuf> {
+    /// The group's directory in every hierarchy, each once; they need not exist.
+    pub fn dirs(&self) -> Vec<PathBuf> {
         let mut dirs: Vec<PathBuf> = match &self.layout {
             Layout::V1(c) => c.values().map(|m| m.join(&self.path)).collect(),
             Layout::V2(m) => vec![m.join(&self.path)],
@@ -516,6 +555,24 @@ mod tests {
         let v2 = "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(Layout::parse(v2).unwrap(), Layout::V2("/sys/fs/cgroup".into()));
         assert!(Layout::parse("").is_err());
+    }
+
+    #[test]
+    fn the_usual_places_are_what_mountinfo_says() {
+        let Some(usual) = Layout::usual(Path::new("/sys/fs/cgroup")) else {
+            return eprintln!("skipped: this host has its control groups elsewhere");
+        };
+        let all = Layout::detect().unwrap();
+        match (&usual, &all) {
+            (Layout::V1(usual), Layout::V1(all)) => {
+                for (name, at) in usual {
+                    assert!(all.get(name).is_none_or(|other| other == at), "{name}");
+                }
+                assert!(all.keys().all(|name| usual.contains_key(name)));
+            }
+            _ => assert_eq!(usual, all),
+        }
+        assert_eq!(Layout::usual(Path::new("/")), None);
     }
 
     #[test]

@@ -55,6 +55,10 @@ pub struct Create {
     pub preserve_fds: i32,
     /// Use systemd for the cgroup.
     pub systemd: bool,
+    /// Leave the container to libcontainer, whatever its spec.
+    pub libcontainer: bool,
+    /// Directory in which compiled seccomp profiles are kept.
+    pub cache: Option<PathBuf>,
 }
 
 /// Options of `exec`.
@@ -68,7 +72,7 @@ pub struct Exec {
     pub console_socket: Option<PathBuf>,
 }
 
-const USAGE: &str = "usage: [oci] --root DIR [--log FILE] \
+const USAGE: &str = "usage: [oci] --root DIR [--log FILE] [--libcontainer] [--seccomp-cache DIR] \
     create --bundle DIR [--pid-file F] [--console-socket S] [--preserve-fds N] ID | \
     exec --process F [--pid-file F] [--console-socket S] ID | start ID | kill ID [SIGNAL] | \
     delete [--force] ID | state ID";
@@ -79,7 +83,7 @@ impl Args {
         let mut words = Words(arguments.into_iter());
         let mut root = PathBuf::from("/run/kuasar-oci");
         let mut log = None;
-        let mut systemd = false;
+        let (mut systemd, mut libcontainer, mut cache) = (false, false, None);
         let name = loop {
             let (word, inline) = words.option()?;
             match word.as_str() {
@@ -87,6 +91,8 @@ impl Args {
                 "--log" => log = Some(words.value(&word, inline)?.into()),
                 "--log-format" => drop(words.value(&word, inline)?),
                 "--systemd-cgroup" => systemd = true,
+                "--libcontainer" => libcontainer = true,
+                "--seccomp-cache" => cache = Some(words.value(&word, inline)?.into()),
                 "--debug" => {}
                 other if other.starts_with('-') => {
                     return Err(Error::Usage(format!("unknown option {other}; {USAGE}")));
@@ -94,7 +100,7 @@ impl Args {
                 _ => break word,
             }
         };
-        let mut create = Create { systemd, ..Create::default() };
+        let mut create = Create { systemd, libcontainer, cache, ..Create::default() };
         let mut exec = Exec::default();
         let (mut all, mut force) = (false, false);
         let mut rest = Vec::new();

@@ -1,10 +1,12 @@
-//! `oci create`: a container by libcontainer.
+//! `oci create`: a container by [`super::direct`], or else by libcontainer.
 
 use std::error::Error as _;
+use std::io::Write;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use serde::Deserialize;
+use serde_json::{Value, json};
 
 use super::args::{Args, Create};
 use super::payload::Payload;
@@ -35,6 +37,8 @@ struct User {
 struct Linux {
     #[serde(default)]
     uid_mappings: Vec<Mapping>,
+    cgroups_path: Option<String>,
+    resources: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -62,13 +66,27 @@ impl Bundle {
     }
 }
 
-/// Makes the container; its process waits for `start`.
-pub fn run(args: &Args, create: &Create) -> Result<()> {
+/// Makes the container; its process waits for `start`. Why libcontainer makes it goes to `log`.
+pub fn run(args: &Args, create: &Create, log: Option<&mut std::fs::File>) -> Result<()> {
+    let path = create.bundle.join("config.json");
+    let text = std::fs::read(&path).map_err(|error| Error::io(path.display(), error))?;
+    match super::direct::plan(create, &text) {
+        Ok(plan) => super::direct::run(args, create, plan),
+        Err(reason) => {
+            if let Some(log) = log {
+                let line = json!({ "level": "info", "msg": format!("by libcontainer: {reason}") });
+                // It is for people who ask why.
+                let _ = writeln!(log, "{line}");
+            }
+            let bundle: Bundle =
+                serde_json::from_slice(&text).map_err(|error| Error::io(path.display(), error))?;
+            libcontainer(args, create, &bundle)
+        }
+    }
+}
+
+fn libcontainer(args: &Args, create: &Create, bundle: &Bundle) -> Result<()> {
     if create.console_socket.is_none() {
-        let path = create.bundle.join("config.json");
-        let text = std::fs::read(&path).map_err(|error| Error::io(path.display(), error))?;
-        let bundle: Bundle =
-            serde_json::from_slice(&text).map_err(|error| Error::io(path.display(), error))?;
         super::console::own_streams(bundle.host_uid());
     }
     let mut builder = ContainerBuilder::new(args.id.clone(), SyscallType::default())
@@ -85,7 +103,16 @@ pub fn run(args: &Args, create: &Create) -> Result<()> {
         .as_sibling(true)
         .build()
         .map(drop)
-        .map_err(|error| explain(&error))
+        .map_err(|error| explain(&error))?;
+    // On cgroup v2 libcontainer is built to enforce no device rules. The container's process still
+    // waits for `start`.
+    let Some(path) = bundle.linux.cgroups_path.as_deref().filter(|path| !path.is_empty()) else {
+        return Ok(());
+    };
+    let rules = super::direct::device_rules(bundle.linux.resources.as_ref());
+    kuasar_host::cgroup::Cgroup::open(path)
+        .and_then(|group| group.restrict_devices(&rules))
+        .map_err(|error| Error::io("devices", error))
 }
 
 /// libcontainer's error with its causes, without the layers that only say "it failed", and with

@@ -9,6 +9,9 @@ use super::args::Args;
 use super::create::explain;
 use super::{Error, Result};
 
+/// How long killed processes may take to leave their cgroup.
+const LEAVE: std::time::Duration = std::time::Duration::from_secs(5);
+
 fn load(args: &Args) -> Result<Container> {
     let dir = args.root.join(&args.id);
     if !dir.exists() {
@@ -38,7 +41,19 @@ pub fn delete(args: &Args, force: bool) -> Result<()> {
     if force && !args.root.join(&args.id).exists() {
         return Ok(());
     }
-    load(args)?.delete(force).map_err(|error| explain(&error))
+    let group = cgroup(args);
+    load(args)?.delete(force).map_err(|error| explain(&error))?;
+    // libcontainer leaves the hierarchies that it does not know.
+    match group {
+        Some(group) => group.remove(LEAVE).map_err(|error| Error::io("cgroup", error)),
+        None => Ok(()),
+    }
+}
+
+/// The container's cgroup, as the state directory has it.
+fn cgroup(args: &Args) -> Option<kuasar_host::cgroup::Cgroup> {
+    let config = libcontainer::config::YoukiConfig::load(args.root.join(&args.id)).ok()?;
+    kuasar_host::cgroup::Cgroup::open(config.cgroup_path.to_str()?).ok()
 }
 
 /// Prints the OCI state.

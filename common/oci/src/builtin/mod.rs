@@ -5,9 +5,10 @@
 //! arguments are read by hand, and there is one thread from beginning to end (joining user and
 //! mount namespaces demands it).
 //!
-//! * **create** is libcontainer's, with our own [`payload::Payload`] at the very end. The new
-//!   process is made as a sibling (`CLONE_PARENT`): its parent is the process that started us,
-//!   which is the one that must reap it.
+//! * **create** is ours ([`direct`]) where a spec has nothing that it does not know, and
+//!   libcontainer's otherwise, with our own [`payload::Payload`] at the very end. The new process
+//!   is made as a sibling (`CLONE_PARENT`): its parent is the process that started us, which is
+//!   the one that must reap it.
 //! * **exec** is ours ([`exec`]), because libcontainer 0.7 builds the joining process from a spec
 //!   without the container's seccomp section: its execs run unfiltered.
 //!
@@ -25,6 +26,7 @@
 mod args;
 mod console;
 mod create;
+mod direct;
 mod exec;
 mod manage;
 mod payload;
@@ -76,7 +78,7 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
     // a file of the container.
     let mut log = args.log.as_deref().and_then(open_log);
     let result = match &args.command {
-        Command::Create(create) => create::run(&args, create),
+        Command::Create(create) => create::run(&args, create, log.as_mut()),
         Command::Exec(exec) => exec::run(&args, exec),
         Command::Start => manage::start(&args),
         Command::Kill { signal, all } => manage::kill(&args, *signal, *all),

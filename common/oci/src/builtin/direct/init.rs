@@ -1,0 +1,260 @@
+//! The container's first process, from its first moment to its payload.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use kuasar_host::cgroup::Cgroup;
+use libcontainer::oci_spec::runtime::Process;
+use nix::sched::CloneFlags;
+
+use super::plan::Plan;
+use super::seccomp::Filter;
+use super::{privileges, rootfs, sys};
+use crate::builtin::{console, payload};
+
+/// What the creating process has prepared.
+pub struct Prepared {
+    /// The host's procfs, checked to be one.
+    pub proc: OwnedFd,
+    /// Where `start` comes.
+    pub listener: UnixListener,
+    /// Who gets the terminal.
+    pub console: Option<UnixStream>,
+    /// The container's cgroup.
+    pub group: Cgroup,
+    /// Whether this process is in it since it was made.
+    pub in_group: bool,
+    /// The compiled seccomp profile.
+    pub filter: Option<Filter>,
+    /// Program, arguments and environment.
+    pub process: Process,
+    /// Whether SELinux is on.
+    pub selinux: bool,
+    /// How many descriptors behind the standard streams the payload inherits.
+    pub preserved: u32,
+}
+
+/// First byte of the answer when everything is ready and `start` is waited for.
+pub const READY: u8 = b'R';
+
+/// Becomes the payload, after `start`. Never returns.
+pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> ! {
+    let mut answer = answer;
+    let outcome = prepare(plan, &mut prepared);
+    let written = match &outcome {
+        Ok(()) => answer.write_all(&[READY]),
+        Err(reason) => answer.write_all(reason.as_bytes()),
+    };
+    drop(answer);
+    // Nobody waits any more when it cannot be written.
+    if outcome.is_ok() && written.is_ok() && started(&prepared.listener) {
+        let reason = match late_filter(plan, &prepared) {
+            Ok(()) => payload::execute(&prepared.process),
+            Err(reason) => reason,
+        };
+        // Create has been answered: this is for who reads the container's output.
+        let _ = writeln!(std::io::stderr(), "{reason}");
+    }
+    // SAFETY: ends this process without running anything of the parent's.
+    unsafe { libc::_exit(255) }
+}
+
+/// Waits for `start`.
+fn started(listener: &UnixListener) -> bool {
+    let mut words = Vec::new();
+    // What is said does not matter, but that somebody has come and gone.
+    listener.accept().and_then(|(stream, _)| stream.take(64).read_to_end(&mut words)).is_ok()
+}
+
+fn no_new_privileges(plan: &Plan) -> bool {
+    plan.spec.process.no_new_privileges == Some(true)
+}
+
+/// With `noNewPrivileges` a filter needs no privilege, and is loaded as late as can be.
+fn late_filter(plan: &Plan, prepared: &Prepared) -> Result<(), String> {
+    match &prepared.filter {
+        Some(filter) if no_new_privileges(plan) => filter.load(),
+        _ => Ok(()),
+    }
+}
+
+fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
+    let spec = &plan.spec;
+    let process = &spec.process;
+    nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
+    if !prepared.in_group {
+        join(&prepared.group)?;
+    }
+    if plan.new.contains(CloneFlags::CLONE_NEWCGROUP) {
+        // Its root is the group that its maker is in: not before.
+        nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP)
+            .map_err(|error| format!("cgroup namespace: {error}"))?;
+    }
+    privileges::oom_score(plan, &prepared.proc)?;
+    names(plan)?;
+    // SAFETY: plain system call. Modes are what they are said to be.
+    unsafe { libc::umask(0) };
+    let root = rootfs::build(plan, &prepared.group)?;
+    rootfs::enter(&root, plan.root)?;
+    for (key, value) in spec.linux.sysctl.iter().flatten() {
+        sysctl(&prepared.proc, key, value)?;
+    }
+    let null = rootfs::null(&root)?;
+    if let Some(null) = &null {
+        rootfs::own_null(null)?;
+    }
+    if let Some(socket) = &prepared.console {
+        let size = process.console_size.map(|size| (size.width, size.height));
+        console::attach(socket, process.user.uid, size)?;
+        rootfs::console(&root)?;
+    }
+    rootfs::close(&root, plan, null.as_ref())?;
+    home(plan, &mut prepared.process);
+    // SAFETY: plain system call.
+    unsafe { libc::umask(process.user.umask.unwrap_or(0o022)) };
+    privileges::limits(plan)?;
+    if no_new_privileges(plan) {
+        sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0)
+            .map_err(|error| format!("PR_SET_NO_NEW_PRIVS: {error}"))?;
+    }
+    privileges::labels(plan, &prepared.proc, prepared.selinux)?;
+    let cwd = Path::new(&process.cwd);
+    let late = directory(cwd)?;
+    if let Some(filter) = prepared.filter.as_ref().filter(|_| !no_new_privileges(plan)) {
+        filter.load()?;
+    }
+    privileges::identity(plan)?;
+    if late {
+        nix::unistd::chdir(cwd)
+            .map_err(|error| format!("chdir to cwd ({cwd:?}): {}", error.desc().to_lowercase()))?;
+    }
+    // A directory handle of the host would show here (CVE-2024-21626).
+    std::env::current_dir().map_err(|_| {
+        "current working directory is outside of container mount namespace root".to_owned()
+    })?;
+    // SAFETY: marks descriptors close-on-exec; nothing is closed yet.
+    let marked = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3 + prepared.preserved,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if marked != 0 {
+        return Err(format!("close_range: {}", std::io::Error::last_os_error()));
+    }
+    payload::find(&prepared.process).map(drop)
+}
+
+/// One write per hierarchy.
+fn join(group: &Cgroup) -> Result<(), String> {
+    for dir in group.dirs() {
+        let file = dir.join("cgroup.procs");
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&file)
+            .and_then(|mut procs| procs.write_all(b"0"))
+            .map_err(|error| format!("cannot join the cgroup ({}): {error}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Names of a new UTS namespace.
+fn names(plan: &Plan) -> Result<(), String> {
+    if !plan.new.contains(CloneFlags::CLONE_NEWUTS) {
+        return Ok(());
+    }
+    if let Some(name) = plan.spec.hostname.as_deref().filter(|name| !name.is_empty()) {
+        // SAFETY: a valid buffer and its length.
+        if unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) } != 0 {
+            return Err(format!("hostname {name:?}: {}", std::io::Error::last_os_error()));
+        }
+    }
+    if let Some(name) = plan.spec.domainname.as_deref().filter(|name| !name.is_empty()) {
+        // SAFETY: a valid buffer and its length.
+        if unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) } != 0 {
+            return Err(format!("domainname {name:?}: {}", std::io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
+/// A sysctl of the namespaces that this process is in, through the host's procfs.
+fn sysctl(proc: &OwnedFd, key: &str, value: &str) -> Result<(), String> {
+    let path = format!("sys/{}", key.replace('.', "/"));
+    if Path::new(&path).components().any(|part| part == std::path::Component::ParentDir) {
+        return Err(format!("sysctl {key:?} is not allowed"));
+    }
+    privileges::write_proc(proc, &path, value)
+        .map_err(|error| format!("sysctl {key} = {value:.100?}: {error}"))
+}
+
+/// Changes the directory as root; `true` when only the process's own user may.
+fn directory(cwd: &Path) -> Result<bool, String> {
+    if cwd.as_os_str().is_empty() {
+        return Ok(false);
+    }
+    match nix::unistd::chdir(cwd) {
+        Ok(()) => Ok(false),
+        Err(nix::errno::Errno::EACCES | nix::errno::Errno::EPERM) => Ok(true),
+        Err(error) => Err(format!(
+            "chdir to cwd ({cwd:?}) set in config.json failed: {}",
+            error.desc().to_lowercase()
+        )),
+    }
+}
+
+/// `HOME` of the user, as the container's passwd has it, where the spec names none.
+fn home(plan: &Plan, process: &mut Process) {
+    let given = plan.spec.process.env.iter().flatten().any(|entry| entry.starts_with("HOME="));
+    if given {
+        return;
+    }
+    let home = passwd(plan.spec.process.user.uid).unwrap_or_else(|| "/".into());
+    let mut env = process.env().clone().unwrap_or_default();
+    env.push(format!("HOME={home}"));
+    process.set_env(Some(env));
+}
+
+fn passwd(uid: u32) -> Option<String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    /// Most that is read of it.
+    const MAX: u64 = 1 << 20;
+    // The image's own: it may be a FIFO.
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open("/etc/passwd")
+        .ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut text = Vec::new();
+    file.take(MAX).read_to_end(&mut text).ok()?;
+    home_of(&String::from_utf8_lossy(&text), uid)
+}
+
+fn home_of(text: &str, uid: u32) -> Option<String> {
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':').skip(2);
+        let found = fields.next()?.parse() == Ok(uid);
+        let home = fields.nth(2)?;
+        (found && !home.is_empty()).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_home_is_found_by_number() {
+        let text = "# x\nroot:x:0:0:r:/root:/bin/sh\nbad:x:1\nu:x:1000:5::/home/u:/bin/sh\n";
+        assert_eq!(home_of(text, 0).unwrap(), "/root");
+        assert_eq!(home_of(text, 1000).unwrap(), "/home/u");
+        assert_eq!(home_of(text, 1), None);
+    }
+}

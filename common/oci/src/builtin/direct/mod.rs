@@ -1,0 +1,301 @@
+//! `oci create` by ourselves: one clone, few system calls.
+//!
+//! libcontainer does the same in some 3,000 system calls and three forks. It stays: for every spec
+//! that has anything which is not done here ([`Plan::of`] decides, before anything is touched),
+//! and for who asks for it by `--libcontainer`.
+//!
+//! # How
+//! 1. This process reads the spec, makes the cgroup with its limits and device rules, joins the
+//!    namespaces that exist, and prepares what costs time (the seccomp program).
+//! 2. One `clone3` makes the container's process: in its new namespaces, a sibling of ours
+//!    (`CLONE_PARENT`: who started us is to reap it), on cgroup v2 in its group from the first
+//!    moment (`CLONE_INTO_CGROUP`). [`init`] is what it does.
+//! 3. Meanwhile we write the container's state. Then we wait for one word: ready, or why not.
+//!
+//! Nothing in here follows a path of the container: see [`paths`] and [`rootfs`].
+//!
+//! The state directory has what libcontainer's has (`state.json`, `youki_config.json`,
+//! `notify.sock`), so that start, state, kill, delete and exec do not know which of the two has
+//! made a container.
+
+mod copy_up;
+mod devices;
+mod init;
+mod paths;
+mod plan;
+mod privileges;
+mod rootfs;
+mod seccomp;
+mod spec;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kuasar_host::cgroup::{Cgroup, Layout};
+use libcontainer::oci_spec::runtime::ProcessBuilder;
+use nix::fcntl::OFlag;
+use nix::sched::CloneFlags;
+use nix::sys::stat::Mode;
+
+use super::args::{Args, Create};
+use super::{Error, Result, console};
+pub use plan::{Plan, Reason};
+
+/// The device rules of `linux.resources`, completed as [`plan`] completes them.
+pub fn device_rules(resources: Option<&serde_json::Value>) -> serde_json::Value {
+    let given = resources.and_then(|resources| resources.get("devices"));
+    let mut rules = given.and_then(|rules| rules.as_array().cloned()).unwrap_or_default();
+    rules.extend(devices::allowed_rules());
+    serde_json::Value::Array(rules)
+}
+
+/// How long processes may take to leave the cgroup of a container that could not be made.
+const LEAVE: Duration = Duration::from_secs(2);
+
+/// Whether this container is made here: the command line asks for nothing else, the kernel has all
+/// it takes, and the spec has nothing that we do not know.
+pub fn plan(create: &Create, text: &[u8]) -> std::result::Result<Plan, Reason> {
+    let leave = |why: &str| Err(Reason(why.into()));
+    if create.libcontainer {
+        return leave("asked for");
+    }
+    if create.systemd {
+        return leave("systemd makes the cgroup");
+    }
+    if std::env::var_os("LISTEN_FDS").is_some() {
+        return leave("LISTEN_FDS");
+    }
+    let plan = Plan::of(text)?;
+    if !sys::supported() {
+        return leave("this kernel has no mount_setattr");
+    }
+    Ok(plan)
+}
+
+/// What is made on the way, and removed again unless it is kept.
+struct Traces {
+    state: PathBuf,
+    group: Option<Cgroup>,
+}
+
+impl Traces {
+    fn keep(mut self) {
+        self.group = None;
+        self.state = PathBuf::new();
+    }
+}
+
+impl Drop for Traces {
+    fn drop(&mut self) {
+        // Best effort: the error that led here is what is reported.
+        if !self.state.as_os_str().is_empty() {
+            let _ = std::fs::remove_dir_all(&self.state);
+        }
+        if let Some(group) = &self.group {
+            let _ = group.kill();
+            let _ = group.remove(LEAVE);
+        }
+    }
+}
+
+/// Makes the container; its process waits for `start`.
+pub fn run(args: &Args, create: &Create, mut plan: Plan) -> Result<()> {
+    let process = &mut plan.spec.process;
+    let console = match (&create.console_socket, process.terminal) {
+        (Some(path), true) => {
+            Some(UnixStream::connect(path).map_err(|error| Error::io(path.display(), error))?)
+        }
+        (None, true) => return Err(Error::Usage("a terminal needs --console-socket".into())),
+        _ => None,
+    };
+    if console.is_none() {
+        console::own_streams(process.user.uid);
+    }
+    let program = ProcessBuilder::default()
+        .args(process.args.take().unwrap_or_default())
+        .env(process.env.clone().unwrap_or_default())
+        .build()
+        .map_err(|error| Error::io("process", error))?;
+    let proc = proc_of_the_host()?;
+    // SAFETY: plain system call. Before anything of a container may see this process.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        return Err(Error::os("PR_SET_DUMPABLE"));
+    }
+    let mut traces = Traces { state: state_directory(args)?, group: None };
+    let listener = listen(&traces.state)?;
+    let group = cgroup(&plan, &mut traces)?;
+    let filter = match &plan.spec.linux.seccomp {
+        Some(profile) => {
+            Some(seccomp::Filter::of(profile, create.cache.as_deref()).map_err(Error::Other)?)
+        }
+        None => None,
+    };
+    for (kind, path) in &plan.join {
+        let namespace = kuasar_host::namespace::open_kind(path, *kind)
+            .map_err(|error| Error::io("namespace", error))?;
+        nix::sched::setns(&namespace, *kind)
+            .map_err(|error| Error::io(format!("join namespace {}", path.display()), error))?;
+    }
+    let directory = match group.layout() {
+        Layout::V2(root) => Some(open_directory(&root.join(group.path()))?),
+        Layout::V1(_) => None,
+    };
+    let (mut answer, writer) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
+    let namespaces = plan.new - CloneFlags::CLONE_NEWCGROUP;
+    let pid = sys::clone_sibling(namespaces.bits(), directory.as_ref().map(AsFd::as_fd))
+        .map_err(|error| Error::io("clone the container's process", error))?;
+    if pid == 0 {
+        // Not ours to undo in there.
+        std::mem::drop(answer);
+        let prepared = init::Prepared {
+            proc,
+            listener,
+            console,
+            group,
+            in_group: directory.is_some(),
+            filter,
+            process: program,
+            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            preserved: u32::try_from(create.preserve_fds).unwrap_or(0),
+        };
+        init::run(&plan, prepared, writer);
+    }
+    drop((writer, listener));
+    // The process works meanwhile.
+    save(args, create, &plan, &traces.state, pid)?;
+    let mut words = Vec::new();
+    answer.read_to_end(&mut words).map_err(|error| Error::io("wait for the process", error))?;
+    match words.as_slice() {
+        [init::READY] => {}
+        [] => return Err(Error::Other("the container's process has ended unexpectedly".into())),
+        words => {
+            let words = String::from_utf8_lossy(words).into_owned();
+            let theirs = words.starts_with("exec: ");
+            return Err(if theirs { Error::Process(words) } else { Error::Other(words) });
+        }
+    }
+    if let Some(path) = &create.pid_file {
+        std::fs::write(path, pid.to_string()).map_err(|error| Error::io(path.display(), error))?;
+    }
+    traces.keep();
+    Ok(())
+}
+
+fn proc_of_the_host() -> Result<OwnedFd> {
+    let fd = open_directory(Path::new("/proc"))?;
+    kuasar_host::safe_path::verify_procfs(fd.as_fd()).map_err(|error| Error::io("/proc", error))?;
+    Ok(fd)
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, Mode::empty()).map_err(|error| Error::io(path.display(), error))
+}
+
+fn state_directory(args: &Args) -> Result<PathBuf> {
+    let path = args.root.join(&args.id);
+    let make = || std::fs::DirBuilder::new().mode(0o700).create(&path);
+    let made = match make() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            kuasar_host::record::private_dir(&args.root)
+                .map_err(|error| Error::io("state directory", error))?;
+            make()
+        }
+        other => other,
+    };
+    match made {
+        Ok(()) => Ok(path),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Err(Error::Other(format!("container {} exists", args.id)))
+        }
+        Err(error) => Err(Error::io(path.display(), error)),
+    }
+}
+
+/// The socket that `start` connects to; reached through a descriptor, because a socket's path may
+/// only have 107 bytes.
+fn listen(state: &Path) -> Result<UnixListener> {
+    let directory = open_directory(state)?;
+    let path = kuasar_host::safe_path::proc_path(directory.as_fd()).join("notify.sock");
+    UnixListener::bind(path).map_err(|error| Error::io("notify.sock", error))
+}
+
+/// Makes the container's cgroup, with its limits and device rules.
+fn cgroup(plan: &Plan, traces: &mut Traces) -> Result<Cgroup> {
+    let group = Layout::detect_usual()
+        .and_then(|layout| layout.group(&plan.cgroup))
+        .map_err(|error| explain("cgroup", &error))?;
+    let made = group.create().map_err(|error| explain("cgroup", &error))?;
+    if made {
+        traces.group = Some(group.clone());
+    }
+    group.set_devices(&plan.device_rules).map_err(|error| explain("devices", &error))?;
+    let resources = serde_json::to_vec(&plan.resources).unwrap_or_default();
+    group.update(&resources).map_err(|error| explain("resources", &error))?;
+    Ok(group)
+}
+
+/// An error of the host with its cause.
+fn explain(what: &str, error: &kuasar_host::Error) -> Error {
+    match std::error::Error::source(error) {
+        Some(cause) => Error::Other(format!("{what}: {error}: {cause}")),
+        None => Error::Other(format!("{what}: {error}")),
+    }
+}
+
+/// Writes what later commands read.
+fn save(args: &Args, create: &Create, plan: &Plan, state: &Path, pid: i32) -> Result<()> {
+    let bundle = std::path::absolute(&create.bundle)
+        .map_err(|error| Error::io(create.bundle.display(), error))?;
+    let text = serde_json::json!({
+        "ociVersion": plan.spec.oci_version,
+        "id": args.id,
+        "status": "created",
+        "pid": pid,
+        "bundle": bundle,
+        "annotations": plan.spec.annotations.as_ref(),
+        "created": now(),
+        "creator": 0,
+        "useSystemd": false,
+        "intelRdtDir": null,
+        "engine": "direct",
+    });
+    let config = serde_json::json!({ "hooks": null, "cgroup_path": plan.cgroup });
+    for (name, value) in [("state.json", text), ("youki_config.json", config)] {
+        let path = state.join(name);
+        // Whole or not at all is a matter of the directory here: it is removed on failure.
+        std::fs::write(&path, value.to_string())
+            .map_err(|error| Error::io(path.display(), error))?;
+    }
+    Ok(())
+}
+
+/// The time as RFC 3339 has it.
+fn now() -> String {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let since = since.unwrap_or_default();
+    let seconds = since.as_secs() as libc::time_t;
+    // SAFETY: all-zero is a valid tm; both pointers are valid for the call.
+    let tm = unsafe {
+        let mut tm: libc::tm = std::mem::zeroed();
+        libc::gmtime_r(&raw const seconds, &raw mut tm);
+        tm
+    };
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z",
+        tm.tm_year + 1900,
+        tm.tm_mon + 1,
+        tm.tm_mday,
+        tm.tm_hour,
+        tm.tm_min,
+        tm.tm_sec,
+        since.subsec_nanos()
+    )
+}

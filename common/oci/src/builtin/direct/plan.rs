@@ -1,0 +1,678 @@
+//! Whether this engine runs a spec, decided before anything is touched, and what it will do.
+//!
+//! [`Plan::of`] looks at the whole spec. Whatever it does not know, from an unknown field to an
+//! unknown mount option, is an answer of its own, [`Reason`]: libcontainer gets that container.
+//! So this engine can be small without ever doing half of what was asked for.
+
+use std::path::{Component, Path, PathBuf};
+
+use nix::sched::CloneFlags;
+use serde_json::Value;
+
+use super::spec::{self, Spec};
+
+/// Why a spec is left to libcontainer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reason(pub String);
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn leave<T>(why: impl Into<String>) -> Result<T, Reason> {
+    Err(Reason(why.into()))
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub struct Plan {
+    /// The spec, for everything that is used as it stands.
+    pub spec: Spec,
+    /// Namespaces that are made.
+    pub new: CloneFlags,
+    /// Namespaces that are joined, the pid namespace last.
+    pub join: Vec<(CloneFlags, PathBuf)>,
+    /// All mounts, in order.
+    pub mounts: Vec<Mount>,
+    /// Propagation of the root.
+    pub root: Propagation,
+    /// `process.capabilities`, as numbers.
+    pub capabilities: Sets,
+    /// `process.rlimits`.
+    pub rlimits: Vec<(libc::__rlimit_resource_t, libc::rlimit)>,
+    /// Where the container's cgroup is.
+    pub cgroup: String,
+    /// `linux.resources` without its devices.
+    pub resources: Value,
+    /// Device rules: the spec's, then what every container may use.
+    pub device_rules: Value,
+    /// Whether `/dev` is ours to fill: not where it is somebody's directory.
+    pub fill_dev: bool,
+    /// Whether `/proc` is mounted by the spec, so that what is below it has to be procfs.
+    pub has_proc: bool,
+}
+
+/// How mounts and unmounts travel between copies of a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Propagation {
+    /// `MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED` or `MS_UNBINDABLE`.
+    pub kind: u64,
+    /// With all mounts below.
+    pub deep: bool,
+}
+
+/// What is mounted.
+#[derive(Debug, PartialEq, Eq)]
+pub enum What {
+    /// A file or directory of the host.
+    Bind {
+        /// With what is mounted below.
+        deep: bool,
+    },
+    /// A new instance of a file system; parameters with and without value.
+    New(Vec<(String, Option<String>)>),
+    /// The container's part of the control groups.
+    Cgroup,
+}
+
+/// One mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// Absolute, without `.` and `..`.
+    pub at: PathBuf,
+    /// File system type, or empty.
+    pub kind: String,
+    /// Source.
+    pub source: PathBuf,
+    /// What it is.
+    pub what: What,
+    /// `MOUNT_ATTR_*` to set and to clear.
+    pub attr: Attr,
+    /// The same, with all mounts below.
+    pub deep_attr: Attr,
+    /// Its own propagation.
+    pub propagation: Option<Propagation>,
+    /// Start with what is there in the image.
+    pub copy_up: bool,
+}
+
+/// Attributes to set and to clear.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Attr {
+    /// `MOUNT_ATTR_*`.
+    pub set: u64,
+    /// `MOUNT_ATTR_*`.
+    pub clear: u64,
+}
+
+impl Attr {
+    /// Whether nothing changes.
+    pub fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// The five capability sets, a bit for each capability.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sets {
+    /// What may be gained at all.
+    pub bounding: u64,
+    /// What counts.
+    pub effective: u64,
+    /// What may be made effective.
+    pub permitted: u64,
+    /// What passes to programs with file capabilities.
+    pub inheritable: u64,
+    /// What passes to programs without.
+    pub ambient: u64,
+}
+
+/// Names of capabilities in the order of their numbers (linux/capability.h).
+const CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// File systems of which new instances are mounted. Others have sources or helpers of their own.
+const FILE_SYSTEMS: [&str; 5] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue"];
+
+/// Parts of `linux.resources` that [`kuasar_host::cgroup`] applies; another one that says anything
+/// is left to libcontainer.
+const RESOURCES: [(&str, &[&str]); 7] = [
+    ("memory", &["limit", "reservation", "swap", "swappiness", "disableOOMKiller"]),
+    ("cpu", &["shares", "quota", "period", "burst", "cpus", "mems", "idle"]),
+    ("pids", &["limit"]),
+    (
+        "blockIO",
+        &[
+            "weight",
+            "throttleReadBpsDevice",
+            "throttleWriteBpsDevice",
+            "throttleReadIOPSDevice",
+            "throttleWriteIOPSDevice",
+        ],
+    ),
+    ("hugepageLimits", &[]),
+    ("unified", &[]),
+    ("devices", &[]),
+];
+
+impl Plan {
+    /// Looks at a whole spec.
+    ///
+    /// # Errors
+    /// The reason why libcontainer has to run this one.
+    pub fn of(text: &[u8]) -> Result<Self, Reason> {
+        let mut spec: Spec = serde_json::from_slice(text).or_else(|e| leave(e.to_string()))?;
+        if !spec.oci_version.is_empty() && !spec.oci_version.starts_with("1.") {
+            return leave(format!("version {:.40?}", spec.oci_version));
+        }
+        let hooks = spec.hooks.iter().flat_map(|hooks| hooks.values()).flatten();
+        if hooks.flatten().next().is_some() {
+            return leave("hooks");
+        }
+        let some = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
+        if some(&spec.linux.uid_mappings) || some(&spec.linux.gid_mappings) {
+            return leave("id mappings");
+        }
+        if spec.linux.mount_label.as_ref().is_some_and(|label| !label.is_empty()) {
+            return leave("a label for mounts");
+        }
+        let Some(cgroup) = spec.linux.cgroups_path.take().filter(|path| !path.is_empty()) else {
+            return leave("no cgroup path");
+        };
+        if !Path::new(&spec.root.path).is_absolute() {
+            return leave("a relative root");
+        }
+        let (new, join) = namespaces(spec.linux.namespaces.as_deref().unwrap_or_default())?;
+        let root = match spec.linux.rootfs_propagation.as_deref().unwrap_or_default() {
+            "" => Propagation { kind: libc::MS_SLAVE, deep: true },
+            name => match propagation(name) {
+                Some(propagation) => propagation,
+                None => return leave(format!("rootfsPropagation {name:.40?}")),
+            },
+        };
+        let mounts = spec.mounts.iter().flatten().map(mount).collect::<Result<Vec<_>, _>>()?;
+        let at = |path: &str| mounts.iter().rev().find(|mount| mount.at == Path::new(path));
+        let fill_dev = !at("/dev").is_some_and(|mount| matches!(mount.what, What::Bind { .. }));
+        let has_proc = at("/proc").is_some_and(|mount| mount.kind == "proc");
+        let mut resources = spec.linux.resources.take().unwrap_or(Value::Null);
+        let device_rules = split_resources(&mut resources)?;
+        for device in spec.linux.devices.iter().flatten() {
+            if !matches!(&*device.kind, "c" | "u" | "b" | "p") {
+                return leave(format!("device type {:.40?}", device.kind));
+            }
+            let numbers = [device.major, device.minor];
+            if numbers.iter().any(|number| u32::try_from(*number).is_err()) {
+                return leave("a device without numbers");
+            }
+        }
+        if let Some(seccomp) = &spec.linux.seccomp {
+            super::seccomp::check(seccomp).or_else(leave)?;
+        }
+        let capabilities = capabilities(spec.process.capabilities.as_ref())?;
+        let rlimits = rlimits(spec.process.rlimits.as_deref().unwrap_or_default())?;
+        Ok(Self {
+            spec,
+            new,
+            join,
+            mounts,
+            root,
+            capabilities,
+            rlimits,
+            cgroup,
+            resources,
+            device_rules,
+            fill_dev,
+            has_proc,
+        })
+    }
+}
+
+type Namespaces = (CloneFlags, Vec<(CloneFlags, PathBuf)>);
+
+fn namespaces(list: &[spec::Namespace]) -> Result<Namespaces, Reason> {
+    let (mut new, mut join) = (CloneFlags::empty(), Vec::new());
+    let mut seen = CloneFlags::empty();
+    for namespace in list {
+        let flag = match &*namespace.kind {
+            "mount" => CloneFlags::CLONE_NEWNS,
+            "network" => CloneFlags::CLONE_NEWNET,
+            "ipc" => CloneFlags::CLONE_NEWIPC,
+            "uts" => CloneFlags::CLONE_NEWUTS,
+            "pid" => CloneFlags::CLONE_NEWPID,
+            "cgroup" => CloneFlags::CLONE_NEWCGROUP,
+            other => return leave(format!("a namespace of type {other:.40?}")),
+        };
+        if seen.contains(flag) {
+            return leave("a namespace twice");
+        }
+        seen |= flag;
+        match namespace.path.as_deref().filter(|path| !path.is_empty()) {
+            None => new |= flag,
+            Some(_) if flag == CloneFlags::CLONE_NEWNS => {
+                return leave("a mount namespace that exists");
+            }
+            Some(path) => join.push((flag, PathBuf::from(path))),
+        }
+    }
+    if !new.contains(CloneFlags::CLONE_NEWNS) {
+        return leave("no mount namespace");
+    }
+    // From then on our own children are in it.
+    join.sort_by_key(|(flag, _)| *flag == CloneFlags::CLONE_NEWPID);
+    Ok((new, join))
+}
+
+/// `rslave` and its kin.
+fn propagation(name: &str) -> Option<Propagation> {
+    let (deep, plain) = match name.strip_prefix('r') {
+        Some(plain) => (true, plain),
+        None => (false, name),
+    };
+    let kind = match plain {
+        "private" => libc::MS_PRIVATE,
+        "slave" => libc::MS_SLAVE,
+        "shared" => libc::MS_SHARED,
+        "unbindable" => libc::MS_UNBINDABLE,
+        _ => return None,
+    };
+    Some(Propagation { kind, deep })
+}
+
+/// An absolute path without `.` and `..`, as runc takes destinations: without looking at links.
+pub fn clean(path: &str) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in Path::new(path).components() {
+        match part {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => drop(clean.pop()),
+            _ => {}
+        }
+    }
+    clean
+}
+
+/// An attribute's bits by its name in the options: to set, to clear.
+fn attribute(name: &str) -> Option<Attr> {
+    use libc::{
+        MOUNT_ATTR__ATIME as ATIME, MOUNT_ATTR_NOATIME as NOATIME, MOUNT_ATTR_NODEV as NODEV,
+        MOUNT_ATTR_NODIRATIME as NODIRATIME, MOUNT_ATTR_NOEXEC as NOEXEC,
+        MOUNT_ATTR_NOSUID as NOSUID, MOUNT_ATTR_NOSYMFOLLOW as NOSYMFOLLOW,
+        MOUNT_ATTR_RDONLY as RDONLY, MOUNT_ATTR_STRICTATIME as STRICTATIME,
+    };
+    let set = |set| Some(Attr { set, clear: 0 });
+    let clear = |clear| Some(Attr { set: 0, clear });
+    // The kinds of access times are one number, not bits.
+    let time = |set| Some(Attr { set, clear: ATIME });
+    match name {
+        "ro" => set(RDONLY),
+        "rw" => clear(RDONLY),
+        "nosuid" => set(NOSUID),
+        "suid" => clear(NOSUID),
+        "nodev" => set(NODEV),
+        "dev" => clear(NODEV),
+        "noexec" => set(NOEXEC),
+        "exec" => clear(NOEXEC),
+        "nodiratime" => set(NODIRATIME),
+        "diratime" => clear(NODIRATIME),
+        "nosymfollow" => set(NOSYMFOLLOW),
+        "symfollow" => clear(NOSYMFOLLOW),
+        "noatime" => time(NOATIME),
+        "strictatime" => time(STRICTATIME),
+        "relatime" | "atime" | "norelatime" | "nostrictatime" => time(0),
+        _ => None,
+    }
+}
+
+impl Attr {
+    /// The later one wins, as on mount(8)'s command line.
+    fn then(&mut self, next: Self) {
+        self.set = self.set & !next.clear | next.set;
+        self.clear = self.clear & !next.set | next.clear;
+    }
+}
+
+fn mount(mount: &spec::Mount) -> Result<Mount, Reason> {
+    let at = clean(&mount.destination);
+    if at == Path::new("/") {
+        return leave("a mount on the root");
+    }
+    let options = mount.options.as_deref().unwrap_or_default();
+    let bind = options.iter().rev().find_map(|option| match option.as_str() {
+        "bind" => Some(false),
+        "rbind" => Some(true),
+        _ => None,
+    });
+    let (mut attr, mut deep_attr) = (Attr::default(), Attr::default());
+    let (mut own, mut copy_up, mut parameters) = (None, false, Vec::new());
+    for option in options {
+        if let Some(next) = attribute(option) {
+            attr.then(next);
+        } else if let Some(next) = propagation(option) {
+            own = Some(next);
+        } else if let Some(next) = option.strip_prefix('r').and_then(attribute) {
+            deep_attr.then(next);
+        } else {
+            match option.as_str() {
+                "bind" | "rbind" | "defaults" => {}
+                "tmpcopyup" => copy_up = true,
+                "remount" | "idmap" | "ridmap" | "mand" | "nomand" | "sync" | "async"
+                | "dirsync" | "iversion" | "noiversion" | "silent" | "loud" | "lazytime"
+                | "nolazytime" => {
+                    return leave(format!("mount option {option:?}"));
+                }
+                other => match other.split_once('=') {
+                    Some((key, value)) => parameters.push((key.into(), Some(value.into()))),
+                    None => parameters.push((other.into(), None)),
+                },
+            }
+        }
+    }
+    let what = match (bind, &*mount.kind) {
+        (Some(deep), _) => What::Bind { deep },
+        (None, "bind") => What::Bind { deep: false },
+        (None, "cgroup" | "cgroup2") => What::Cgroup,
+        (None, kind) if FILE_SYSTEMS.contains(&kind) => What::New(Vec::new()),
+        (None, kind) => return leave(format!("a mount of type {kind:.40?}")),
+    };
+    let what = match what {
+        What::New(_) => What::New(parameters),
+        _ if parameters.is_empty() => what,
+        _ => return leave("unknown mount options"),
+    };
+    if copy_up && mount.kind != "tmpfs" {
+        return leave("tmpcopyup of no tmpfs");
+    }
+    if matches!(what, What::Bind { .. }) && mount.source.is_empty() {
+        return leave("a bind mount without source");
+    }
+    Ok(Mount {
+        at,
+        kind: mount.kind.clone(),
+        source: PathBuf::from(&mount.source),
+        what,
+        attr,
+        deep_attr,
+        propagation: own,
+        copy_up,
+    })
+}
+
+/// Checks the resources, takes the device rules out and completes them.
+fn split_resources(resources: &mut Value) -> Result<Value, Reason> {
+    fn empty(value: &Value) -> bool {
+        match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Number(number) => number.as_f64() == Some(0.0),
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.values().all(empty),
+            Value::Bool(true) => false,
+        }
+    }
+    if resources.is_null() {
+        *resources = Value::Object(serde_json::Map::new());
+    }
+    let Some(map) = resources.as_object_mut() else { return leave("resources are no object") };
+    for (name, value) in map.iter() {
+        let Some((_, known)) = RESOURCES.iter().find(|(known, _)| known == name) else {
+            if empty(value) {
+                continue;
+            }
+            return leave(format!("resource {name:.40}"));
+        };
+        if let (Some(inner), false) = (value.as_object(), known.is_empty()) {
+            for (key, value) in inner {
+                if !known.contains(&&**key) && !empty(value) {
+                    return leave(format!("resource {name}.{key:.40}"));
+                }
+            }
+        }
+    }
+    let mut rules = match map.remove("devices") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(rules)) => rules,
+        Some(_) => return leave("device rules are no list"),
+    };
+    rules.extend(super::devices::allowed_rules());
+    let rules = Value::Array(rules);
+    kuasar_host::cgroup::DeviceRule::list(&rules).or_else(|e| leave(e.to_string()))?;
+    Ok(rules)
+}
+
+fn capabilities(given: Option<&spec::Capabilities>) -> Result<Sets, Reason> {
+    let set = |names: &Option<Vec<String>>| {
+        names.iter().flatten().try_fold(0u64, |set, name| {
+            let known = name.strip_prefix("CAP_").and_then(|name| {
+                CAPABILITIES.iter().position(|known| known.eq_ignore_ascii_case(name))
+            });
+            match known {
+                Some(number) => Ok(set | 1 << number),
+                None => leave(format!("capability {name:.40?}")),
+            }
+        })
+    };
+    let Some(given) = given else { return Ok(Sets::default()) };
+    Ok(Sets {
+        bounding: set(&given.bounding)?,
+        effective: set(&given.effective)?,
+        permitted: set(&given.permitted)?,
+        inheritable: set(&given.inheritable)?,
+        ambient: set(&given.ambient)?,
+    })
+}
+
+fn rlimits(
+    list: &[spec::Rlimit],
+) -> Result<Vec<(libc::__rlimit_resource_t, libc::rlimit)>, Reason> {
+    list.iter()
+        .map(|limit| {
+            let resource = match &*limit.kind {
+                "RLIMIT_CPU" => libc::RLIMIT_CPU,
+                "RLIMIT_FSIZE" => libc::RLIMIT_FSIZE,
+                "RLIMIT_DATA" => libc::RLIMIT_DATA,
+                "RLIMIT_STACK" => libc::RLIMIT_STACK,
+                "RLIMIT_CORE" => libc::RLIMIT_CORE,
+                "RLIMIT_RSS" => libc::RLIMIT_RSS,
+                "RLIMIT_NPROC" => libc::RLIMIT_NPROC,
+                "RLIMIT_NOFILE" => libc::RLIMIT_NOFILE,
+                "RLIMIT_MEMLOCK" => libc::RLIMIT_MEMLOCK,
+                "RLIMIT_AS" => libc::RLIMIT_AS,
+                "RLIMIT_LOCKS" => libc::RLIMIT_LOCKS,
+                "RLIMIT_SIGPENDING" => libc::RLIMIT_SIGPENDING,
+                "RLIMIT_MSGQUEUE" => libc::RLIMIT_MSGQUEUE,
+                "RLIMIT_NICE" => libc::RLIMIT_NICE,
+                "RLIMIT_RTPRIO" => libc::RLIMIT_RTPRIO,
+                "RLIMIT_RTTIME" => libc::RLIMIT_RTTIME,
+                other => return leave(format!("rlimit {other:.40?}")),
+            };
+            Ok((resource, libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard }))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec() -> Value {
+        json!({
+            "ociVersion": "1.2.1",
+            "process": {
+                "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+                "args": ["sh"], "env": ["A=b"], "cwd": "/",
+                "capabilities": {"bounding": ["CAP_CHOWN", "CAP_BPF"], "effective": null},
+                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
+                "noNewPrivileges": true, "oomScoreAdj": 1000
+            },
+            "root": {"path": "/rootfs", "readonly": true},
+            "hostname": "h",
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "relatime", "ro"]},
+                {"destination": "/data/../etc//hosts", "type": "bind", "source": "/h", "options": ["rbind", "rprivate", "rro"]}
+            ],
+            "annotations": {"a": "b"},
+            "linux": {
+                "namespaces": [
+                    {"type": "pid", "path": "/proc/self/fd/4"}, {"type": "mount"},
+                    {"type": "network", "path": "/n"}, {"type": "cgroup"}
+                ],
+                "cgroupsPath": "/k/c",
+                "resources": {
+                    "devices": [{"allow": false, "access": "rwm"}],
+                    "memory": {"limit": 4096, "kernel": 0}, "cpu": {"shares": 2, "realtimePeriod": null},
+                    "network": {}
+                },
+                "maskedPaths": ["/proc/kcore"], "readonlyPaths": null
+            }
+        })
+    }
+
+    fn plan(spec: &Value) -> Result<Plan, Reason> {
+        Plan::of(&serde_json::to_vec(spec).unwrap())
+    }
+
+    #[test]
+    fn a_usual_spec_is_run_here() {
+        let plan = plan(&spec()).unwrap();
+        assert_eq!(plan.new, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP);
+        assert_eq!(plan.join.last().unwrap().0, CloneFlags::CLONE_NEWPID);
+        assert_eq!(plan.capabilities.bounding, 1 | 1 << 39);
+        assert_eq!(plan.mounts[3].at, Path::new("/etc/hosts"));
+        assert_eq!(plan.mounts[3].deep_attr.set, libc::MOUNT_ATTR_RDONLY);
+        assert_eq!(plan.mounts[3].propagation.unwrap().kind, libc::MS_PRIVATE);
+        assert_eq!(plan.mounts[2].what, What::Cgroup);
+        assert_eq!(
+            plan.mounts[1].what,
+            What::New(vec![
+                ("mode".into(), Some("755".into())),
+                ("size".into(), Some("65536k".into()))
+            ])
+        );
+        assert!(plan.fill_dev && plan.has_proc);
+        assert!(plan.resources.get("devices").is_none());
+        assert!(plan.device_rules.as_array().unwrap().len() > 1);
+    }
+
+    /// Everything that has to go to libcontainer, as a pointer and the value there.
+    #[test]
+    fn what_is_not_known_is_left_to_libcontainer() {
+        for (pointer, value) in [
+            ("/vm", json!({})),
+            ("/hooks", json!({"createRuntime": [{"path": "/bin/true"}]})),
+            ("/process/ioPriority", json!({"class": "IOPRIO_CLASS_IDLE"})),
+            ("/process/scheduler", json!({"policy": "SCHED_BATCH"})),
+            ("/process/user/username", json!("me")),
+            ("/process/capabilities/bounding", json!(["CAP_NEW"])),
+            ("/process/rlimits", json!([{"type": "RLIMIT_NEW", "hard": 1, "soft": 1}])),
+            ("/linux/intelRdt", json!({"closID": "x"})),
+            ("/linux/personality", json!({"domain": "LINUX32"})),
+            ("/linux/timeOffsets", json!({"boottime": {"secs": 1}})),
+            ("/linux/netDevices", json!({"eth0": {}})),
+            ("/linux/uidMappings", json!([{"containerID": 0, "hostID": 1, "size": 1}])),
+            ("/linux/mountLabel", json!("system_u:object_r:x")),
+            ("/linux/cgroupsPath", json!("")),
+            ("/linux/rootfsPropagation", json!("sideways")),
+            ("/linux/resources/rdma", json!({"mlx": {"hcaHandles": 1}})),
+            ("/linux/resources/network", json!({"classID": 1})),
+            ("/linux/resources/cpu/realtimePeriod", json!(5)),
+            ("/linux/resources/devices", json!([{"allow": true, "type": "q"}])),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"})),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s"})),
+            ("/linux/devices", json!([{"type": "q", "path": "/dev/q"}])),
+            ("/linux/devices", json!([{"type": "c", "path": "/dev/q", "major": -1}])),
+            ("/linux/namespaces", json!([{"type": "mount", "path": "/m"}])),
+            ("/linux/namespaces", json!([{"type": "pid"}])),
+            ("/linux/namespaces", json!([{"type": "mount"}, {"type": "user"}])),
+            ("/linux/namespaces", json!([{"type": "mount"}, {"type": "time"}])),
+            ("/linux/namespaces", json!([{"type": "mount"}, {"type": "mount"}])),
+            ("/mounts/0/uidMappings", json!([])),
+            ("/mounts/0/type", json!("ext4")),
+            ("/mounts/0/destination", json!("/..")),
+            ("/mounts/3/options", json!(["rbind", "idmap"])),
+            ("/mounts/3/options", json!(["rbind", "X-later"])),
+            ("/mounts/3/options", json!(["bind", "remount"])),
+            ("/root/path", json!("rootfs")),
+            ("/ociVersion", json!("2.0.0")),
+        ] {
+            let mut changed = spec();
+            let (parent, key) = pointer.rsplit_once('/').unwrap();
+            let parent = changed.pointer_mut(parent).unwrap();
+            match parent {
+                Value::Array(_) => panic!("{pointer}"),
+                parent => parent[key] = value.clone(),
+            }
+            assert!(plan(&changed).is_err(), "{pointer} {value}");
+        }
+        assert!(Plan::of(b"{").is_err());
+    }
+
+    #[test]
+    fn the_later_option_wins() {
+        let options = |list: &[&str]| {
+            let options = Some(list.iter().map(|o| (*o).to_owned()).collect());
+            let kind = "bind".to_owned();
+            let source = "/s".to_owned();
+            mount(&spec::Mount { destination: "/d".into(), kind, source, options }).unwrap()
+        };
+        let made = options(&["ro", "rw", "nosuid", "noatime", "strictatime", "slave", "rshared"]);
+        assert_eq!(made.attr.set, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_STRICTATIME);
+        assert_eq!(made.attr.clear & libc::MOUNT_ATTR_RDONLY, libc::MOUNT_ATTR_RDONLY);
+        assert_eq!(made.propagation.unwrap(), Propagation { kind: libc::MS_SHARED, deep: true });
+        assert_eq!(options(&["bind"]).what, What::Bind { deep: false });
+    }
+
+    #[test]
+    fn paths_are_cleaned_without_looking_at_links() {
+        for (dirty, clear) in
+            [("a//b/./c", "/a/b/c"), ("/../../x", "/x"), ("/a/../..", "/"), ("", "/")]
+        {
+            assert_eq!(clean(dirty), Path::new(clear));
+        }
+    }
+}
