@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use futures::future::BoxFuture;
 use kuasar_protos::shim::events::task as ev;
 use kuasar_protos::shim::types::mount as pm;
+use kuasar_ttrpc::Services;
 use protobuf::{EnumOrUnknown, MessageField};
 use tokio::sync::watch;
 
@@ -131,9 +132,8 @@ pub struct TaskServer {
     streams: Arc<Streams>,
     /// Ids whose create is under way.
     creating: Mutex<std::collections::HashSet<String>>,
-    /// Made by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
-    connections: std::sync::OnceLock<tokio::sync::mpsc::Sender<Prefixed<tokio::net::UnixStream>>>,
-    ttrpc: tokio::sync::Mutex<Option<ttrpc::r#async::Server>>,
+    /// Set by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
+    served: std::sync::OnceLock<Services>,
 }
 
 impl TaskServer {
@@ -154,8 +154,7 @@ impl TaskServer {
             containers: Mutex::default(),
             streams: Arc::default(),
             creating: Mutex::default(),
-            connections: std::sync::OnceLock::new(),
-            ttrpc: tokio::sync::Mutex::new(None),
+            served: std::sync::OnceLock::new(),
         })
     }
 
@@ -167,21 +166,10 @@ impl TaskServer {
         self: &Arc<Self>,
         extra: HashMap<String, ttrpc::r#async::Service>,
     ) -> Result<()> {
-        let (tx, rx) = tokio::sync::mpsc::channel(16);
-        if self.connections.set(tx).is_err() {
-            return Err(Error::FailedPrecondition("this pod is served already".into()));
-        }
-        let stream = futures::stream::unfold(rx, |mut rx| async move {
-            rx.recv().await.map(|c| (Ok::<_, std::io::Error>(c), rx))
-        });
-        let listener = ttrpc::asynchronous::transport::Listener::new(stream);
-        let mut server = ttrpc::r#async::Server::new()
-            .add_listener(listener)
-            .register_service(self.services())
-            .register_service(extra);
-        server.start().await.map_err(|e| Error::internal("cannot serve the pod", e))?;
-        *self.ttrpc.lock().await = Some(server);
-        Ok(())
+        let services = self.services().and(extra);
+        self.served
+            .set(services)
+            .map_err(|_| Error::FailedPrecondition("this pod is served already".into()))
     }
 
     /// Serves one connection of the pod's socket.
@@ -192,9 +180,10 @@ impl TaskServer {
             decoder.push(seen.get(frame::HEADER + first.body.len()..).unwrap_or_default());
             self.streams.accept(socket, decoder, first.stream).await;
         } else {
-            // If the server has ended, the connection ends with it.
-            if let Some(served) = self.connections.get() {
-                let _ = served.send(Prefixed::new(seen, socket)).await;
+            // Not served yet: the connection ends.
+            if let Some(services) = self.served.get().cloned() {
+                let socket = Prefixed::new(seen, socket);
+                tokio::spawn(kuasar_ttrpc::serve(socket, services, std::future::pending()));
             }
         }
     }
