@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::CommonConfig;
+use kuasar_oci::engine::{BUILTIN, EngineConfig, Limits, Settings};
 use serde::{Deserialize, Deserializer};
-
-use crate::engine::{BUILTIN, EngineConfig, Limits};
 
 /// Annotation by which a pod chooses its engine, where the configuration allows it.
 pub const ENGINE_ANNOTATION: &str = "io.kuasar.runc.engine";
@@ -32,7 +31,7 @@ pub struct Config {
     pub engine_timeouts: Limits,
     /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
     /// `0s`: never.
-    #[serde(with = "kuasar_daemon::common::duration")]
+    #[serde(with = "kuasar_host::duration")]
     pub warm_cgroups: Duration,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
@@ -130,6 +129,15 @@ impl Config {
         Ok(())
     }
 
+    /// What of it is the engines'.
+    pub fn engine_settings(&self) -> Settings {
+        Settings {
+            engines: self.engines.clone(),
+            timeouts: self.engine_timeouts,
+            warm_cgroups: self.warm_cgroups,
+        }
+    }
+
     /// The engine for a pod: by annotation where allowed, by runtime type, or the default; never
     /// the built-in one for a pod with a user namespace. It is a name of the table, which is
     /// looked up later; a pod cannot name a program.
@@ -192,6 +200,7 @@ mod tests {
         let path = |name: &str| config.engines[name].path.clone();
         assert_eq!((path("youki"), path("runc")), ("/y".into(), "/r".into()));
         assert_eq!(path("crun"), PathBuf::from("crun"));
+        assert!(Config::default().engines.keys().eq(["crun", "runc"]));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The resident daemon: its configuration, and the parts that only this sandboxer has.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use anyhow::Context;
 use kuasar_daemon::args::DaemonArgs;
@@ -8,11 +8,13 @@ use kuasar_daemon::common::CommonConfig;
 use kuasar_daemon::logging::LevelHandle;
 use kuasar_daemon::resident::{self, Setup};
 use kuasar_host::cgroup::Layout;
+use kuasar_host::live::Live;
+use kuasar_oci::engine::{Backend, Engines};
+use kuasar_oci::selfexe::SelfExe;
+use kuasar_pod::{Metrics, NamespaceSandboxer};
 
 use crate::config::Config;
-use crate::engine::Engines;
-use crate::sandboxer::RuncSandboxer;
-use crate::selfexe::SelfExe;
+use crate::flavor::Runc;
 
 /// Runs the daemon until it is told to end.
 pub async fn run(
@@ -21,19 +23,30 @@ pub async fn run(
     config: Config,
     level: LevelHandle,
 ) -> anyhow::Result<()> {
-    let exe = SelfExe::open().context("make an unwritable handle of this program")?;
-    let cgroups = Layout::detect()?;
+    let exe =
+        SelfExe::open("runc-sandboxer").context("make an unwritable handle of this program")?;
+    let cgroups = Arc::new(Layout::detect()?);
     let dir = setup.dir.clone();
-    let shared = Arc::new(RwLock::new(Arc::new(config)));
-    let config = shared.clone();
-    let make = |parts: &resident::Parts| {
-        let engines = Engines::new(parts.parent.clone(), exe.path(), config.clone());
-        Ok(RuncSandboxer::new(config.clone(), parts, engines, cgroups, dir))
+    let settings = Live::new(config.engine_settings());
+    let config = Live::new(config);
+    let make = {
+        let (config, settings) = (config.clone(), settings.clone());
+        let builtin = Some(vec![exe.path(), "oci".to_owned()]);
+        move |parts: &resident::Parts| {
+            let engines = Arc::new(Engines::new(Backend {
+                builtin,
+                observer: Arc::new(Metrics("runc")),
+                ..Backend::new(Arc::new(parts.parent.clone()), settings)
+            }));
+            let flavor = Runc::new(config, engines, cgroups.clone());
+            Ok(NamespaceSandboxer::new(flavor, parts, cgroups, dir))
+        }
     };
     let reload = move || {
         // Everything is checked, the log level too, before anything counts.
         let (common, new) = Config::load(args.config.as_deref())?;
-        *shared.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        settings.set(new.engine_settings());
+        config.set(new);
         let log_level = args.log_level.clone().or(common.log_level);
         Ok(CommonConfig { log_level, ..common })
     };

@@ -1,20 +1,12 @@
 //! `runc-sandboxer`: sandboxes and containers of Linux namespaces.
 //!
 //! One program with three faces: the resident daemon ([`daemon`]), the built-in OCI engine
-//! ([`oci`], which sandbox-parent runs for every container), and the operator's
+//! ([`kuasar_oci::builtin`], which sandbox-parent runs for every container), and the operator's
 //! `shutdown-parent`.
 
 mod config;
-mod console;
 mod daemon;
-mod engine;
-mod files;
-mod oci;
-mod pod;
-mod runtime;
-mod sandboxer;
-mod selfexe;
-mod spec;
+mod flavor;
 
 use std::process::ExitCode;
 
@@ -49,7 +41,8 @@ fn main() -> ExitCode {
     // The engine first: it is on the hot path and wants nothing of what a daemon sets up.
     let mut arguments = std::env::args().skip(1).peekable();
     if arguments.peek().map(String::as_str) == Some("oci") {
-        return oci::main(arguments.skip(1).collect()).into();
+        let arguments = arguments.skip(1).collect();
+        return kuasar_oci::builtin::main("runc-sandboxer oci", arguments).into();
     }
     kuasar_daemon::memory::tune();
     match run(Arguments::parse()) {

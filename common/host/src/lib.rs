@@ -3,7 +3,9 @@
 
 pub mod cgroup;
 pub mod dns;
+pub mod duration;
 pub mod id;
+pub mod live;
 pub mod mount;
 pub mod namespace;
 pub mod netlink;

@@ -1,4 +1,4 @@
-//! Our own executable, as sandbox-parent may run it for the built-in engine.
+//! Our own executable, as another process may run it for the built-in engine.
 //!
 //! A container can reach the executable of a process that has entered it: as `/proc/PID/exe` of
 //! an exec that has not become its payload yet, or by naming `/proc/self/exe` as its command. If
@@ -27,13 +27,16 @@ pub struct SelfExe {
 }
 
 impl SelfExe {
-    /// Makes an unwritable handle of the program that runs now.
-    pub fn open() -> io::Result<Self> {
+    /// Makes an unwritable handle of the program that runs now; `name` is what a copy is called.
+    ///
+    /// # Errors
+    /// When there can be neither a read-only clone nor a copy.
+    pub fn open(name: &str) -> io::Result<Self> {
         match read_only_clone() {
             Ok(fd) => Ok(Self { fd }),
             Err(error) => {
                 tracing::info!(%error, "no read-only clone of the executable: copying it once");
-                Ok(Self { fd: sealed_copy()? })
+                Ok(Self { fd: sealed_copy(name)? })
             }
         }
     }
@@ -95,11 +98,12 @@ fn read_only_clone() -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
-fn sealed_copy() -> io::Result<OwnedFd> {
+fn sealed_copy(name: &str) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name)?;
     let mut source = std::fs::File::open("/proc/self/exe")?;
-    // SAFETY: plain system call with a constant name.
+    // SAFETY: plain system call with a valid name.
     let fd = own(libc::c_long::from(unsafe {
-        libc::memfd_create(c"runc-sandboxer".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
     }))?;
     let mut copy = std::fs::File::from(fd);
     io::copy(&mut source, &mut copy)?;
@@ -125,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_sealed_copy_cannot_be_written_and_runs() {
-        let fd = sealed_copy().unwrap();
+        let fd = sealed_copy("engine").unwrap();
         assert!(refuses_writing(&fd));
     }
 

@@ -1,22 +1,25 @@
 //! OCI engines: the built-in one and any OCI command line (runc, crun, …).
 //!
-//! An engine is only ever *run*: by sandbox-parent, which becomes the parent of what the engine
+//! An engine is only ever *run*: by [`Processes`], which becomes the parent of what the engine
 //! leaves behind and keeps its exit until somebody has written it down. Between commands nothing
 //! of an engine stays in memory. What needs no engine is not done by one: signals go through
-//! pidfds, process lists, freezing, limits and statistics through cgroups (`crate::runtime`),
+//! pidfds, process lists, freezing, limits and statistics through cgroups ([`crate::control`]),
 //! and starting or deleting a container of the built-in engine is a connect or an unlink.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use containerd_task::error::{Error, Result};
 use kuasar_host::cgroup::{Layout, Warmer};
-use sandbox_parent::client::{Parent, Spawn};
+use kuasar_host::live::Live;
 use serde::Deserialize;
 
-use crate::config::Config;
+use crate::control::{Control, OnHost};
+use crate::observer::Observer;
+use crate::processes::{Command, Processes, new_cookie};
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
@@ -43,10 +46,10 @@ pub struct EngineConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// `create`, `exec`, `checkpoint` and `restore`.
-    #[serde(with = "kuasar_daemon::common::duration")]
+    #[serde(with = "kuasar_host::duration")]
     pub create: Duration,
     /// Everything else.
-    #[serde(with = "kuasar_daemon::common::duration")]
+    #[serde(with = "kuasar_host::duration")]
     pub other: Duration,
 }
 
@@ -56,13 +59,64 @@ impl Default for Limits {
     }
 }
 
+/// What a daemon's configuration says of engines.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Command-line engines by name; none is called [`BUILTIN`].
+    pub engines: BTreeMap<String, EngineConfig>,
+    /// How long an engine may take.
+    pub timeouts: Limits,
+    /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
+    /// zero: never.
+    pub warm_cgroups: Duration,
+}
+
+impl Default for Settings {
+    /// No command-line engine, and no cgroup is kept warm.
+    fn default() -> Self {
+        Self { engines: BTreeMap::new(), timeouts: Limits::default(), warm_cgroups: Duration::ZERO }
+    }
+}
+
+/// What engines run with.
+#[derive(Clone)]
+pub struct Backend {
+    /// Who runs them and reaps what they leave behind.
+    pub processes: Arc<dyn Processes>,
+    /// Counts at each call as it is then.
+    pub settings: Live<Settings>,
+    /// Program and first words of the built-in engine's command line, such as
+    /// `/proc/N/fd/M oci`; see [`crate::selfexe`]. Without it there is no built-in engine.
+    pub builtin: Option<Vec<String>>,
+    /// Is told how long commands took and what ended.
+    pub observer: Arc<dyn Observer>,
+    /// How running containers are handled.
+    pub control: Arc<dyn Control>,
+}
+
+impl Backend {
+    /// Without a built-in engine and an observer; containers are handled on the host.
+    pub fn new(processes: Arc<dyn Processes>, settings: Live<Settings>) -> Self {
+        Self {
+            processes,
+            settings,
+            builtin: None,
+            observer: Arc::new(()),
+            control: Arc::new(OnHost),
+        }
+    }
+}
+
 /// All engines of a daemon.
-#[derive(Debug)]
 pub struct Engines {
-    parent: Parent,
-    builtin: String,
-    config: Arc<RwLock<Arc<Config>>>,
+    backend: Backend,
     warmer: OnceLock<Warmer>,
+}
+
+impl std::fmt::Debug for Engines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engines").field("settings", &self.backend.settings).finish_non_exhaustive()
+    }
 }
 
 /// A chosen engine.
@@ -87,46 +141,44 @@ pub enum Streams<'a> {
 pub struct Left {
     /// Its pid.
     pub pid: u32,
-    /// For [`Parent::watch`].
+    /// For [`Processes::watch`].
     pub since: u64,
 }
 
 impl Engines {
-    /// The engines of this configuration, as it is at each call; `builtin` is the path of our own
-    /// program for sandbox-parent (see [`crate::selfexe`]).
-    pub fn new(parent: Parent, builtin: String, config: Arc<RwLock<Arc<Config>>>) -> Self {
-        Self { parent, builtin, config, warmer: OnceLock::new() }
+    /// The engines of `backend`.
+    pub fn new(backend: Backend) -> Self {
+        Self { backend, warmer: OnceLock::new() }
+    }
+
+    /// What they run with.
+    pub fn backend(&self) -> &Backend {
+        &self.backend
     }
 
     /// Processes are about to be moved into cgroups: see [`Warmer`].
     pub fn expect_moves(&self, layout: &Layout) {
-        let span = self.config().warm_cgroups;
+        let span = self.backend.settings.get().warm_cgroups;
         if !span.is_zero() {
             self.warmer.get_or_init(|| Warmer::new(layout)).keep(span);
         }
     }
 
-    fn config(&self) -> Arc<Config> {
-        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     fn limits(&self) -> Limits {
-        self.config().engine_timeouts
+        self.backend.settings.get().timeouts
     }
 
     /// The engine with this name; otherwise the text names those that there are.
     pub fn get(self: &Arc<Self>, name: &str) -> std::result::Result<Engine, String> {
-        if name == BUILTIN {
+        let builtin = self.backend.builtin.as_ref();
+        if name == BUILTIN && builtin.is_some() {
             return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
         }
-        let all = self.config();
+        let all = self.backend.settings.get();
         let Some(config) = all.engines.get(name) else {
-            let names: Vec<_> = all.engines.keys().map(String::as_str).collect();
-            return Err(format!(
-                "unknown engine {name:?}: configured are {BUILTIN}{}{}",
-                if names.is_empty() { "" } else { ", " },
-                names.join(", ")
-            ));
+            let names = builtin.map(|_| BUILTIN).into_iter();
+            let names: Vec<_> = names.chain(all.engines.keys().map(String::as_str)).collect();
+            return Err(format!("unknown engine {name:?}: configured are {}", names.join(", ")));
         };
         let path = kuasar_host::process::find_program(&config.path).ok_or_else(|| {
             format!("engine {name:?}: program {} is not installed", config.path.display())
@@ -270,7 +322,8 @@ impl Engine {
         let log = dir.join("engine.log");
         let _ = std::fs::remove_file(&log);
         let mut argv = match &self.cli {
-            None => vec![self.all.builtin.clone(), "oci".into()],
+            // An engine without a command line is only made where there is a built-in one.
+            None => self.all.backend.builtin.clone().unwrap_or_default(),
             Some(cli) => {
                 let mut argv = vec![text(&cli.path)?];
                 argv.extend(cli.args.iter().cloned());
@@ -283,25 +336,25 @@ impl Engine {
         };
         argv.extend(["--root".into(), text(&dir.join("engine"))?, "--log".into(), text(&log)?]);
         argv.extend(words);
-        let cookie = Parent::new_cookie();
+        let cookie = new_cookie();
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
         let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        let command = Spawn { argv, env: vec![format!("PATH={path}")], fds, cookie };
-        let parent = &self.all.parent;
-        let spawned = parent
+        let command = Command { argv, env: vec![format!("PATH={path}")], fds, cookie };
+        let processes = &self.all.backend.processes;
+        let spawned = processes
             .spawn(command)
             .await
             .map_err(|error| Error::internal(format!("run engine {}", self.name), error))?;
-        let exit = match tokio::time::timeout(limit, parent.exit_of(cookie)).await {
+        let exit = match tokio::time::timeout(limit, processes.exit_of(cookie)).await {
             Ok(exit) => exit.map_err(|error| Error::internal("wait for the engine", error))?,
             Err(_) => {
                 // It may have ended just now.
                 let _ = kuasar_host::process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
                 // It is reaped and forgotten as soon as the kernel has ended it.
-                let parent = parent.clone();
+                let processes = processes.clone();
                 tokio::spawn(async move {
-                    let _ = parent.exit_of(cookie).await;
-                    parent.acknowledge(cookie).await;
+                    let _ = processes.exit_of(cookie).await;
+                    processes.acknowledge(cookie).await;
                 });
                 return Err(Error::DeadlineExceeded(format!(
                     "engine {} did not finish {verb} within {limit:?}",
@@ -309,7 +362,7 @@ impl Engine {
                 )));
             }
         };
-        parent.acknowledge(cookie).await;
+        processes.acknowledge(cookie).await;
         if exit.status == 0 {
             return Ok(spawned.since);
         }
@@ -374,7 +427,7 @@ fn start_builtin(dir: &Path, id: &str) -> Result<()> {
     let socket = format!("/proc/self/fd/{}/notify.sock", handle.as_raw_fd());
     let mut stream = std::os::unix::net::UnixStream::connect(socket).map_err(wrap)?;
     stream.write_all(b"start container").map_err(wrap)?;
-    // The state file is for people with `runc-sandboxer oci state`; we do not read it.
+    // The state file is for people with `oci state`; we do not read it.
     let path = state.join("state.json");
     if let Ok(text) = std::fs::read_to_string(&path) {
         let running = text.replacen("\"status\":\"created\"", "\"status\":\"running\"", 1);

@@ -68,7 +68,7 @@ pub struct Exec {
     pub console_socket: Option<PathBuf>,
 }
 
-const USAGE: &str = "usage: runc-sandboxer oci --root DIR [--log FILE] \
+const USAGE: &str = "usage: [oci] --root DIR [--log FILE] \
     create --bundle DIR [--pid-file F] [--console-socket S] [--preserve-fds N] ID | \
     exec --process F [--pid-file F] [--console-socket S] ID | start ID | kill ID [SIGNAL] | \
     delete [--force] ID | state ID";

@@ -1,4 +1,4 @@
-//! Pods of Linux namespaces: the [`Sandboxer`] behind the Controller.
+//! Pods of Linux namespaces: the [`Sandboxer`] behind the Controller, below it a [`Flavor`].
 //!
 //! A pod is a set of namespaces that nobody lives in. sandbox-parent makes them and keeps their
 //! descriptors under `<sandbox>/ns/…`, the daemon holds duplicates. Only a shared PID namespace
@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
@@ -22,62 +22,43 @@ use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{namespace, process};
+use kuasar_oci::pod::{Modes, Namespaces, Pod};
 use sandbox_parent::client::{Parent, ParentError, PodNamespaces};
 use sandbox_parent::protocol::stage;
 
-use crate::config::Config;
-use crate::engine::Engines;
 use crate::files::{self, host};
-use crate::pod::{Modes, Namespaces, Pod, PodState};
-use crate::runtime::Containers;
+use crate::flavor::{Choice, Flavor};
+use crate::state::PodState;
 
 /// How long engines that an earlier daemon has started may go on while this one starts.
 const UNFINISHED: Duration = Duration::from_secs(2);
 
 /// Makes and removes pods.
-pub struct RuncSandboxer {
-    config: Arc<RwLock<Arc<Config>>>,
+pub struct NamespaceSandboxer<F> {
+    flavor: F,
     parent: Parent,
     /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
     fresh: bool,
-    engines: Arc<Engines>,
     cgroups: Arc<Layout>,
     dir: PathBuf,
     servers: Arc<TaskServers>,
 }
 
-impl RuncSandboxer {
-    /// A sandboxer whose state is below `dir`.
-    pub fn new(
-        config: Arc<RwLock<Arc<Config>>>,
-        parts: &Parts,
-        engines: Engines,
-        cgroups: Layout,
-        dir: PathBuf,
-    ) -> Self {
+impl<F: Flavor> NamespaceSandboxer<F> {
+    /// A sandboxer of pods of this flavor, whose state is below `dir`.
+    pub fn new(flavor: F, parts: &Parts, cgroups: Arc<Layout>, dir: PathBuf) -> Self {
         Self {
-            config,
+            flavor,
             parent: parts.parent.clone(),
             fresh: parts.fresh,
-            engines: Arc::new(engines),
-            cgroups: Arc::new(cgroups),
+            cgroups,
             dir,
             servers: parts.servers.clone(),
         }
     }
 
-    fn config(&self) -> Arc<Config> {
-        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     fn insert(&self, ctx: &SandboxContext, pod: Pod) -> Result<Tasks> {
-        let runtime = Containers::new(
-            Arc::new(pod),
-            self.parent.clone(),
-            self.engines.clone(),
-            self.cgroups.clone(),
-        );
-        self.servers.make(ctx, Arc::new(runtime))
+        self.servers.make(ctx, self.flavor.runtime(Arc::new(pod))?)
     }
 
     async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
@@ -93,18 +74,6 @@ impl RuncSandboxer {
             .fetch(&format!("{id}/ns/{name}"))
             .await
             .map_err(|error| Error::internal(format!("fetch the pod's {name} namespace"), error))
-    }
-
-    /// Reports the pod's end when the init of its shared PID namespace ends.
-    fn watch_init(ctx: &SandboxContext, pidfd: OwnedFd) {
-        let handle = ctx.handle.clone();
-        // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
-        let Ok(ready) = (unsafe { tokio::io::unix::AsyncFd::register(pidfd) }) else { return };
-        tokio::spawn(async move {
-            if ready.readable().await.is_ok() {
-                handle.exited(SandboxExit { status: 137, at: SystemTime::now() });
-            }
-        });
     }
 
     /// Kills whatever is left of a pod, by the cgroups of its containers' records.
@@ -177,6 +146,19 @@ impl RuncSandboxer {
     }
 }
 
+/// Reports the pod's end when the process of `pidfd` ends: the init of its shared PID namespace,
+/// or one of the flavor's.
+pub fn watch_end(ctx: &SandboxContext, pidfd: OwnedFd) {
+    let handle = ctx.handle.clone();
+    // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+    let Ok(ready) = (unsafe { tokio::io::unix::AsyncFd::register(pidfd) }) else { return };
+    tokio::spawn(async move {
+        if ready.readable().await.is_ok() {
+            handle.exited(SandboxExit { status: 137, at: SystemTime::now() });
+        }
+    });
+}
+
 /// `linux.cgroupsPath` of every recorded container.
 fn container_cgroups(dir: &Path) -> Vec<String> {
     let containers = std::fs::read_dir(dir.join("containers")).into_iter().flatten().flatten();
@@ -244,18 +226,16 @@ async fn blocking<T: Send + 'static>(
 }
 
 #[async_trait]
-impl Sandboxer for RuncSandboxer {
+impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
     async fn create(&self, ctx: &SandboxContext) -> Result<()> {
         let spec = ctx.spec.clone();
-        let config = self.config();
         let modes = Modes::of(&spec.config, &spec.netns_path);
         open_netns(&spec.netns_path)?;
         files::sysctls(&spec.config, modes, false)?;
         files::check_userns(&spec.config, &spec.netns_path)?;
-        let has_userns = files::has_userns(&spec.config);
-        let engine = config.engine_of(&spec.runtime, &spec.config.annotations, has_userns);
-        self.engines.get(engine).map_err(Error::InvalidArgument)?;
-        let (dir, layout, size) = (ctx.dir.clone(), self.cgroups.clone(), config.shm_size);
+        let Choice { engine, own } = self.flavor.choose(&spec).await?;
+        let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
+        let size = self.flavor.settings().shm_size;
         let begun = Instant::now();
         let spec_too = spec.clone();
         let made = blocking(move || {
@@ -271,23 +251,23 @@ impl Sandboxer for RuncSandboxer {
         .await?;
         kuasar_daemon::metrics::observe("pod_files", begun.elapsed());
         let state = PodState {
-            engine: engine.to_owned(),
+            engine,
             own_cgroup: made.then(|| spec.config.linux.cgroup_parent.clone()),
+            own,
             ..PodState::default()
         };
         self.save(ctx, &state).await
     }
 
     async fn start(&self, ctx: &SandboxContext) -> Result<Started> {
-        let (spec, config) = (ctx.spec.clone(), self.config());
+        let (spec, settings) = (ctx.spec.clone(), self.flavor.settings());
         let mut state = state(ctx);
         let modes = Modes::of(&spec.config, &spec.netns_path);
         let netns = open_netns(&spec.netns_path)?;
         let hostname = files::hostname(&spec.config, modes)?;
-        let sysctls = files::sysctls(&spec.config, modes, config.unprivileged_ports)?;
-        // Its containers come next. Not earlier: the first of these moves holds up every mkdir of
-        // a cgroup.
-        self.engines.expect_moves(&self.cgroups);
+        let sysctls = files::sysctls(&spec.config, modes, settings.unprivileged_ports)?;
+        // Not earlier: for engines the first move holds up every mkdir of a cgroup.
+        self.flavor.expect_containers();
         let begun = Instant::now();
         let made = self
             .parent
@@ -334,13 +314,21 @@ impl Sandboxer for RuncSandboxer {
             dir: ctx.dir.clone(),
             netns: spec.netns_path.clone(),
             modes,
-            engine: state.engine,
+            engine: state.engine.clone(),
             namespaces,
         };
+        let mut own = state.own.clone();
+        let up = self.flavor.up(ctx, &pod, &mut own).await;
+        if own != state.own {
+            // Also of a failed one: `down` is to find what there is.
+            state.own = own;
+            self.save(ctx, &state).await?;
+        }
+        up?;
         let started = self.started(ctx, &pod);
         self.insert(ctx, pod)?;
         if let Some(pidfd) = pidfd {
-            Self::watch_init(ctx, pidfd);
+            watch_end(ctx, pidfd);
         }
         Ok(started)
     }
@@ -359,8 +347,10 @@ impl Sandboxer for RuncSandboxer {
             None => Ok(()),
         };
         self.kill_leftovers(&ctx.dir, &state).await;
+        let down = self.flavor.down(ctx, &state.own).await;
         // The engine tears the network down when this has succeeded, and repeats it otherwise.
         stopped?;
+        down?;
         self.parent
             .forget(&format!("{}/ns/", ctx.spec.id))
             .await
@@ -374,6 +364,8 @@ impl Sandboxer for RuncSandboxer {
         if let Some(tasks) = &tasks {
             tasks.remove().await;
         }
+        self.flavor.down(ctx, &state.own).await?;
+        self.flavor.removed(ctx, &state.own).await?;
         let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
         blocking(move || {
             for path in container_cgroups(&dir) {
@@ -422,9 +414,6 @@ impl Sandboxer for RuncSandboxer {
             (_, _, false) => Some("its namespaces are gone"),
             _ => None,
         };
-        if lost.is_some() {
-            self.kill_leftovers(&ctx.dir, &state).await;
-        }
         let namespaces =
             Namespaces { ipc, uts, user, pid, init: state.init.map_or(0, |(pid, _)| pid) };
         let pod = Pod {
@@ -432,9 +421,14 @@ impl Sandboxer for RuncSandboxer {
             dir: ctx.dir.clone(),
             netns: ctx.spec.netns_path.clone(),
             modes,
-            engine: state.engine,
+            engine: state.engine.clone(),
             namespaces,
         };
+        let lives = self.flavor.recovered(ctx, &pod, &state.own, lost.is_none()).await?;
+        let lost = lost.or((!lives).then_some("what runs its containers has ended"));
+        if lost.is_some() {
+            self.kill_leftovers(&ctx.dir, &state).await;
+        }
         let started = self.started(ctx, &pod);
         // Also of a pod that is stopped or lost: containerd asks how its containers have ended,
         // and deletes them.
@@ -445,7 +439,7 @@ impl Sandboxer for RuncSandboxer {
             return Ok(Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() }));
         }
         if let Some(pidfd) = init {
-            Self::watch_init(ctx, pidfd);
+            watch_end(ctx, pidfd);
         }
         Ok(Recovered::Running(started))
     }
@@ -469,6 +463,7 @@ impl Sandboxer for RuncSandboxer {
             if let Ok(Some(pidfd)) = self.fetch(id, "init").await {
                 let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
             }
+            self.flavor.orphaned(id).await;
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
         self.clear_lost(known).await;
@@ -498,14 +493,17 @@ impl Sandboxer for RuncSandboxer {
     async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>> {
         let state = state(ctx);
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
-        let text = serde_json::json!({
+        let mut value = serde_json::json!({
             "engine": state.engine,
             "initPid": state.init.map(|(pid, _)| pid),
             "hostNetwork": modes.host_network, "hostIPC": modes.host_ipc, "hostPID": modes.host_pid,
             "sharedPID": modes.shared_pid,
             "sandboxParent": self.parent.pid(),
         });
-        Ok(BTreeMap::from([("runc".to_owned(), text.to_string())]))
+        if let Some(members) = value.as_object_mut() {
+            members.append(&mut self.flavor.info(&state.own));
+        }
+        Ok(BTreeMap::from([(self.flavor.name().to_owned(), value.to_string())]))
     }
 
     async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {

@@ -22,7 +22,7 @@ impl Console {
     /// Listens in the sandbox's private directory, under a name short enough for a socket path.
     pub fn listen(dir: &Path) -> Result<Self> {
         let wrap = |error| Error::internal("make the console socket", error);
-        let name = format!("c{:08x}", sandbox_parent::client::Parent::new_cookie() as u32);
+        let name = format!("c{:08x}", crate::processes::new_cookie() as u32);
         let handle = std::fs::File::open(dir).map_err(wrap)?;
         // Bound through a descriptor: the directory's own path may be too long for a socket.
         let fd = handle.as_raw_fd();

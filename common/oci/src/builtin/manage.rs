@@ -1,5 +1,5 @@
 //! `oci start|kill|delete|state`: for use by hand and for containers with poststart or poststop
-//! hooks. The daemon does these itself otherwise (see `crate::engine`).
+//! hooks. The daemon does these itself otherwise (see [`crate::engine`]).
 
 use libcontainer::container::Container;
 use libcontainer::error::LibcontainerError;

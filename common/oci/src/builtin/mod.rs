@@ -1,6 +1,6 @@
-//! The built-in OCI engine: `runc-sandboxer oci create|exec|start|kill|delete|state`.
+//! The built-in OCI engine: `PROGRAM oci create|exec|start|kill|delete|state`.
 //!
-//! sandbox-parent runs this program for every container and every exec, so it starts like a
+//! The program is run for every container and every exec, so it starts like a
 //! small C program: `main` comes here before any runtime, logger or argument parser exists, the
 //! arguments are read by hand, and there is one thread from beginning to end (joining user and
 //! mount namespaces demands it).
@@ -19,7 +19,7 @@
 //!
 //! A process that is inside the container but has not yet exec'd its payload still has this
 //! program as `/proc/PID/exe`, and an image can ask for `/proc/self/exe` as its command
-//! (CVE-2019-5736). The daemon therefore never lets sandbox-parent exec the installed file: see
+//! (CVE-2019-5736). The runtime therefore never has the installed file run: see
 //! [`crate::selfexe`].
 
 mod args;
@@ -62,12 +62,13 @@ impl Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// Runs the engine with the arguments after `oci`; the result is the exit status.
-pub fn main(arguments: Vec<String>) -> u8 {
+/// Runs the engine with the arguments after `program`, such as `runc-sandboxer oci`; the result is
+/// the exit status. To be called before there is a second thread.
+pub fn main(program: &str, arguments: Vec<String>) -> u8 {
     let args = match Args::parse(arguments) {
         Ok(args) => args,
         Err(error) => {
-            eprintln!("runc-sandboxer oci: {error}");
+            eprintln!("{program}: {error}");
             return 1;
         }
     };

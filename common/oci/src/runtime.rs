@@ -4,13 +4,13 @@
 //! `<sandbox>/containers/<id>/meta.json`, beside the edited `config.json` and the engine's state:
 //! a daemon that starts again has lost nothing, and a hundred idle containers cost nothing.
 //!
-//! Exits come from sandbox-parent. The handle of a process in the Task server's journal is the
-//! cookie under which sandbox-parent keeps its exit until [`Runtime::exit_recorded`].
+//! Exits come from [`Processes`]. The handle of a process in the Task server's journal is the
+//! cookie under which its exit is kept until [`Runtime::exit_recorded`].
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
@@ -18,17 +18,18 @@ use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
-use kuasar_daemon::registry::Counter;
 use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_host::mount::{IdMap, Mount};
 use kuasar_host::{process, record};
-use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::console::Console;
+use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, Left, Streams};
+use crate::observer::Observer;
 use crate::pod::Pod;
+use crate::processes::{Processes, new_cookie};
 use crate::spec;
 
 /// What a container's later calls need.
@@ -47,17 +48,12 @@ struct Meta {
 /// The containers of one pod.
 pub struct Containers {
     pod: Arc<Pod>,
-    parent: Parent,
     engines: Arc<Engines>,
     cgroups: Arc<Layout>,
 }
 
-static EXITS: Counter = Counter { name: "kuasar_task_exits_total", labels: &["sandboxer"] };
-
-/// How long a cgroup may take to freeze, or to lose its killed processes.
-const CGROUP_DEADLINE: Duration = Duration::from_secs(5);
-
-fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
+/// A kuasar-host error as the Task API answers it.
+pub(crate) fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
     let what = what.into();
     move |error| match error {
         kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
@@ -65,7 +61,7 @@ fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
@@ -73,8 +69,20 @@ async fn blocking<T: Send + 'static>(
 
 impl Containers {
     /// The containers of `pod`.
-    pub fn new(pod: Arc<Pod>, parent: Parent, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
-        Self { pod, parent, engines, cgroups }
+    pub fn new(pod: Arc<Pod>, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
+        Self { pod, engines, cgroups }
+    }
+
+    fn processes(&self) -> &Arc<dyn Processes> {
+        &self.engines.backend().processes
+    }
+
+    fn observer(&self) -> &Arc<dyn Observer> {
+        &self.engines.backend().observer
+    }
+
+    fn control(&self) -> &dyn Control {
+        self.engines.backend().control.as_ref()
     }
 
     fn engine(&self, name: &str) -> Result<Engine> {
@@ -94,18 +102,52 @@ impl Containers {
         self.cgroups.group(&meta.cgroup).map_err(internal(format!("cgroup of container {id}")))
     }
 
+    fn target<'a>(&'a self, id: &'a str, dir: &'a Path, meta: &'a Meta) -> Target<'a> {
+        Target {
+            id,
+            dir,
+            pid: meta.pid,
+            cgroup: &meta.cgroup,
+            engine: &meta.engine,
+            engines: &self.engines,
+            layout: &self.cgroups,
+        }
+    }
+
     /// Follows a process that an engine has left behind.
     async fn follow(&self, left: Left) -> Result<(u64, BoxFuture<'static, Exit>)> {
-        let cookie = Parent::new_cookie();
-        self.parent
+        let cookie = new_cookie();
+        self.processes()
             .watch(left.pid, left.since, cookie)
             .await
             .map_err(|error| Error::internal("watch the process", error))?;
-        Ok((cookie, exit_of(self.parent.clone(), cookie, left.pid)))
+        Ok((cookie, self.exit_of(cookie, left.pid)))
+    }
+
+    /// The exit of a process. If who reaps it is lost, the process itself is watched, and how it
+    /// ended is not known.
+    fn exit_of(&self, cookie: u64, pid: u32) -> BoxFuture<'static, Exit> {
+        let (processes, observer) = (self.processes().clone(), self.observer().clone());
+        Box::pin(async move {
+            if let Ok(exit) = processes.exit_of(cookie).await {
+                observer.exit();
+                return exit;
+            }
+            if let Ok(pidfd) = process::pidfd_open(pid) {
+                // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+                let ready = unsafe { tokio::io::unix::AsyncFd::register(pidfd) };
+                if let Ok(ready) = ready {
+                    let _ = ready.readable().await;
+                }
+            }
+            observer.exit();
+            Exit { status: 255, at: SystemTime::now() }
+        })
     }
 
     /// Prepares bundle, rootfs and spec; synchronous work in one go.
     fn prepare(
+        observer: &dyn Observer,
         pod: &Pod,
         engine: &Engine,
         request: &CreateContainer,
@@ -154,7 +196,7 @@ impl Containers {
             let map = map.map(|user| IdMap { userns: user.as_fd(), scratch: &scratch });
             kuasar_host::mount::mount_all_mapped(&mounts, &rootfs, map)
                 .map_err(internal("mount the rootfs"))?;
-            kuasar_daemon::metrics::observe("rootfs", begun.elapsed());
+            observer.phase("rootfs", begun.elapsed());
         }
         let root =
             value.pointer("/root/path").and_then(Value::as_str).map_or(rootfs.as_path(), Path::new);
@@ -186,9 +228,11 @@ impl Containers {
         self.engines.expect_moves(&self.cgroups);
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
-        let engine_too = engine.clone();
-        let (mut meta, passed, devices) =
-            blocking(move || Self::prepare(&pod, &engine_too, &wanted, terminal)).await?;
+        let (engine_too, observer) = (engine.clone(), self.observer().clone());
+        let (mut meta, passed, devices) = blocking(move || {
+            Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal)
+        })
+        .await?;
         let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
         let passed: Vec<_> =
@@ -206,7 +250,7 @@ impl Containers {
                 (left, Some(console.master(*size)?))
             }
         };
-        kuasar_daemon::metrics::observe("engine_create", begun.elapsed());
+        self.observer().phase("engine_create", begun.elapsed());
         meta.pid = left.pid;
         save(&dir, &meta)?;
         if let Some(devices) = devices {
@@ -298,26 +342,6 @@ fn make_cwd(spec: &Value, rootfs: &Path) {
     }
 }
 
-/// The exit of a process. If sandbox-parent is lost, the process itself is watched, and how it
-/// ended is not known.
-fn exit_of(parent: Parent, cookie: u64, pid: u32) -> BoxFuture<'static, Exit> {
-    Box::pin(async move {
-        if let Ok(exit) = parent.exit_of(cookie).await {
-            EXITS.add(&["runc"], 1);
-            return Exit { status: exit.status, at: exit.at };
-        }
-        if let Ok(pidfd) = process::pidfd_open(pid) {
-            // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
-            let ready = unsafe { tokio::io::unix::AsyncFd::register(pidfd) };
-            if let Ok(ready) = ready {
-                let _ = ready.readable().await;
-            }
-        }
-        EXITS.add(&["runc"], 1);
-        Exit { status: 255, at: SystemTime::now() }
-    })
-}
-
 #[async_trait]
 impl Runtime for Containers {
     async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
@@ -338,7 +362,7 @@ impl Runtime for Containers {
         let begun = Instant::now();
         let engine = self.engine(&meta.engine)?;
         engine.start(&self.pod.container(container), container, meta.hooks).await?;
-        kuasar_daemon::metrics::observe("engine_start", begun.elapsed());
+        self.observer().phase("engine_start", begun.elapsed());
         Ok(())
     }
 
@@ -377,39 +401,19 @@ impl Runtime for Containers {
         .await;
         let _ = std::fs::remove_file(&file);
         let (left, terminal) = result?;
-        kuasar_daemon::metrics::observe("engine_exec", begun.elapsed());
+        self.observer().phase("engine_exec", begun.elapsed());
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal, exit })
     }
 
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
         let id = &process.container;
+        let (meta, dir) = (self.meta(id)?, self.pod.container(id));
+        let target = self.target(id, &dir, &meta);
         if all {
-            let cgroup = self.cgroup(id)?;
-            return blocking(move || {
-                cgroup.signal_all(signal).map_err(internal("signal all processes"))
-            })
-            .await;
+            return self.control().kill_all(&target, signal).await;
         }
-        let gone =
-            || Error::NotFound(format!("process {} of container {id} has ended", process.pid));
-        let pidfd = process::pidfd_open(process.pid).map_err(|_| gone())?;
-        // The pid may be another process's by now: ours is in the container's cgroup.
-        let membership =
-            std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).map_err(|_| gone())?;
-        let meta = self.meta(id)?;
-        let leaf = meta.cgroup.rsplit(['/', ':']).next().unwrap_or_default();
-        if !membership.contains(leaf) {
-            return Err(gone());
-        }
-        match process::pidfd_signal(pidfd.as_fd(), signal) {
-            Ok(()) => Ok(()),
-            Err(error) if error.errno() == Some(libc::ESRCH) => Err(gone()),
-            Err(error) if error.errno() == Some(libc::EINVAL) => {
-                Err(Error::InvalidArgument(format!("unknown signal {signal}")))
-            }
-            Err(error) => Err(Error::internal("signal the process", error)),
-        }
+        self.control().kill(&target, process, signal).await
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
@@ -447,21 +451,20 @@ impl Runtime for Containers {
     }
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
-        let meta = self.meta(container)?;
-        let pids =
-            self.cgroups.group(&meta.cgroup).and_then(|cgroup| cgroup.pids()).unwrap_or_default();
+        let (meta, dir) = (self.meta(container)?, self.pod.container(container));
+        let pids = self.control().pids(&self.target(container, &dir, &meta)).await?;
         // containerd takes an empty list for a leaked shim.
         Ok(if pids.is_empty() { vec![meta.pid] } else { pids })
     }
 
     async fn pause(&self, container: &str) -> Result<()> {
-        let cgroup = self.cgroup(container)?;
-        blocking(move || cgroup.freeze(CGROUP_DEADLINE).map_err(internal("freeze"))).await
+        let (meta, dir) = (self.meta(container)?, self.pod.container(container));
+        self.control().pause(&self.target(container, &dir, &meta)).await
     }
 
     async fn resume(&self, container: &str) -> Result<()> {
-        let cgroup = self.cgroup(container)?;
-        blocking(move || cgroup.thaw().map_err(internal("thaw"))).await
+        let (meta, dir) = (self.meta(container)?, self.pod.container(container));
+        self.control().resume(&self.target(container, &dir, &meta)).await
     }
 
     async fn checkpoint(
@@ -490,39 +493,33 @@ impl Runtime for Containers {
     }
 
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
-        let cgroup = self.cgroup(container)?;
-        let resources = resources.to_vec();
-        blocking(move || cgroup.update(&resources).map_err(internal("update resources"))).await
+        let (meta, dir) = (self.meta(container)?, self.pod.container(container));
+        self.control().update(&self.target(container, &dir, &meta), resources).await
     }
 
     async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {
-        let cgroup = self.cgroup(container)?;
-        blocking(move || {
-            Ok(match flavor {
-                StatsFlavor::Native => cgroup.metrics(),
-                StatsFlavor::V1 => cgroup.metrics_v1(),
-            })
-        })
-        .await
+        let (meta, dir) = (self.meta(container)?, self.pod.container(container));
+        self.control().stats(&self.target(container, &dir, &meta), flavor).await
     }
 
     async fn oom_watch(&self, container: &str) -> Option<OwnedFd> {
-        self.cgroup(container).ok()?.oom_watch()
+        let (meta, dir) = (self.meta(container).ok()?, self.pod.container(container));
+        self.control().oom_watch(&self.target(container, &dir, &meta)).await
     }
 
     fn oom_kills(&self, container: &str) -> u64 {
-        self.cgroup(container).map(|cgroup| cgroup.oom_kills()).unwrap_or_default()
+        let Ok(meta) = self.meta(container) else { return 0 };
+        let dir = self.pod.container(container);
+        self.control().oom_kills(&self.target(container, &dir, &meta))
     }
 
     async fn reattach(&self, process: &ProcessRef) -> Result<Option<BoxFuture<'static, Exit>>> {
         let watched = self
-            .parent
+            .processes()
             .watched()
             .await
-            .map_err(|error| Error::internal("ask sandbox-parent for its processes", error))?;
-        Ok(watched
-            .contains(&process.handle)
-            .then(|| exit_of(self.parent.clone(), process.handle, process.pid)))
+            .map_err(|error| Error::internal("ask which processes are watched", error))?;
+        Ok(watched.contains(&process.handle).then(|| self.exit_of(process.handle, process.pid)))
     }
 
     async fn existing(&self) -> Vec<String> {
@@ -531,7 +528,7 @@ impl Runtime for Containers {
     }
 
     async fn exit_recorded(&self, process: &ProcessRef) {
-        self.parent.acknowledge(process.handle).await;
+        self.processes().acknowledge(process.handle).await;
     }
 }
 
@@ -545,5 +542,6 @@ fn remove_dir(dir: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
+#[cfg(all(feature = "builtin", feature = "parent"))]
 #[path = "runtime_tests.rs"]
 mod tests;

@@ -4,23 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kuasar_protos::cri::{NamespaceMode, PodSandboxConfig};
-use serde::{Deserialize, Serialize};
 
 use crate::spec::{Namespace, PodSpec};
-
-/// What is durable of a pod, beyond what the Controller records of every sandbox.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(default)]
-pub struct PodState {
-    /// Engine of its containers.
-    pub engine: String,
-    /// cgroup parent, when the pod's cgroup was made by us.
-    pub own_cgroup: Option<String>,
-    /// Whether Start has made the namespaces.
-    pub started: bool,
-    /// Pid and cookie of the init of a shared PID namespace.
-    pub init: Option<(u32, u64)>,
-}
 
 /// Namespace choices of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

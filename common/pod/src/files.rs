@@ -8,7 +8,7 @@ use kuasar_host::{dns, record};
 use kuasar_protos::cri::{LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use serde_json::{Value, json};
 
-use crate::pod::Modes;
+use kuasar_oci::pod::Modes;
 
 /// A kuasar-host error as the Controller answers it.
 pub fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {

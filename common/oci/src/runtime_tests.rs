@@ -1,19 +1,29 @@
 //! Containers for real: sandbox-parent, the built-in engine, and every runc or crun found here.
 
-use std::collections::BTreeMap;
 use std::io::Read;
+use std::time::Duration;
 
 use containerd_task::runtime::Mount as TaskMount;
-use sandbox_parent::client::{ParentOptions, PodNamespaces};
+use kuasar_host::live::Live;
+use sandbox_parent::client::{Parent, ParentOptions, PodNamespaces};
 
 use super::*;
-use crate::config::Config;
+use crate::engine::{Backend, EngineConfig, Settings};
 use crate::pod::{Modes, Namespaces};
+use crate::processes::{Command, Failure, Spawned as Made};
 
 struct Bed {
     dir: tempfile::TempDir,
     parent: Parent,
     runtime: Containers,
+}
+
+fn settings() -> Live<Settings> {
+    let cli = |name: &str| {
+        (name.into(), EngineConfig { path: name.into(), systemd_cgroup: false, args: vec![] })
+    };
+    let engines = [cli("runc"), cli("crun")].into();
+    Live::new(Settings { engines, ..Settings::default() })
 }
 
 /// A pod with its own namespaces, or why there can be none here.
@@ -25,7 +35,7 @@ async fn bed(engine: &str) -> Option<Bed> {
     }
     let exe = std::env::current_exe().unwrap();
     let bin = exe.parent().unwrap().parent().unwrap();
-    let (program, parent) = (bin.join("runc-sandboxer"), bin.join("sandbox-parent"));
+    let (program, parent) = (bin.join("examples/kuasar-oci"), bin.join("sandbox-parent"));
     if !program.exists() || !parent.exists() {
         eprintln!("skipped: build the workspace first ({} is missing)", bin.display());
         return None;
@@ -41,11 +51,9 @@ async fn bed(engine: &str) -> Option<Bed> {
     };
     let (parent, _connections, fresh) = Parent::connect_or_spawn(&options).await.unwrap();
     assert!(fresh);
-    let engines = Arc::new(Engines::new(
-        parent.clone(),
-        program.to_str().unwrap().into(),
-        Arc::new(std::sync::RwLock::new(Arc::new(Config::default()))),
-    ));
+    let builtin = Some(vec![program.to_str().unwrap().to_owned()]);
+    let backend = Backend::new(Arc::new(parent.clone()), settings());
+    let engines = Arc::new(Engines::new(Backend { builtin, ..backend }));
     if let Err(reason) = engines.get(engine) {
         eprintln!("skipped: {reason}");
         parent.shutdown(true).await.unwrap();
@@ -80,7 +88,7 @@ async fn bed(engine: &str) -> Option<Bed> {
     pod.modes.host_network = false;
     pod.netns = format!("/proc/{}/ns/net", std::process::id());
     let layout = Arc::new(Layout::detect().unwrap());
-    let runtime = Containers::new(Arc::new(pod), parent.clone(), engines, layout);
+    let runtime = Containers::new(Arc::new(pod), engines, layout);
     Some(Bed { dir, parent, runtime })
 }
 
@@ -283,8 +291,38 @@ async fn a_terminal_comes_back_as_its_master() {
     bed.end().await;
 }
 
-#[test]
-fn names_of_engines_are_told_when_one_is_unknown() {
-    let names: BTreeMap<_, _> = Config::default().engines;
-    assert!(names.contains_key("runc") && names.contains_key("crun"));
+#[tokio::test]
+async fn names_of_engines_are_told_when_one_is_unknown() {
+    struct Nobody;
+    #[async_trait]
+    impl Processes for Nobody {
+        async fn spawn(&self, _: Command<'_>) -> std::result::Result<Made, Failure> {
+            Err("nobody runs anything".into())
+        }
+        async fn watch(&self, _: u32, _: u64, _: u64) -> std::result::Result<(), Failure> {
+            Ok(())
+        }
+        async fn exit_of(&self, _: u64) -> std::result::Result<Exit, Failure> {
+            Err("nobody knows".into())
+        }
+        async fn acknowledge(&self, _: u64) {}
+        async fn watched(&self) -> std::result::Result<Vec<u64>, Failure> {
+            Ok(Vec::new())
+        }
+    }
+    let backend = Backend::new(Arc::new(Nobody), settings());
+    let error = Arc::new(Engines::new(backend.clone())).get("builtin").unwrap_err();
+    assert_eq!(error, "unknown engine \"builtin\": configured are crun, runc");
+    let builtin = Some(vec!["/engine".to_owned()]);
+    let engines = Arc::new(Engines::new(Backend { builtin, ..backend.clone() }));
+    let error = engines.get("podman").unwrap_err();
+    assert_eq!(error, "unknown engine \"podman\": configured are builtin, crun, runc");
+    // What a reload changes counts at once.
+    backend.settings.set(Settings::default());
+    let error = engines.get("runc").unwrap_err();
+    assert_eq!(error, "unknown engine \"runc\": configured are builtin");
+    let dir = tempfile::tempdir().unwrap();
+    let engine = engines.get("builtin").unwrap();
+    let error = engine.command(dir.path(), vec!["checkpoint".into()]).await.unwrap_err();
+    assert_eq!(error.chain(), "run engine builtin: nobody runs anything");
 }

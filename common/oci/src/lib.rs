@@ -1,0 +1,26 @@
+//! Containers of an engine behind an OCI command line (`runc`, `crun`, `runsc`, …), and an engine
+//! of our own that has the same command line.
+//!
+//! * [`engine`] runs commands of an engine; [`runtime::Containers`] is containerd's Task API on
+//!   top of that, for the containers of one [`pod::Pod`].
+//! * [`processes::Processes`] is who forks and reaps: sandbox-parent on a host (feature
+//!   `parent`), the init process itself in a guest.
+//! * [`control::Control`] is how running containers are signalled, listed, frozen, measured: by
+//!   us on their host cgroups, unless an engine needs its own way.
+//! * `builtin` (feature `builtin`) is the built-in engine: a program calls `builtin::main` for its
+//!   `oci` command.
+//!
+//! Neither a daemon's configuration nor its metrics are known here: they come as
+//! [`engine::Settings`] and [`observer::Observer`].
+
+#[cfg(feature = "builtin")]
+pub mod builtin;
+pub mod console;
+pub mod control;
+pub mod engine;
+pub mod observer;
+pub mod pod;
+pub mod processes;
+pub mod runtime;
+pub mod selfexe;
+pub mod spec;
