@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use kuasar_protos::runc_options::Options;
 use kuasar_protos::shim::api;
 use kuasar_protos::shim::shim_async::Task;
 use kuasar_ttrpc::{Answer, Services};
@@ -19,6 +20,8 @@ use crate::server::{TaskServer, exit_time, wire_status};
 
 /// What containerd sends a process of an exec as.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// What containerd sends with Create.
+const OPTIONS: &str = "containerd.runc.v1.Options";
 /// What containerd sends resources as.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
@@ -118,6 +121,16 @@ fn expect(any: &MessageField<Any>, what: &str, wanted: &str) -> Result<Vec<u8>, 
     Ok(any.value.clone())
 }
 
+/// Where a container is to be restored from. containerd names it itself, or only in its options.
+fn checkpoint_of(named: &str, options: Option<&Any>) -> Option<PathBuf> {
+    let mut path = named.to_owned();
+    if let Some(any) = options.filter(|any| path.is_empty() && any.type_url.ends_with(OPTIONS)) {
+        // Options that cannot be read have never been an error.
+        path = Options::parse_from_bytes(&any.value).unwrap_or_default().criu_image_path;
+    }
+    (!path.is_empty()).then(|| PathBuf::from(path))
+}
+
 #[async_trait]
 impl Task for Service<'_> {
     async fn create(
@@ -142,7 +155,7 @@ impl Task for Service<'_> {
             bundle: PathBuf::from(q.bundle),
             rootfs,
             terminal: q.terminal,
-            checkpoint: (!q.checkpoint.is_empty()).then(|| PathBuf::from(q.checkpoint)),
+            checkpoint: checkpoint_of(&q.checkpoint, q.options.as_ref()),
             options: q.options.into_option().map(|a| (a.type_url, a.value)),
         };
         let pid = self.server.create(request, stdio).await?;
@@ -248,11 +261,8 @@ impl Task for Service<'_> {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, q: api::CheckpointTaskRequest) -> Rpc<Empty> {
-        self.server.container(&q.id)?;
         let options = q.options.into_option().map(|a| (a.type_url, a.value));
-        let path = PathBuf::from(&q.path);
-        self.server.runtime.checkpoint(&q.id, &path, options).await?;
-        self.server.checkpointed(&q.id, &q.path);
+        self.server.checkpoint(&q.id, &q.path, options).await?;
         Ok(Empty::new())
     }
 
