@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes the test bed below target/bed: containerd, CNI plugins and runc from a newer Debian, unpacked
+# Makes the test bed below target/bed: containerd, CNI plugins, runc and criu from a newer Debian, unpacked
 # and not installed; a static busybox; images made offline; crictl and critest where Go is there.
 # As root, on Debian 12 or 13. Nothing outside the checkout is touched but packages that it needs
 # being installed. Each part has a stamp named for what it is made from: a second run finds
@@ -61,6 +61,23 @@ part_engines() {
     --set-rpath "$B/crun/usr/lib/$(gcc -dumpmachine):$lib" "$B/bin/crun"
   "$B/bin/crun" --version >/dev/null || { echo "bed: crun does not run here: left out"; rm -f "$B/bin/crun"; }
   "$B/bin/runc13" --version >/dev/null
+}
+
+# bookworm's criu does not know newer kernels. Like crun it gets forky's loader and libraries; not by
+# LD_LIBRARY_PATH, which the tar that criu runs would see as well.
+part_criu() {
+  local lib d
+  mkdir -p "$B/debs/criu"
+  (
+    export APT_CONFIG=$B/apt/apt.conf
+    cd "$B/debs/criu"
+    apt-get download -qq {criu,libbsd0,libc6,libcap2,libffi8,libgmp10,libgnutls30t64,libhogweed6t64,libidn2-0,libjansson4,libmd0,libmnl0,libnet9,libnettle8t64,libnftables1,libnftnl11,libnl-3-200,libp11-kit0,libprotobuf-c1,libtasn1-6,libunistring5,libuuid1,libxtables12}/forky
+  )
+  for d in "$B"/debs/criu/*.deb; do dpkg -x "$d" "$B/criu"; done
+  lib=$B/criu/usr/lib/$(gcc -dumpmachine)
+  cp "$B/criu/usr/sbin/criu" "$B/bin/criu"
+  patchelf --set-interpreter "$(echo "$lib"/ld-linux*.so.*)" --force-rpath --set-rpath "$lib" "$B/bin/criu"
+  "$B/bin/criu" check >/dev/null 2>&1 || { echo "bed: criu does not run here: left out"; rm -f "$B/bin/criu"; }
 }
 
 # Debian's busybox-static lacks pgrep and ipcs, and its shell runs applets without exec.
@@ -217,7 +234,7 @@ path = "$B/bin/runsc"
 EOF
 }
 
-PARTS="packages lists engines busybox images critools runsc config"
+PARTS="packages lists engines criu busybox images critools runsc config"
 all=1
 for p in $PARTS; do made "$p" || all=0; done
 [ "$all" = 1 ] && exit 0
@@ -228,7 +245,7 @@ trap '[ $? = 0 ] || tail -n 8 "$B"/*.log >&2' EXIT
 make_part critools & go=$!
 make_part packages
 make_part lists
-make_part engines & engines=$!
+{ make_part engines; make_part criu; } & engines=$!
 make_part busybox
 make_part images
 make_part runsc

@@ -231,6 +231,20 @@ impl Engine {
         self.leave(dir, words, streams, passed, &pid_file).await
     }
 
+    /// Runs `command`, which restores a container of `bundle`.
+    pub(crate) async fn restore(
+        &self,
+        dir: &Path,
+        id: &str,
+        mut command: Vec<String>,
+        streams: &Streams<'_>,
+    ) -> Result<Left> {
+        let pid_file = dir.join("init.pid");
+        self.process(&mut command, streams, &pid_file)?;
+        command.push(id.into());
+        self.leave(dir, command, streams, &[], &pid_file).await
+    }
+
     /// Runs a further process; `process` is the file with its description.
     pub async fn exec(
         &self,

@@ -24,6 +24,7 @@ use kuasar_host::{process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::checkpoint;
 use crate::console::Console;
 use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, Left, Streams};
@@ -43,6 +44,16 @@ struct Meta {
     /// Where the rootfs is mounted.
     rootfs: Option<PathBuf>,
     pid: u32,
+    /// Until it has gone on from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    restore: Option<Restore>,
+}
+
+/// Where a container is to go on from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Restore {
+    bundle: PathBuf,
+    checkpoint: PathBuf,
 }
 
 /// The containers of one pod.
@@ -151,18 +162,9 @@ impl Containers {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
             .map_err(internal("make the container's directory"))?;
-        let source = request.bundle.join("config.json");
-        let mut loaded =
-            kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
         let rootfs = request.bundle.join("rootfs");
-        let mut value = Value::Object(std::mem::take(loaded.value_mut()));
-        let (files, shm) = (pod.dir.as_path(), pod.shm());
-        let passed = spec::edit(&mut value, &pod.spec(files, &shm), &rootfs, engine.descriptors())
-            .map_err(Error::InvalidArgument)?;
-        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            set_terminal(process, terminal);
-        }
-        let cgroup = cgroup_path(&mut value, pod, &request.id, engine)?;
+        let (value, passed, cgroup) =
+            Self::spec(pod, engine, &request.id, &request.bundle, terminal)?;
         let hooks = value.pointer("/hooks").and_then(Value::as_object);
         let meta = Meta {
             engine: engine.name().into(),
@@ -172,6 +174,10 @@ impl Containers {
             cgroup,
             rootfs: (!request.rootfs.is_empty()).then(|| rootfs.clone()),
             pid: 0,
+            restore: request.checkpoint.as_ref().map(|checkpoint| Restore {
+                bundle: request.bundle.clone(),
+                checkpoint: checkpoint.clone(),
+            }),
         };
         save(&dir, &meta)?;
         if !request.rootfs.is_empty() {
@@ -202,11 +208,87 @@ impl Containers {
             )));
         }
         make_cwd(&value, &rootfs);
+        Ok((meta, passed))
+    }
+
+    /// Writes the spec as the engine gets it; answers it, the descriptors to pass on and the path
+    /// of the cgroup.
+    fn spec(
+        pod: &Pod,
+        engine: &Engine,
+        id: &str,
+        bundle: &Path,
+        terminal: Option<Option<(u16, u16)>>,
+    ) -> Result<(Value, Vec<i32>, String)> {
+        let dir = pod.container(id);
+        let mut loaded = kuasar_host::spec::Spec::load(&bundle.join("config.json"))
+            .map_err(internal("read the bundle"))?;
+        let rootfs = bundle.join("rootfs");
+        let mut value = Value::Object(std::mem::take(loaded.value_mut()));
+        let (files, shm) = (pod.dir.as_path(), pod.shm());
+        let passed = spec::edit(&mut value, &pod.spec(files, &shm), &rootfs, engine.descriptors())
+            .map_err(Error::InvalidArgument)?;
+        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
+            set_terminal(process, terminal);
+        }
+        if !engine.is_builtin() {
+            checkpoint::annotate(&mut value, &dir);
+        }
+        let cgroup = cgroup_path(&mut value, pod, id, engine)?;
         let text =
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
         record::write_file(&dir.join("config.json"), &text, 0o600)
             .map_err(internal("write the spec"))?;
-        Ok((meta, passed))
+        Ok((value, passed, cgroup))
+    }
+
+    /// The engine's first process of a container that goes on from a checkpoint.
+    async fn restore_inner(&self, container: &str, io: &ProcessIo) -> Result<Spawned> {
+        let mut meta = self.meta(container)?;
+        let from = meta.restore.clone().ok_or_else(|| {
+            Error::FailedPrecondition(format!("container {container} is from no checkpoint"))
+        })?;
+        let engine = self.engine(&meta.engine)?;
+        checkpoint::possible(&engine)?;
+        self.engines.expect_moves(&self.cgroups);
+        let dir = self.pod.container(container);
+        let given = match io {
+            ProcessIo::Streams { stdin, stdout, stderr } => {
+                [stdin, stdout, stderr].map(Option::is_some)
+            }
+            ProcessIo::Terminal { .. } => [true; 3],
+        };
+        let (pod, id, terminal) = (self.pod.clone(), container.to_owned(), terminal_of(io));
+        let (engine_too, at) = (engine.clone(), dir.clone());
+        let command = blocking(move || {
+            // Anew: it names descriptors of this very process.
+            Self::spec(&pod, &engine_too, &id, &from.bundle, terminal)?;
+            checkpoint::restore(&at, &from.checkpoint, given)
+        })
+        .await?;
+        let begun = Instant::now();
+        let made = match io {
+            ProcessIo::Streams { stdin, stdout, stderr } => {
+                let streams = plain(stdin, stdout, stderr);
+                engine.restore(&dir, container, command, &streams).await.map(|left| (left, None))
+            }
+            ProcessIo::Terminal { size } => {
+                let console = Console::listen(&self.pod.dir)?;
+                let streams = Streams::Console(console.path());
+                match engine.restore(&dir, container, command, &streams).await {
+                    Ok(left) => Ok((left, Some(console.master(*size)?))),
+                    Err(error) => Err(error),
+                }
+            }
+        };
+        let (left, master) =
+            made.map_err(|error| explained(error, &dir, "restore.log", "CRIU's restore"))?;
+        self.observer().phase("engine_restore", begun.elapsed());
+        meta.pid = left.pid;
+        meta.restore = None;
+        save(&dir, &meta)?;
+        let (handle, exit) = self.follow(left).await?;
+        Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
     }
 
     /// Undoes a create; errors only slow down who comes later, so they are logged.
@@ -248,6 +330,16 @@ impl Containers {
         save(&dir, &meta)?;
         let (handle, exit) = self.follow(left).await?;
         Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
+    }
+}
+
+/// Adds to an engine's error what CRIU has left in its log.
+fn explained(error: Error, dir: &Path, log: &str, what: &str) -> Error {
+    match (error, checkpoint::reason(dir, log)) {
+        (Error::Internal { context, source }, Some(reason)) => {
+            Error::internal(context, format!("{source}; {what}: {reason}"))
+        }
+        (error, _) => error,
     }
 }
 
@@ -332,11 +424,6 @@ fn make_cwd(spec: &Value, rootfs: &Path) {
 #[async_trait]
 impl Runtime for Containers {
     async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
-        if request.checkpoint.is_some() {
-            return Err(Error::Unimplemented(
-                "restoring from a checkpoint is not supported; create the container anew".into(),
-            ));
-        }
         let begun = Instant::now();
         let result = self.create_inner(request, io).await;
         if result.is_err() {
@@ -344,6 +431,26 @@ impl Runtime for Containers {
         }
         self.observer().phase("task_create", begun.elapsed());
         result
+    }
+
+    async fn prepare_restore(&self, request: &CreateContainer) -> Result<()> {
+        let engine = self.engine(&self.pod.engine)?;
+        checkpoint::possible(&engine)?;
+        let (pod, wanted, observer) = (self.pod.clone(), request.clone(), self.observer().clone());
+        let result = blocking(move || {
+            checkpoint::check(wanted.checkpoint.as_deref().unwrap_or(Path::new("")))?;
+            let terminal = wanted.terminal.then_some(None);
+            Self::prepare(observer.as_ref(), &pod, &engine, &wanted, terminal).map(drop)
+        })
+        .await;
+        if result.is_err() {
+            self.undo(&request.id).await;
+        }
+        result
+    }
+
+    async fn restore(&self, container: &str, io: ProcessIo) -> Result<Spawned> {
+        self.restore_inner(container, &io).await
     }
 
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
@@ -462,25 +569,18 @@ impl Runtime for Containers {
         &self,
         container: &str,
         path: &Path,
-        _options: Option<AnyMessage>,
+        options: Option<AnyMessage>,
     ) -> Result<()> {
         let meta = self.meta(container)?;
         let engine = self.engine(&meta.engine)?;
-        if engine.is_builtin() {
-            return Err(Error::Unimplemented(
-                "the built-in engine makes no checkpoints: choose runc or crun for this pod".into(),
-            ));
-        }
-        if process::find_program(Path::new("criu")).is_none() {
-            return Err(Error::Unimplemented(
-                "checkpoints need criu, which is not installed".into(),
-            ));
-        }
-        let image =
-            path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
-        let words = ["checkpoint", "--leave-running", "--image-path", image, container];
-        let words = words.iter().map(|word| (*word).to_owned()).collect();
-        engine.command(&self.pod.container(container), words).await
+        checkpoint::possible(&engine)?;
+        let dir = self.pod.container(container);
+        let (command, image, notes) = checkpoint::dump(&dir, container, meta.pid, path, options)?;
+        engine
+            .command(&dir, command)
+            .await
+            .map_err(|error| explained(error, &dir, "dump.log", "CRIU's dump"))?;
+        checkpoint::finish(&image, &notes)
     }
 
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {

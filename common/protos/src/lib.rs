@@ -39,6 +39,8 @@ pub use generated::cri;
 pub use generated::endpoint;
 /// `kuasar.sandbox.v1.Endpoint` as a ttrpc service and client.
 pub use generated::endpoint_ttrpc;
+/// `containerd.runc.v1`: options of Create and Checkpoint.
+pub use generated::runc_options;
 /// `containerd.services.streaming.v1`: the first message of a stdio stream.
 pub use generated::streaming;
 /// `containerd.services.streaming.v1.Streaming` as a ttrpc service and client.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures::FutureExt as _;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::controller::Core;
@@ -65,19 +65,22 @@ pub(crate) enum Job {
 pub(crate) struct Sandbox {
     pub(crate) id: String,
     pub(crate) dir: PathBuf,
-    pub(crate) jobs: mpsc::Sender<Job>,
+    /// Boxed: a channel has room for 32 of them at once, and is mostly empty.
+    pub(crate) jobs: mpsc::Sender<Box<Job>>,
     store: Arc<Store>,
     current: watch::Sender<Arc<Record>>,
     /// Serialises writers; true once the sandbox is gone and must not be written again.
     writing: Mutex<bool>,
-    died: watch::Sender<Option<SandboxExit>>,
+    /// How it ended by itself, until its actor has looked.
+    died: Mutex<Option<SandboxExit>>,
+    died_told: Notify,
     /// Whether a call has named it since this daemon came.
     named: AtomicBool,
 }
 
 impl Sandbox {
     /// The sandbox, and the queue for its actor.
-    pub(crate) fn new(record: Record, store: Arc<Store>) -> (Arc<Self>, mpsc::Receiver<Job>) {
+    pub(crate) fn new(record: Record, store: Arc<Store>) -> (Arc<Self>, mpsc::Receiver<Box<Job>>) {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let id = record.spec.id.clone();
         let sandbox = Self {
@@ -87,7 +90,8 @@ impl Sandbox {
             store,
             current: watch::channel(Arc::new(record)).0,
             writing: Mutex::new(false),
-            died: watch::channel(None).0,
+            died: Mutex::new(None),
+            died_told: Notify::new(),
             named: AtomicBool::new(false),
         };
         (Arc::new(sandbox), queue)
@@ -171,7 +175,8 @@ impl HandleSink for Sandbox {
     }
 
     fn exited(&self, exit: SandboxExit) {
-        self.died.send_if_modified(|d| d.is_none() && d.replace(exit).is_none());
+        self.died.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exit);
+        self.died_told.notify_one();
     }
 }
 
@@ -193,7 +198,7 @@ pub(crate) async fn guard<T>(
 pub(crate) struct Actor {
     core: Arc<Core>,
     sandbox: Arc<Sandbox>,
-    queue: mpsc::Receiver<Job>,
+    queue: mpsc::Receiver<Box<Job>>,
 }
 
 /// Whether the sandbox is still there after a job.
@@ -204,7 +209,11 @@ pub(crate) enum Left {
 }
 
 impl Actor {
-    pub(crate) fn new(core: Arc<Core>, sandbox: Arc<Sandbox>, queue: mpsc::Receiver<Job>) -> Self {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        sandbox: Arc<Sandbox>,
+        queue: mpsc::Receiver<Box<Job>>,
+    ) -> Self {
         Self { core, sandbox, queue }
     }
 
@@ -219,22 +228,22 @@ impl Actor {
     /// Works until the sandbox is gone or the daemon stops.
     pub(crate) async fn run(mut self) {
         let _alive = self.core.alive();
-        let mut died = self.sandbox.died.subscribe();
-        died.mark_changed(); // It may have died before we looked.
         let mut stopping = self.core.stopping();
         loop {
             let job = tokio::select! {
                 biased;
                 () = turned_on(&mut stopping) => return,
-                Ok(()) = died.changed() => {
-                    let exit = *died.borrow_and_update();
+                // It may have been told before we came.
+                () = self.sandbox.died_told.notified() => {
+                    let exit = *self.sandbox.died.lock().unwrap_or_else(PoisonError::into_inner);
                     self.died(exit);
                     continue;
                 }
                 job = self.queue.recv() => job,
             };
             let Some(job) = job else { return };
-            if self.work(job).await == Left::Gone {
+            // Boxed: it is mostly idle, and then has the size of what it waits for alone.
+            if Box::pin(self.work(*job)).await == Left::Gone {
                 break;
             }
         }
@@ -243,7 +252,7 @@ impl Actor {
         while let Some(job) = self.queue.recv().await {
             let gone = || Error::NotFound(format!("sandbox {} is removed", self.sandbox.id));
             // Whoever has left does not need the answer.
-            let _ = match job {
+            let _ = match *job {
                 Job::Shutdown { reply, .. } => reply.send(Ok(())).is_ok(),
                 Job::Start { reply, .. } => reply.send(Err(gone())).is_ok(),
                 Job::Create { reply, .. } | Job::Stop { reply, .. } | Job::Update { reply, .. } => {
@@ -372,7 +381,7 @@ impl Actor {
         let call = async { self.core.sandboxer.services(&ctx).await };
         let services =
             guard("making the pod's services", self.core.options.stuck_timeout, call).await?;
-        self.core.endpoints.provide(&self.sandbox.id, services).await
+        self.core.endpoints.provide(&self.sandbox.id, services)
     }
 
     /// Idempotent: done is done, and what has failed is tried again.

@@ -226,7 +226,7 @@ impl Controller {
     async fn submit<T>(&self, sandbox: &Sandbox, job: impl FnOnce(Reply<T>) -> Job) -> Result<T> {
         use mpsc::error::TrySendError;
         let (reply, answer) = oneshot::channel();
-        sandbox.jobs.try_send(job(reply)).map_err(|e| match e {
+        sandbox.jobs.try_send(Box::new(job(reply))).map_err(|e| match e {
             TrySendError::Full(_) => Error::ResourceExhausted(format!(
                 "too many requests wait for sandbox {}",
                 sandbox.id

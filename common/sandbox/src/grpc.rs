@@ -9,10 +9,13 @@ use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use kuasar_protos::controller::{ControllerWaitRequest, ControllerWaitResponse};
 use protobuf::Message;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use tonic::body::Body;
+use tonic::codec::{Codec as _, EncodeBody, SingleMessageCompressionOverride, Streaming};
+use tonic::metadata::GRPC_CONTENT_TYPE;
 
 use crate::codec::MessageCodec;
 use crate::controller::{Call, Controller};
@@ -47,7 +50,7 @@ async fn route(controller: Controller, request: Request<Incoming>) -> Response<B
     let path = request.uri().path().to_owned();
     macro_rules! rpc {
         ($name:literal, $method:ident) => {
-            // Boxed: a Wait stays open as long as its sandbox and must not have the size of all.
+            // Boxed: a Wait, below, must not have the size of all.
             Box::pin(unary(controller, request, |c, call, q| async move {
                 c.run($name, &call, c.$method(&call, q)).await
             }))
@@ -59,7 +62,7 @@ async fn route(controller: Controller, request: Request<Incoming>) -> Response<B
         Some("Start") => rpc!("Start", start),
         Some("Platform") => rpc!("Platform", platform),
         Some("Stop") => rpc!("Stop", stop),
-        Some("Wait") => rpc!("Wait", wait),
+        Some("Wait") => wait(controller, request).await,
         Some("Status") => rpc!("Status", status),
         Some("Shutdown") => rpc!("Shutdown", shutdown),
         Some("Metrics") => rpc!("Metrics", metrics),
@@ -129,4 +132,33 @@ where
         *code = HeaderValue::from_static("8");
     }
     response
+}
+
+/// [`unary`] for Wait, which stays open as long as its sandbox: what tonic keeps of a request
+/// until it is answered would be some 3 kB for each.
+async fn wait(controller: Controller, request: Request<Incoming>) -> Response<Body> {
+    let most = Some(controller.core.options.max_message);
+    let mut codec = MessageCodec::<ControllerWaitResponse, ControllerWaitRequest>::default();
+    let call = call_of(request.headers());
+    let mut messages =
+        Box::pin(Streaming::new_request(codec.decoder(), request.into_body(), None, most));
+    let question = messages.message().await;
+    drop(messages);
+    let question = match question {
+        Ok(Some(question)) => question,
+        Ok(None) => return tonic::Status::internal("the request is empty").into_http(),
+        Err(status) => return status.into_http(),
+    };
+    let work = controller.wait(&call, question);
+    match Box::pin(controller.run("Wait", &call, work)).await {
+        Ok(answer) => {
+            let answer = futures::stream::once(std::future::ready(Ok(answer)));
+            let compression = SingleMessageCompressionOverride::default();
+            let body = EncodeBody::new_server(codec.encoder(), answer, None, compression, most);
+            let mut response = Response::new(Body::new(body));
+            response.headers_mut().insert(http::header::CONTENT_TYPE, GRPC_CONTENT_TYPE);
+            response
+        }
+        Err(error) => status(&error).into_http(),
+    }
 }

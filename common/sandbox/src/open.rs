@@ -1,7 +1,6 @@
 //! `kuasar.sandbox.v1.Endpoint` on the daemon's socket: `containerd-shim-kuasar-… start` asks
 //! here for a pod's socket before CreateSandbox, and `delete` asks what is alive.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -9,7 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kuasar_protos::endpoint as api;
 use kuasar_protos::endpoint_ttrpc as service;
-use ttrpc::r#async::{Service, TtrpcContext};
+use kuasar_ttrpc::Services;
+use ttrpc::r#async::TtrpcContext;
 
 use crate::actor::Sandbox;
 use crate::controller::Controller;
@@ -25,7 +25,7 @@ impl Controller {
     pub(crate) async fn serve_shim_mode(&self, id: &str) -> Result<()> {
         let late: Late = Arc::new(OnceLock::new());
         let services = shim_mode::services(self.clone(), id, late.clone());
-        self.core.endpoints.serve_early(id, services, late).await
+        self.core.endpoints.serve_early(id, services, late)
     }
 
     async fn open(&self, q: api::OpenRequest) -> Result<api::OpenResponse> {
@@ -159,6 +159,6 @@ impl service::Endpoint for Over {
 }
 
 /// The service for a ttrpc server.
-pub(crate) fn services(controller: Controller) -> HashMap<String, Service> {
-    service::create_endpoint(Arc::new(Over(controller)))
+pub(crate) fn services(controller: Controller) -> Services {
+    service::create_endpoint(Arc::new(Over(controller))).into()
 }

@@ -81,8 +81,8 @@ pub enum Recovered {
     Stopped(SandboxExit),
 }
 
-/// The ttrpc services of one pod's socket (Task v2 and v3, Streaming, runtime Sandbox).
-pub type PodServices = std::collections::HashMap<String, ttrpc::r#async::Service>;
+/// The ttrpc services of one pod's socket (Task v2 and v3, runtime Sandbox).
+pub type PodServices = kuasar_ttrpc::Services;
 
 /// Makes and removes one kind of sandbox. See the module text for who calls what when.
 #[async_trait]

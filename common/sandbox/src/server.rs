@@ -8,12 +8,13 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use kuasar_ttrpc::Services;
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::controller::Controller;
-use crate::endpoint::{Cut, PodSockets};
+use crate::endpoint::PodSockets;
 use crate::error::{Error, Result};
 use crate::options::ControllerOptions;
 use crate::sandboxer::Sandboxer;
@@ -62,7 +63,7 @@ impl Controller {
     pub async fn serve_on(&self, listener: UnixListener, mut shutdown: watch::Receiver<bool>) {
         let (cut, _) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(self.core.options.max_connections));
-        let (ttrpc, _server) = self.ttrpc_server().await;
+        let ttrpc = ttrpc_service::services(self.clone()).and(open::services(self.clone()));
         let options = &self.core.options;
         let period = options.open_timeout.min(options.unstarted_timeout).min(TICK);
         // A timeout of nothing is allowed; a period of nothing is not.
@@ -95,7 +96,7 @@ impl Controller {
             let connection = Connection {
                 controller: self.clone(),
                 stream,
-                slot,
+                _slot: slot,
                 ttrpc: ttrpc.clone(),
                 cut: cut.subscribe(),
             };
@@ -106,21 +107,6 @@ impl Controller {
         cut.send_replace(true);
         self.core.endpoints.cut_all();
         self.drain().await;
-    }
-
-    async fn ttrpc_server(&self) -> (mpsc::Sender<Cut<Slotted>>, ttrpc::r#async::Server) {
-        let (sender, queue) = mpsc::channel(16);
-        let queue = futures::stream::unfold(queue, |mut queue| async move {
-            queue.recv().await.map(|stream| (Ok(stream), queue))
-        });
-        let mut server = ttrpc::r#async::Server::new()
-            .add_listener(ttrpc::r#async::transport::Listener::new(queue))
-            .register_service(ttrpc_service::services(self.clone()))
-            .register_service(open::services(self.clone()));
-        if let Err(e) = server.start().await {
-            tracing::error!("ttrpc is not served: {e}"); // Only without a listener.
-        }
-        (sender, server)
     }
 }
 
@@ -135,8 +121,9 @@ const TICK: std::time::Duration = std::time::Duration::from_secs(30);
 struct Connection {
     controller: Controller,
     stream: UnixStream,
-    slot: OwnedSemaphorePermit,
-    ttrpc: mpsc::Sender<Cut<Slotted>>,
+    /// Its place among the connections.
+    _slot: OwnedSemaphorePermit,
+    ttrpc: Services,
     cut: watch::Receiver<bool>,
 }
 
@@ -171,8 +158,9 @@ impl Connection {
                 }
             }
             Some(0) => {
-                let stream = Slotted { stream: self.stream, _slot: self.slot };
-                let _ = self.ttrpc.send(Cut::new(stream, self.cut)).await; // Only at the end.
+                let mut cut = self.cut;
+                let cut = async move { turned_on(&mut cut).await };
+                Box::pin(kuasar_ttrpc::serve(self.stream, self.ttrpc, cut)).await;
             }
             Some(_) => tracing::warn!("a client spoke neither gRPC nor ttrpc and was dropped"),
             None => tracing::debug!("a client said nothing and was dropped"),
@@ -197,44 +185,4 @@ async fn first_byte(stream: &UnixStream) -> Option<u8> {
     };
     let n = stream.async_io(Interest::READABLE, peek).await.ok()?;
     (n == 1).then(|| byte[0])
-}
-
-/// A stream that holds its place among the connections.
-struct Slotted {
-    stream: UnixStream,
-    _slot: OwnedSemaphorePermit,
-}
-
-impl tokio::io::AsyncRead for Slotted {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-        buf: &mut tokio::io::ReadBuf<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl tokio::io::AsyncWrite for Slotted {
-    fn poll_write(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-        buf: &[u8],
-    ) -> std::task::Poll<std::io::Result<usize>> {
-        std::pin::Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<std::io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }

@@ -3,13 +3,11 @@
 //! id.
 //!
 //! containerd takes this socket for a shim. It is served before there are any tasks, and
-//! connections are made before Start, while the services of a ttrpc server are fixed when it
-//! starts. So every Task and Streaming method is served by a [`LateMethod`] from the beginning,
-//! which forwards to the sandboxer's own services once they are there. For the sandbox' id,
+//! connections are made before Start. So Task is served by [`LateTasks`] from the beginning, which
+//! forwards to the sandboxer's own services once they are there. For the sandbox' id,
 //! which no Task server knows, Connect and Pids are answered here: containerd asks them when it
 //! restarts and gives the pod up when they fail.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -18,8 +16,9 @@ use kuasar_protos::shim::api as task;
 use kuasar_protos::shim::sandbox_api as rt;
 use kuasar_protos::shim::sandbox_async as service;
 use kuasar_protos::shim::types::platform::Platform;
+use kuasar_ttrpc::{Answer, Service};
 use protobuf::{Message, MessageField};
-use ttrpc::r#async::{MethodHandler, Service, StreamHandler, StreamInner, TtrpcContext};
+use ttrpc::r#async::TtrpcContext;
 use ttrpc::proto::{Request, Response};
 
 use crate::controller::{Call, Controller};
@@ -30,43 +29,11 @@ use crate::ttrpc_service::call_of;
 use crate::wire::ttrpc_error;
 
 const TASK: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
-const TASK_METHODS: [&str; 17] = [
-    "State",
-    "Create",
-    "Start",
-    "Delete",
-    "Pids",
-    "Pause",
-    "Resume",
-    "Checkpoint",
-    "Kill",
-    "Exec",
-    "ResizePty",
-    "CloseIO",
-    "Update",
-    "Wait",
-    "Stats",
-    "Connect",
-    "Shutdown",
-];
-const STREAMING: &str = "containerd.services.streaming.v1.Streaming";
-
 /// The services of a pod's socket in shim mode.
 pub(crate) fn services(controller: Controller, id: &str, late: Late) -> PodServices {
     let pod = Arc::new(Pod { controller, id: id.to_owned(), late });
-    let mut all = service::create_sandbox(pod.clone());
-    for name in TASK {
-        let methods = TASK_METHODS.map(|method| {
-            let handler = LateMethod { pod: pod.clone(), service: name, method };
-            (method.to_owned(), Box::new(handler) as Box<dyn MethodHandler + Send + Sync>)
-        });
-        let service = Service { methods: methods.into_iter().collect(), streams: HashMap::new() };
-        all.insert(name.to_owned(), service);
-    }
-    let stream: Arc<dyn StreamHandler + Send + Sync> = Arc::new(LateStream(pod));
-    let streams = HashMap::from([("Stream".to_owned(), stream)]);
-    all.insert(STREAMING.to_owned(), Service { methods: HashMap::new(), streams });
-    all
+    let tasks = PodServices::new(Arc::new(LateTasks(pod.clone())));
+    PodServices::from(service::create_sandbox(pod)).and(tasks)
 }
 
 struct Pod {
@@ -273,21 +240,17 @@ impl service::Sandbox for Pod {
     }
 }
 
-/// A Task method that exists before the Task server does.
-struct LateMethod {
-    pod: Arc<Pod>,
-    service: &'static str,
-    method: &'static str,
-}
+/// A Task service that exists before the Task server does.
+struct LateTasks(Arc<Pod>);
 
-impl LateMethod {
+impl LateTasks {
     /// The answer for the sandbox' own id, to the two questions that concern it.
     fn own(&self, request: &Request) -> Option<Vec<u8>> {
-        let pid = self.pod.pid();
-        match self.method {
+        let pid = self.0.pid();
+        match request.method.as_str() {
             "Connect" => {
                 let q = task::ConnectRequest::parse_from_bytes(&request.payload).ok()?;
-                self.pod.check(&q.id).ok()?;
+                self.0.check(&q.id).ok()?;
                 let answer = task::ConnectResponse {
                     shim_pid: std::process::id(),
                     task_pid: pid,
@@ -298,7 +261,7 @@ impl LateMethod {
             }
             "Pids" => {
                 let q = task::PidsRequest::parse_from_bytes(&request.payload).ok()?;
-                self.pod.check(&q.id).ok()?;
+                self.0.check(&q.id).ok()?;
                 let process =
                     task::ProcessInfo { pid, info: MessageField::none(), ..Default::default() };
                 let answer = task::PidsResponse { processes: vec![process], ..Default::default() };
@@ -309,45 +272,22 @@ impl LateMethod {
     }
 }
 
-#[async_trait]
-impl MethodHandler for LateMethod {
-    async fn handler(&self, ctx: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+impl Service for LateTasks {
+    fn serves(&self, service: &str) -> bool {
+        TASK.contains(&service)
+    }
+
+    fn call(&self, context: TtrpcContext, request: Request) -> Option<Answer<'_>> {
         if let Some(payload) = self.own(&request) {
             let mut response = Response::new();
             response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
             response.payload = payload;
-            return Ok(response);
+            return Some(Box::pin(async { Ok(response) }));
         }
-        let services = self.pod.late.get();
-        let method = services.and_then(|s| s.get(self.service)?.methods.get(self.method));
-        match method {
-            Some(method) => method.handler(ctx, request).await,
-            None => Ok(ttrpc_error(&missing(services.is_some(), self.method)).into()),
-        }
-    }
-}
-
-fn missing(started: bool, method: &str) -> Error {
-    if started {
-        Error::Unimplemented(format!("{method} is not served for this kind of sandbox"))
-    } else {
-        Error::FailedPrecondition("the sandbox is not started".into())
-    }
-}
-
-struct LateStream(Arc<Pod>);
-
-#[async_trait]
-impl StreamHandler for LateStream {
-    async fn handler(
-        &self,
-        ctx: TtrpcContext,
-        stream: StreamInner,
-    ) -> ttrpc::Result<Option<Response>> {
-        let services = self.0.late.get();
-        match services.and_then(|s| s.get(STREAMING)?.streams.get("Stream")) {
-            Some(method) => method.handler(ctx, stream).await,
-            None => Ok(Some(ttrpc_error(&missing(services.is_some(), "Stream")).into())),
-        }
+        let Some(services) = self.0.late.get() else {
+            let early = Error::FailedPrecondition("the sandbox is not started".into());
+            return Some(Box::pin(async move { Err(ttrpc_error(&early)) }));
+        };
+        services.find(&request.service)?.call(context, request)
     }
 }

@@ -1,14 +1,14 @@
 //! The Controller over ttrpc: the generated trait on top of [`Controller`].
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use kuasar_protos::controller as api;
 use kuasar_protos::controller_ttrpc as service;
+use kuasar_ttrpc::Services;
 use tokio::time::Instant;
-use ttrpc::r#async::{Service, TtrpcContext};
+use ttrpc::r#async::TtrpcContext;
 
 use crate::controller::{Call, Controller};
 use crate::wire::ttrpc_error;
@@ -51,6 +51,6 @@ forward! {
 }
 
 /// The service for a ttrpc server.
-pub(crate) fn services(controller: Controller) -> HashMap<String, Service> {
-    service::create_controller(Arc::new(Over(controller)))
+pub(crate) fn services(controller: Controller) -> Services {
+    service::create_controller(Arc::new(Over(controller))).into()
 }

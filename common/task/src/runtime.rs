@@ -41,7 +41,7 @@ pub struct CreateContainer {
     pub rootfs: Vec<Mount>,
     /// Whether the process gets a terminal.
     pub terminal: bool,
-    /// Checkpoint directory to restore from, if any. Untrusted input.
+    /// Checkpoint directory to restore from, if any. What is in it is not to be trusted.
     pub checkpoint: Option<PathBuf>,
     /// Type and value of the request's `options`, unread.
     pub options: Option<(String, Vec<u8>)>,
@@ -126,6 +126,23 @@ pub trait Runtime: Send + Sync + 'static {
     /// Prepares the rootfs and creates the container, its init process waiting for
     /// [`Runtime::start`].
     async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned>;
+
+    /// Prepares a container that is to go on from `request.checkpoint`: checks, and makes
+    /// everything but its processes, the rootfs included (who called changes it before Start).
+    /// [`Runtime::restore`] follows, perhaps by another server.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Unimplemented`] where checkpoints cannot be restored.
+    async fn prepare_restore(&self, request: &CreateContainer) -> Result<()> {
+        let _ = request;
+        Err(crate::error::Error::Unimplemented("checkpoints cannot be restored here".into()))
+    }
+
+    /// Lets a container that was prepared from a checkpoint go on.
+    async fn restore(&self, container: &str, io: ProcessIo) -> Result<Spawned> {
+        let (_, _) = (container, io);
+        Err(crate::error::Error::Unimplemented("checkpoints cannot be restored here".into()))
+    }
 
     /// Lets the init process run.
     async fn start(&self, container: &str, pid: u32) -> Result<()>;

@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use futures::future::BoxFuture;
 use kuasar_protos::shim::events::task as ev;
 use kuasar_protos::shim::types::mount as pm;
+use kuasar_ttrpc::Services;
 use protobuf::{EnumOrUnknown, MessageField};
 use tokio::sync::watch;
 
@@ -21,7 +22,9 @@ use crate::error::{Error, Result};
 use crate::events::{Event, EventSender, timestamp};
 use crate::frame::{self, Decoder, Prefixed};
 use crate::journal::{ContainerRecord, Journal, ProcessRecord, Status, Stdio};
-use crate::runtime::{CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned};
+use crate::runtime::{
+    AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned,
+};
 use crate::stdio::{self, Io, Streams};
 
 /// Limits and identity of a [`TaskServer`].
@@ -131,9 +134,8 @@ pub struct TaskServer {
     streams: Arc<Streams>,
     /// Ids whose create is under way.
     creating: Mutex<std::collections::HashSet<String>>,
-    /// Made by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
-    connections: std::sync::OnceLock<tokio::sync::mpsc::Sender<Prefixed<tokio::net::UnixStream>>>,
-    ttrpc: tokio::sync::Mutex<Option<ttrpc::r#async::Server>>,
+    /// Set by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
+    served: std::sync::OnceLock<Services>,
 }
 
 impl TaskServer {
@@ -154,8 +156,7 @@ impl TaskServer {
             containers: Mutex::default(),
             streams: Arc::default(),
             creating: Mutex::default(),
-            connections: std::sync::OnceLock::new(),
-            ttrpc: tokio::sync::Mutex::new(None),
+            served: std::sync::OnceLock::new(),
         })
     }
 
@@ -167,21 +168,10 @@ impl TaskServer {
         self: &Arc<Self>,
         extra: HashMap<String, ttrpc::r#async::Service>,
     ) -> Result<()> {
-        let (tx, rx) = tokio::sync::mpsc::channel(16);
-        if self.connections.set(tx).is_err() {
-            return Err(Error::FailedPrecondition("this pod is served already".into()));
-        }
-        let stream = futures::stream::unfold(rx, |mut rx| async move {
-            rx.recv().await.map(|c| (Ok::<_, std::io::Error>(c), rx))
-        });
-        let listener = ttrpc::asynchronous::transport::Listener::new(stream);
-        let mut server = ttrpc::r#async::Server::new()
-            .add_listener(listener)
-            .register_service(self.services())
-            .register_service(extra);
-        server.start().await.map_err(|e| Error::internal("cannot serve the pod", e))?;
-        *self.ttrpc.lock().await = Some(server);
-        Ok(())
+        let services = self.services().and(extra);
+        self.served
+            .set(services)
+            .map_err(|_| Error::FailedPrecondition("this pod is served already".into()))
     }
 
     /// Serves one connection of the pod's socket.
@@ -192,9 +182,10 @@ impl TaskServer {
             decoder.push(seen.get(frame::HEADER + first.body.len()..).unwrap_or_default());
             self.streams.accept(socket, decoder, first.stream).await;
         } else {
-            // If the server has ended, the connection ends with it.
-            if let Some(served) = self.connections.get() {
-                let _ = served.send(Prefixed::new(seen, socket)).await;
+            // Not served yet: the connection ends.
+            if let Some(services) = self.served.get().cloned() {
+                let socket = Prefixed::new(seen, socket);
+                tokio::spawn(kuasar_ttrpc::serve(socket, services, std::future::pending()));
             }
         }
     }
@@ -315,6 +306,9 @@ impl TaskServer {
         self.streams.expect_raw(&stdio)?;
         let names = stdio.clone();
         let made = async {
+            if request.checkpoint.is_some() {
+                return self.create_restored(request, stdio).await;
+            }
             let (process_io, prepared) = stdio::open(&stdio, &init, &*self.keeper).await?;
             let spawned = self.runtime.create(request, process_io).await?;
             let process = Process::new(
@@ -381,6 +375,36 @@ impl TaskServer {
                 Err(e)
             }
         }
+    }
+
+    /// A container that goes on from a checkpoint has no process before Start: CRIU lets it run
+    /// as soon as it is there. Its stdio is opened then, as that of an exec is.
+    async fn create_restored(&self, request: &CreateContainer, stdio: Stdio) -> Result<u32> {
+        self.runtime.prepare_restore(request).await?;
+        let record = ProcessRecord {
+            pid: 0,
+            handle: 0,
+            status: Status::Created,
+            exit: None,
+            stdio,
+            spec: None,
+            stdin_closed: false,
+        };
+        let container = Arc::new(Container {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            ops: tokio::sync::Mutex::default(),
+            processes: Mutex::new(BTreeMap::from([(String::new(), Process::new("", record))])),
+            oom_published: AtomicU64::new(0),
+            deleted: AtomicBool::new(false),
+        });
+        if let Err(e) = self.save(&container).and_then(|()| self.hit("task.create.after")) {
+            let _ = self.runtime.delete(&request.id, &request.bundle).await;
+            self.journal.remove(&request.id);
+            return Err(e);
+        }
+        lock(&self.containers).insert(request.id.clone(), container);
+        Ok(0)
     }
 
     /// Waits for a process's end in a task of its own.
@@ -481,7 +505,11 @@ impl TaskServer {
                 )));
             }
             this.hit("task.start.before")?;
-            let pid = if exec.is_empty() {
+            let pid = if exec.is_empty() && record.pid == 0 {
+                let pid = this.start_late(&c, &p, &record).await?;
+                this.watch_oom(c.clone()).await;
+                pid
+            } else if exec.is_empty() {
                 this.runtime.start(&c.id, record.pid).await?;
                 // It may have ended already.
                 let mut r = lock(&p.state);
@@ -490,7 +518,11 @@ impl TaskServer {
                 }
                 record.pid
             } else {
-                this.start_exec(&c, &p, &record).await?
+                let init = lock(&c.process("")?.state).status;
+                if !matches!(init, Status::Running) {
+                    return Err(Error::FailedPrecondition(format!("the container is {init:?}")));
+                }
+                this.start_late(&c, &p, &record).await?
             };
             this.save(&c)?;
             this.hit("task.start.after")?;
@@ -515,16 +547,13 @@ impl TaskServer {
         .unwrap_or_else(|e| Err(Error::internal("starting the process panicked", e)))
     }
 
-    async fn start_exec(
+    /// Starts what had no process before: an exec, or a container from a checkpoint.
+    async fn start_late(
         self: &Arc<Self>,
         c: &Arc<Container>,
         p: &Arc<Process>,
         record: &ProcessRecord,
     ) -> Result<u32> {
-        let init = lock(&c.process("")?.state).status;
-        if !matches!(init, Status::Running) {
-            return Err(Error::FailedPrecondition(format!("the container is {init:?}")));
-        }
         let name = c.io_name(&p.exec);
         let started = async {
             let (mut io, prepared) = stdio::open(&record.stdio, &name, &*self.keeper).await?;
@@ -532,7 +561,11 @@ impl TaskServer {
                 *size = *lock(&p.size);
             }
             let spec = record.spec.as_deref().unwrap_or_default().as_bytes();
-            let spawned: Spawned = self.runtime.exec(&c.id, &p.exec, spec, io).await?;
+            let spawned: Spawned = if p.exec.is_empty() {
+                self.runtime.restore(&c.id, io).await?
+            } else {
+                self.runtime.exec(&c.id, &p.exec, spec, io).await?
+            };
             {
                 let mut r = lock(&p.state);
                 r.pid = spawned.pid;
@@ -686,7 +719,7 @@ impl TaskServer {
     ) -> Result<(u32, Exit)> {
         let reference = c.reference(p);
         let mut exit = p.record().exit;
-        if exit.is_none() {
+        if exit.is_none() && reference.pid != 0 {
             // Created and never started: it waits for a start that will not come.
             let _ = self.runtime.kill(&reference, libc::SIGKILL, true).await;
             let mut rx = p.exited.subscribe();
@@ -791,12 +824,25 @@ impl TaskServer {
         Ok(())
     }
 
-    pub(crate) fn checkpointed(&self, id: &str, path: &str) {
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &str,
+        path: &str,
+        options: Option<AnyMessage>,
+    ) -> Result<()> {
+        let c = self.container(id)?;
+        let _ops = c.ops.lock().await;
+        let now = lock(&c.process("")?.state).status;
+        if !matches!(now, Status::Running | Status::Paused) {
+            return Err(Error::FailedPrecondition(format!("the container is {now:?}")));
+        }
+        self.runtime.checkpoint(id, std::path::Path::new(path), options).await?;
         self.event(&Event::Checkpointed(ev::TaskCheckpointed {
             container_id: id.into(),
             checkpoint: path.into(),
             ..ev::TaskCheckpointed::default()
         }));
+        Ok(())
     }
 
     // ---- whole pod ------------------------------------------------------------------------
@@ -824,7 +870,9 @@ impl TaskServer {
     pub async fn kill_all(&self, deadline: Duration) -> Result<()> {
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
         for c in &containers {
-            if let Ok(p) = c.process("") {
+            if let Ok(p) = c.process("")
+                && lock(&p.state).pid != 0
+            {
                 // Ended ones answer NotFound; whoever is left shows below.
                 let _ = self.runtime.kill(&c.reference(&p), libc::SIGKILL, true).await;
             }
@@ -832,6 +880,9 @@ impl TaskServer {
         let all = async {
             for c in &containers {
                 let Ok(p) = c.process("") else { continue };
+                if lock(&p.state).pid == 0 {
+                    continue; // From a checkpoint, and not started.
+                }
                 let mut rx = p.exited.subscribe();
                 let _ = rx.wait_for(Option::is_some).await;
             }

@@ -5,11 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use kuasar_protos::runc_options::Options;
 use kuasar_protos::shim::api;
-use kuasar_protos::shim::shim_async::{Task, create_task};
-use protobuf::MessageField;
+use kuasar_protos::shim::shim_async::Task;
+use kuasar_ttrpc::{Answer, Services};
 use protobuf::well_known_types::any::Any;
-use ttrpc::r#async::TtrpcContext;
+use protobuf::{Message, MessageField};
+use ttrpc::r#async::{MethodHandler, TtrpcContext};
+use ttrpc::proto::{Request, Response};
 
 use crate::error::Error;
 use crate::journal::Stdio;
@@ -18,28 +21,136 @@ use crate::server::{TaskServer, exit_time, wire_status};
 
 /// What containerd sends a process of an exec as.
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// What containerd sends with Create.
+const OPTIONS: &str = "containerd.runc.v1.Options";
 /// What containerd sends resources as.
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 type Rpc<T> = ttrpc::Result<T>;
 use api::Empty;
 
-struct Service {
-    server: Arc<TaskServer>,
+struct Service<'a> {
+    server: &'a Arc<TaskServer>,
     flavor: StatsFlavor,
+}
+
+/// The generated code knows one name. Engines that speak v2 are containerd 1.7 and iSulad; the
+/// latter reads v1 metrics only, the former reads both.
+const SERVICES: [(&str, StatsFlavor); 2] = [
+    ("containerd.task.v3.Task", StatsFlavor::Native),
+    ("containerd.task.v2.Task", StatsFlavor::V1),
+];
+
+fn flavor(service: &str) -> Option<StatsFlavor> {
+    SERVICES.iter().find(|(name, _)| *name == service).map(|(_, flavor)| *flavor)
 }
 
 impl TaskServer {
     /// `containerd.task.v3.Task` and `containerd.task.v2.Task`: the same messages and handlers.
-    pub fn services(self: &Arc<Self>) -> HashMap<String, ttrpc::r#async::Service> {
-        let service = |flavor| create_task(Arc::new(Service { server: self.clone(), flavor }));
-        let mut all = service(StatsFlavor::Native);
-        // The generated code knows one name. Engines that speak v2 are containerd 1.7 and
-        // iSulad; the latter reads v1 metrics only, the former reads both.
-        if let Some(v2) = service(StatsFlavor::V1).remove("containerd.task.v3.Task") {
-            all.insert("containerd.task.v2.Task".into(), v2);
+    pub fn services(self: &Arc<Self>) -> Services {
+        Services::new(Arc::new(Calls(self.clone())))
+    }
+
+    /// The same for a server of the ttrpc crate, which also serves streams. A table of the methods:
+    /// for programs that have one such server, like a guest.
+    pub fn tables(self: &Arc<Self>) -> HashMap<String, ttrpc::r#async::Service> {
+        let calls = Arc::new(Calls(self.clone()));
+        let method = |name: &&str| {
+            let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(Table(calls.clone()));
+            ((*name).to_owned(), handler)
+        };
+        SERVICES
+            .iter()
+            .map(|(name, _)| {
+                let methods = METHODS.iter().map(method).collect();
+                let service = ttrpc::r#async::Service { methods, streams: HashMap::new() };
+                ((*name).to_owned(), service)
+            })
+            .collect()
+    }
+}
+
+/// All methods, for `$with`.
+macro_rules! methods {
+    ($with:ident) => {
+        $with! {
+            "State" state;
+            "Create" create;
+            "Start" start;
+            "Delete" delete;
+            "Pids" pids;
+            "Pause" pause;
+            "Resume" resume;
+            "Checkpoint" checkpoint;
+            "Kill" kill;
+            "Exec" exec;
+            "ResizePty" resize_pty;
+            "CloseIO" close_io;
+            "Update" update;
+            "Wait" wait;
+            "Stats" stats;
+            "Connect" connect;
+            "Shutdown" shutdown;
         }
-        all
+    };
+}
+
+macro_rules! names {
+    ($($name:literal $method:ident;)*) => { &[$($name),*] };
+}
+
+const METHODS: &[&str] = methods!(names);
+
+/// Reads a request, has it answered, and writes the answer.
+async fn unary<Q: Message, A: Message>(
+    payload: Vec<u8>,
+    method: impl AsyncFnOnce(Q) -> Rpc<A>,
+) -> Rpc<Response> {
+    let request = Q::parse_from_bytes(&payload)
+        .map_err(|e| Error::InvalidArgument(format!("the request cannot be read: {e}")))?;
+    drop(payload);
+    let answer = method(request).await?;
+    let mut response = Response::new();
+    response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+    response.payload =
+        answer.write_to_bytes().map_err(|e| Error::internal("the answer cannot be written", e))?;
+    Ok(response)
+}
+
+struct Calls(Arc<TaskServer>);
+
+/// A method in a table of the ttrpc crate: it finds itself in the request.
+struct Table(Arc<Calls>);
+
+#[async_trait]
+impl MethodHandler for Table {
+    async fn handler(&self, context: TtrpcContext, request: Request) -> Rpc<Response> {
+        match kuasar_ttrpc::Service::call(self.0.as_ref(), context, request) {
+            Some(answer) => answer.await,
+            None => Err(Error::Unimplemented("there is no such method".into()).into()),
+        }
+    }
+}
+
+impl kuasar_ttrpc::Service for Calls {
+    fn serves(&self, service: &str) -> bool {
+        flavor(service).is_some()
+    }
+
+    /// By a `match`: a generated table of the methods would be some 3 kB for each pod.
+    fn call(&self, context: TtrpcContext, request: Request) -> Option<Answer<'_>> {
+        let (flavor, payload) = (flavor(&request.service)?, request.payload);
+        macro_rules! find {
+            ($($name:literal $method:ident;)*) => {
+                match request.method.as_str() {
+                    $($name => Box::pin(unary(payload, async move |q| {
+                        Service { server: &self.0, flavor }.$method(&context, q).await
+                    })),)*
+                    _ => return None,
+                }
+            };
+        }
+        Some(methods!(find))
     }
 }
 
@@ -56,8 +167,18 @@ fn expect(any: &MessageField<Any>, what: &str, wanted: &str) -> Result<Vec<u8>, 
     Ok(any.value.clone())
 }
 
+/// Where a container is to be restored from. containerd names it itself, or only in its options.
+fn checkpoint_of(named: &str, options: Option<&Any>) -> Option<PathBuf> {
+    let mut path = named.to_owned();
+    if let Some(any) = options.filter(|any| path.is_empty() && any.type_url.ends_with(OPTIONS)) {
+        // Options that cannot be read have never been an error.
+        path = Options::parse_from_bytes(&any.value).unwrap_or_default().criu_image_path;
+    }
+    (!path.is_empty()).then(|| PathBuf::from(path))
+}
+
 #[async_trait]
-impl Task for Service {
+impl Task for Service<'_> {
     async fn create(
         &self,
         _: &TtrpcContext,
@@ -80,7 +201,7 @@ impl Task for Service {
             bundle: PathBuf::from(q.bundle),
             rootfs,
             terminal: q.terminal,
-            checkpoint: (!q.checkpoint.is_empty()).then(|| PathBuf::from(q.checkpoint)),
+            checkpoint: checkpoint_of(&q.checkpoint, q.options.as_ref()),
             options: q.options.into_option().map(|a| (a.type_url, a.value)),
         };
         let pid = self.server.create(request, stdio).await?;
@@ -186,11 +307,8 @@ impl Task for Service {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, q: api::CheckpointTaskRequest) -> Rpc<Empty> {
-        self.server.container(&q.id)?;
         let options = q.options.into_option().map(|a| (a.type_url, a.value));
-        let path = PathBuf::from(&q.path);
-        self.server.runtime.checkpoint(&q.id, &path, options).await?;
-        self.server.checkpointed(&q.id, &q.path);
+        self.server.checkpoint(&q.id, &q.path, options).await?;
         Ok(Empty::new())
     }
 

@@ -1,5 +1,7 @@
 //! Programs in the jail, seen from outside: what `/proc` says of each holds what is promised.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test
+
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -22,7 +24,7 @@ fn root() -> bool {
 
 fn config() -> JailConfig {
     JailConfig {
-        jailer: vec![env!("CARGO_BIN_EXE_vmm-jailer").into(), "jail".into()],
+        jailer: vec![env!("CARGO_BIN_EXE_vmm-sandboxer").into(), "jail".into()],
         files: 128,
         oom_score_adj: 123,
         ..JailConfig::default()

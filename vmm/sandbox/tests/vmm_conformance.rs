@@ -15,6 +15,8 @@
 //!
 //! As root the machines run jailed. Boots are one at a time: with TCG each takes a whole CPU.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // a test
+
 #[path = "support/guest.rs"]
 mod guest;
 
@@ -87,7 +89,7 @@ async fn bench(machine: Machine) -> Option<Bench> {
     let processes: Arc<dyn Processes> = Arc::new(Local::new().unwrap());
     let jail = nix::unistd::geteuid().is_root().then(|| {
         let mut jail = JailConfig {
-            jailer: vec![env!("CARGO_BIN_EXE_vmm-jailer").into(), "jail".into()],
+            jailer: vec![env!("CARGO_BIN_EXE_vmm-sandboxer").into(), "jail".into()],
             ..JailConfig::default()
         };
         let more = std::env::var("KUASAR_TEST_LIBRARIES").unwrap_or_default();

@@ -146,7 +146,7 @@ async fn ttrpc_server(
     let listener = ttrpc::r#async::transport::Listener::new(connections);
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
-        .register_service(tasks.services())
+        .register_service(tasks.tables())
         .register_service(streaming::services(tasks.clone()))
         .register_service(service.services());
     server.start().await?;

@@ -1,13 +1,13 @@
-//! The pods' sockets: where they are, who listens, and one ttrpc server per pod.
+//! The pods' sockets: where they are, who listens, and what answers.
 //!
 //! The listening socket is made here and given to [`PodSockets`] (sandbox-parent), which accepts
-//! on it, outlives us and hands every connection to [`Endpoints::connection`]. From there it
-//! goes through a bounded queue into the pod's ttrpc server. The queue exists from the moment
-//! the pod is known; the server is made when its services are, so a connection of a pod that is
-//! still being recovered simply waits.
+//! on it, outlives us and hands every connection to [`Endpoints::connection`]. There it is served
+//! at once, by a task of its own; connections of a pod whose services are not there yet (it is
+//! still being recovered) wait in a bounded list. Beside its connections a pod costs nothing here
+//! but its entry in a table.
 
-mod cut;
 mod socket;
+mod switch;
 
 use std::collections::HashMap;
 use std::io;
@@ -18,9 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, watch};
-
-pub(crate) use cut::Cut;
+use switch::Switch;
 
 use crate::error::{Error, Result};
 use crate::sandboxer::PodServices;
@@ -56,17 +54,30 @@ pub(crate) struct Opened {
 
 struct Pod {
     path: PathBuf,
-    queue: mpsc::Sender<UnixStream>,
-    /// Taken when the server is made.
-    waiting: Option<mpsc::Receiver<UnixStream>>,
-    server: Option<ttrpc::r#async::Server>,
-    cut: watch::Sender<bool>,
+    services: Option<PodServices>,
+    /// Connections that came before the services.
+    waiting: Vec<UnixStream>,
+    cut: Arc<Switch>,
     opened: Option<Opened>,
     /// Where the services go that come only with Start, when the socket is served before.
     late: Option<Late>,
     since: Instant,
     /// It stays only for answers that are on their way.
     closing: bool,
+}
+
+impl Pod {
+    /// Serves a connection in a task of its own.
+    fn serve(&self, stream: UnixStream, services: PodServices) {
+        let ready = stream.set_nonblocking(true);
+        let stream = match ready.and_then(|()| tokio::net::UnixStream::from_std(stream)) {
+            Ok(stream) => stream,
+            Err(e) => return tracing::warn!("a connection to a pod could not be used: {e}"),
+        };
+        let cut = self.cut.clone();
+        let cut = async move { cut.turned_on().await };
+        tokio::spawn(kuasar_ttrpc::serve(stream, services, cut));
+    }
 }
 
 /// Services of a pod whose socket is served already.
@@ -106,11 +117,14 @@ impl Endpoints {
 
     /// Takes a connection to a pod's socket. One of an unknown pod, or too many, is closed.
     pub fn connection(&self, pod: &str, stream: UnixStream) {
-        let queue = self.pods().get(pod).map(|p| p.queue.clone());
-        match queue.map(|q| q.try_send(stream)) {
-            Some(Ok(())) => {}
-            Some(Err(_)) => tracing::warn!(sandbox = pod, "too many connections wait: closed one"),
-            None => tracing::warn!(sandbox = pod, "a connection for an unknown pod was closed"),
+        let mut pods = self.pods();
+        let Some(entry) = pods.get_mut(pod) else {
+            return tracing::warn!(sandbox = pod, "a connection for an unknown pod was closed");
+        };
+        match &entry.services {
+            Some(services) => entry.serve(stream, services.clone()),
+            None if entry.waiting.len() < self.0.backlog => entry.waiting.push(stream),
+            None => tracing::warn!(sandbox = pod, "too many connections wait: closed one"),
         }
     }
 
@@ -147,13 +161,11 @@ impl Endpoints {
                 path.display()
             )));
         }
-        let (queue, waiting) = mpsc::channel(self.0.backlog);
         let entry = Pod {
             path,
-            queue,
-            waiting: Some(waiting),
-            server: None,
-            cut: watch::channel(false).0,
+            services: None,
+            waiting: Vec::new(),
+            cut: Arc::default(),
             opened,
             late: None,
             since: Instant::now(),
@@ -203,55 +215,37 @@ impl Endpoints {
         self.bind(pod, &path).await
     }
 
-    /// Starts the pod's server on the connections that wait and come. Once per pod.
-    pub(crate) async fn serve(&self, pod: &str, services: PodServices) -> Result<()> {
-        let gone = || Error::Unavailable(format!("sandbox {pod} is being removed"));
-        let (waiting, cut) = {
-            let mut pods = self.pods();
-            let entry = pods.get_mut(pod).ok_or_else(gone)?;
-            let taken = entry.waiting.take().ok_or_else(|| {
-                Error::FailedPrecondition(format!("the socket of sandbox {pod} is served already"))
-            })?;
-            (taken, entry.cut.subscribe())
-        };
-        let connections =
-            futures::stream::unfold((waiting, cut), |(mut waiting, cut)| async move {
-                loop {
-                    let stream = waiting.recv().await?;
-                    let ready = stream.set_nonblocking(true);
-                    match ready.and_then(|()| tokio::net::UnixStream::from_std(stream)) {
-                        Ok(s) => return Some((Ok(Cut::new(s, cut.clone())), (waiting, cut))),
-                        Err(e) => tracing::warn!("a connection to a pod could not be used: {e}"),
-                    }
-                }
-            });
-        let mut server = ttrpc::r#async::Server::new()
-            .add_listener(ttrpc::r#async::transport::Listener::new(connections))
-            .register_service(services);
-        let started = server.start().await;
-        started.map_err(|e| Error::internal("cannot start the pod's server", e))?;
-        self.pods().get_mut(pod).ok_or_else(gone)?.server = Some(server);
+    /// Serves the connections that wait and those that come. Once per pod.
+    pub(crate) fn serve(&self, pod: &str, services: PodServices) -> Result<()> {
+        let mut pods = self.pods();
+        let entry = pods
+            .get_mut(pod)
+            .ok_or_else(|| Error::Unavailable(format!("sandbox {pod} is being removed")))?;
+        if entry.services.is_some() {
+            return Err(Error::FailedPrecondition(format!(
+                "the socket of sandbox {pod} is served already"
+            )));
+        }
+        for stream in std::mem::take(&mut entry.waiting) {
+            entry.serve(stream, services.clone());
+        }
+        entry.services = Some(services);
         Ok(())
     }
 
     /// Serves `early` now; [`Self::provide`] adds the rest through `late`.
-    pub(crate) async fn serve_early(
-        &self,
-        pod: &str,
-        early: PodServices,
-        late: Late,
-    ) -> Result<()> {
+    pub(crate) fn serve_early(&self, pod: &str, early: PodServices, late: Late) -> Result<()> {
         if let Some(entry) = self.pods().get_mut(pod) {
             entry.late = Some(late);
         }
-        self.serve(pod, early).await
+        self.serve(pod, early)
     }
 
     /// The services of a started or recovered pod.
-    pub(crate) async fn provide(&self, pod: &str, services: PodServices) -> Result<()> {
+    pub(crate) fn provide(&self, pod: &str, services: PodServices) -> Result<()> {
         let late = self.pods().get(pod).and_then(|p| p.late.clone());
         match late {
-            None => self.serve(pod, services).await,
+            None => self.serve(pod, services),
             Some(late) => late.set(services).map_err(|_| {
                 Error::FailedPrecondition(format!("sandbox {pod} has its services already"))
             }),
@@ -266,7 +260,7 @@ impl Endpoints {
         }
         if let Some(entry) = entry {
             socket::remove(&entry.path);
-            entry.cut.send_replace(true);
+            entry.cut.turn_on();
         }
     }
 
@@ -317,7 +311,7 @@ impl Endpoints {
     /// Cuts every connection at once; nothing is answered any more.
     pub(crate) fn cut_all(&self) {
         for (_, pod) in self.pods().drain() {
-            pod.cut.send_replace(true);
+            pod.cut.turn_on();
         }
     }
 }

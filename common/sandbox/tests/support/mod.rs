@@ -171,7 +171,7 @@ pub mod straw_task {
         let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(Connect);
         let methods = HashMap::from([("Connect".to_owned(), handler)]);
         let service = Service { methods, streams: HashMap::new() };
-        HashMap::from([("containerd.task.v3.Task".to_owned(), service)])
+        HashMap::from([("containerd.task.v3.Task".to_owned(), service)]).into()
     }
 
     /// Asks Connect over a pod's socket.
