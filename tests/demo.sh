@@ -12,6 +12,8 @@ crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"
 ms() { echo $(($(date +%s%N) / 1000000)); }
 handlers="runc kuasar-runc"
 [ ! -S "$B/run/kuasar-gvisor.sock" ] || handlers="$handlers kuasar-gvisor"
+# a virtual machine, by QEMU without the help of KVM: slow, but the same everywhere
+[ ! -S "$B/run/kuasar-vmm.sock" ] || handlers="$handlers kuasar-vmm"
 for handler in $handlers; do
   cat > "$T/pod.json" <<EOF
 { "metadata": { "name": "demo", "namespace": "demo", "uid": "$handler", "attempt": 1 },
@@ -33,6 +35,7 @@ EOF
   case $handler in
     runc) processes=$(pgrep -fc "containerd-shim.*$pod|^/pause" || true) ;;
     kuasar-gvisor) processes="$(pgrep -fc '^runsc-(sandbox|gofer) ' || true), all gVisor's" ;;
+    kuasar-vmm) processes="$(pgrep -fc "qemu-system.* -name $pod|virtiofsd .*$pod|vhost-device-vsock .*$pod" || true)" ;;
     *) processes=$(pgrep -fc "^\[sandbox-${pod:0:8}" || true) ;;
   esac
   crictl rmp -f "$pod" >/dev/null

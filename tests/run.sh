@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the tests: run.sh all | unit | e2e [NAME] | conformance HANDLER | bench
+# Runs the tests: run.sh all | unit | guest | e2e [NAME] | conformance HANDLER | bench
 # Counts what passed, failed and was skipped, and says so in its last line.
 set -euo pipefail
 TOP=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,6 +22,15 @@ e2e() {
   timeout "${LIMIT:-1500}" cargo test -p kuasar-tests --features e2e --test e2e -- --test-threads=1 "$@" 2>&1 | tee -a "$LOG" || failed=1
   "$BED_SH" down
 }
+# The guest's agent as PID 1 of machines that QEMU boots, driven without containerd.
+guest() {
+  [ -x "$B/vmm/bin/qemu-system-x86_64" ] && [ -e "$TOP/target/guest/vmlinux" ] || return 0
+  [ "$(id -u)" = 0 ] || { echo "booting guests needs root" >&2; exit 1; }
+  KUASAR_QEMU=$B/vmm/bin/qemu-system-x86_64 KUASAR_VMLINUX=$TOP/target/guest/vmlinux \
+    KUASAR_VHOST_VSOCK=$B/vmm/bin/vhost-device-vsock KUASAR_VIRTIOFSD=$B/vmm/bin/virtiofsd \
+    KUASAR_VMM_TASK=$TOP/target/release/vmm-task KUASAR_BUSYBOX=$B/src/busybox \
+    cargo test -p vmm-task --test boot -- --test-threads=1 --nocapture 2>&1 | tee -a "$LOG" || failed=1
+}
 conformance() {
   "$TOP/tests/conformance.sh" "$1" 2>&1 | tee -a "$LOG" || extra=1
   "$BED_SH" down
@@ -29,11 +38,13 @@ conformance() {
 case ${1:-all} in
   all)
     unit
+    guest
     e2e
     # The handler to which containerd offers all that it offers to stock runc.
     conformance kuasar-runc-v2
     ;;
   unit) unit ;;
+  guest) guest ;;
   e2e) shift; e2e "$@" ;;
   conformance) conformance "${2:-kuasar-runc}" ;;
   bench)
@@ -41,7 +52,7 @@ case ${1:-all} in
     cargo run -q --release -p kuasar-tests --features e2e --bin kuasar-bench
     exit 0
     ;;
-  *) echo "usage: run.sh all|unit|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
+  *) echo "usage: run.sh all|unit|guest|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
 esac
 # Ours are those that run a program of this checkout, whatever they call themselves.
 left=

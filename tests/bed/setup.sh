@@ -41,8 +41,8 @@ part_lists() { private_apt "$B/apt" 'deb forky' 'deb trixie' 'deb bookworm-backp
 part_engines() {
   local lib d
   (
-    export APT_CONFIG=$B/apt/apt.conf
     cd "$B/debs"
+    export APT_CONFIG=$B/apt/apt.conf
     apt-get download -qq containerd/forky containernetworking-plugins/forky runc/forky libc6/forky libseccomp2/forky
     # forky's crun refuses a cgroup v1 hierarchy, bookworm's the spec version of containerd 2
     mkdir -p crun && cd crun
@@ -69,9 +69,8 @@ part_criu() {
   local lib d
   mkdir -p "$B/debs/criu"
   (
-    export APT_CONFIG=$B/apt/apt.conf
     cd "$B/debs/criu"
-    apt-get download -qq {criu,libbsd0,libc6,libcap2,libffi8,libgmp10,libgnutls30t64,libhogweed6t64,libidn2-0,libjansson4,libmd0,libmnl0,libnet9,libnettle8t64,libnftables1,libnftnl11,libnl-3-200,libp11-kit0,libprotobuf-c1,libtasn1-6,libunistring5,libuuid1,libxtables12}/forky
+    APT_CONFIG=$B/apt/apt.conf apt-get download -qq {criu,libbsd0,libc6,libcap2,libffi8,libgmp10,libgnutls30t64,libhogweed6t64,libidn2-0,libjansson4,libmd0,libmnl0,libnet9,libnettle8t64,libnftables1,libnftnl11,libnl-3-200,libp11-kit0,libprotobuf-c1,libtasn1-6,libunistring5,libuuid1,libxtables12}/forky
   )
   for d in "$B"/debs/criu/*.deb; do dpkg -x "$d" "$B/criu"; done
   lib=$B/criu/usr/lib/$(gcc -dumpmachine)
@@ -223,6 +222,7 @@ libraries = ["$B/vmm", "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.c
 [helpers]
 virtiofsd = "$B/vmm/bin/virtiofsd"
 vsock = "$B/vmm/bin/vhost-device-vsock"
+EOF
   cat > "$B/etc/kuasar-gvisor.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"
 metrics_listen = "$B/run/kuasar-gvisor-metrics.sock"

@@ -3,7 +3,7 @@
 //! Skipped where the daemon, QEMU or a guest is missing (`make guest`, `tests/bed/vmm.sh`).
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, inside, programs, skip, switch, top, wait_for};
+use kuasar_tests::{bed, cri, inside, programs, skip, switch, top, wait_for};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -103,9 +103,8 @@ fn the_pod_has_its_address_and_is_reached_and_reaches_others() {
     let pod = pod("vm-net");
     let c = pod.start(&["sh", "-c", "while :; do echo pong | nc -l -p 7000; done"]);
     let ip = c.sh("ip -4 -o addr show eth0 | awk '{print $4}' | cut -d/ -f1");
-    let found = inside(&["crictl", "inspectp", &pod.id]);
-    let found = String::from_utf8_lossy(&found.stdout).into_owned();
-    assert!(found.contains(&format!("\"ip\": \"{ip}\"")), "{ip}: {found}");
+    let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
+    assert_eq!(cri!(pod_sandbox_status, q).unwrap().status.unwrap().network.unwrap().ip, ip);
     let mut answer = String::new();
     wait_for("the pod answers", Duration::from_secs(20), || {
         let out = inside(&["sh", "-c", &format!("exec 3<>/dev/tcp/{ip}/7000; cat <&3")]);
@@ -199,18 +198,22 @@ fn kill_9_of_the_daemon_loses_neither_container_nor_output() {
     let pod = pod("vm-kill9");
     let c = pod.start(&["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"]);
     let vmm = vmm_pid(&pod);
+    let lines = || c.logged("stdout").split(|byte| *byte == b'\n').count();
+    wait_for("it writes", Duration::from_secs(60), || lines() > 3);
     switch(&["daemon", "kill"], &[("KIND", "vmm")]);
     assert!(Path::new(&format!("/proc/{vmm}")).exists());
     switch(&["daemon", "start"], &[("KIND", "vmm")]);
     assert_eq!(vmm_pid(&pod), vmm);
     assert!(c.is_running());
+    let before = lines();
+    wait_for("it goes on writing", Duration::from_secs(60), || lines() > before + 3);
     assert_eq!(c.sh("echo in"), "in");
     let second = pod.start(&["sh", "-c", "echo new; exit 5"]);
     assert_eq!(second.wait(), 5);
     c.stop(0).unwrap();
     assert_eq!(c.wait(), 137);
     let text = String::from_utf8(c.logged("stdout")).unwrap();
-    assert!(text.lines().count() > 3, "{text:?}");
+    assert!(text.lines().count() > before, "{text:?}");
     for (i, line) in text.lines().enumerate() {
         assert_eq!(line, (i + 1).to_string());
     }

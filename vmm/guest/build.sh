@@ -1,13 +1,13 @@
 #!/bin/bash
 # Builds what a microVM guest is made of into target/guest, from distribution packages alone:
 #
-#   build.sh kernel             vmlinux (microvm) and vmlinux-pci (q35), each with its configuration
+#   build.sh kernel             vmlinux, with its configuration
 #   build.sh image INIT         initramfs.cpio and guest.erofs, holding the static program INIT as /init
 #
 # Reproducible: the same source package, compiler and files of this directory give the same bytes, in
 # whatever directory. What is there already, made from the same things, is not made again. Root is
 # needed for installing packages that are missing, and for the device node in the disk image.
-# FLAVOURS="microvm" builds that kernel only.
+# FLAVOURS="pci microvm" also builds vmlinux-pci, for machines with PCI and ACPI (q35): not tried yet.
 set -euo pipefail
 export LC_ALL=C TZ=UTC DEBIAN_FRONTEND=noninteractive
 SRC=$(cd "$(dirname "$0")" && pwd)
@@ -15,7 +15,7 @@ TOP=$(cd "$SRC/../.." && pwd)
 G=${GUEST:-$TOP/target/guest}
 SERIES=6.12                     # long-term; in Debian 13, and in Debian 12's security or backports suite
 PACKAGE=linux-source-$SERIES
-FLAVOURS=${FLAVOURS:-pci microvm}
+FLAVOURS=${FLAVOURS:-microvm}
 JOBS=${JOBS:-$(nproc)}
 ARCH=$(uname -m)
 # any fixed moment, user and host: they are printed by the kernel and are part of its bytes

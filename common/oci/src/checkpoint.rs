@@ -147,6 +147,11 @@ pub(crate) fn dump(
 }
 
 fn configure(dir: &Path, conf: &str) -> Result<()> {
+    let mut conf = conf.to_owned();
+    // CRIU stops the network by running iptables unless told otherwise; nftables it can do itself.
+    if find_program(Path::new("iptables-restore")).is_none() {
+        conf.push_str("network-lock nftables\n");
+    }
     record::write_file(&dir.join(CONF), conf.as_bytes(), 0o600)
         .map_err(internal("write CRIU's configuration"))
 }
