@@ -90,7 +90,7 @@ unpack_source() {
   [ ! -e "$TREE/.complete" ] || return 0
   rm -rf "$G/src"
   mkdir -p "$G/src" "$TREE"
-  (cd "$G/src" && apt-get download -qq "$PACKAGE=$VERSION")
+  (cd "$G/src" && apt-get download -qq -o APT::Sandbox::User=root "$PACKAGE=$VERSION")
   dpkg --fsys-tarfile "$G"/src/*.deb | tar -xO --wildcards './usr/src/*.tar.xz' | tar -xJ -C "$TREE" --strip-components=1
   rm -f "$G"/src/*.deb
   touch "$TREE/.complete"
