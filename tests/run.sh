@@ -13,7 +13,7 @@ failed=0
 extra=0
 trap '"$BED_SH" down || true' EXIT
 
-unit() { SANDBOX_PARENT_BIN=$TOP/target/release/sandbox-parent cargo test --workspace 2>&1 | tee -a "$LOG" || failed=1; }
+unit() { SANDBOX_PARENT_BIN=$TOP/target/release/sandbox-parent cargo test --workspace --no-fail-fast 2>&1 | tee -a "$LOG" || failed=1; }
 e2e() {
   [ "$(id -u)" = 0 ] || { echo "the end-to-end suites need root" >&2; exit 1; }
   rm -f "$B/run/skipped"
