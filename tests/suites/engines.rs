@@ -130,12 +130,15 @@ fn a_checkpoint_without_support_is_refused_clearly() {
         return;
     }
     each("checkpoint", |engine, pod| {
+        // runc and crun can, where there is CRIU: suite `checkpoint`.
+        if !matches!(engine, "builtin" | "libcontainer") {
+            return;
+        }
         let c = pod.start(&["sleep", "1000"]);
         let location = format!("{}/checkpoint.tar", pod.config.log_directory);
         let q = CheckpointContainerRequest { container_id: c.id.clone(), location, timeout: 10 };
-        let e = cri!(checkpoint_container, q).expect_err("there is no criu here");
-        let told = e.message().contains("built-in engine") || e.message().contains("criu");
-        assert!(told, "{engine}: {e}");
+        let e = cri!(checkpoint_container, q).expect_err("the built-in engine makes none");
+        assert!(e.message().contains("built-in engine"), "{engine}: {e}");
         assert!(c.is_running(), "{engine}");
         // It was frozen for it, and is not any more.
         assert_eq!(c.sh("echo on"), "on", "{engine}");

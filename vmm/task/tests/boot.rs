@@ -21,7 +21,7 @@ use vmm_common::guest;
 use vmm_common::guest_ttrpc::GuestClient;
 
 fn soon() -> Context {
-    with_duration(Duration::from_secs(60))
+    with_duration(Duration::from_secs(180))
 }
 
 macro_rules! tools {

@@ -122,7 +122,7 @@ pub struct Vm {
 
 async fn wait_for_socket(path: &Path) {
     // Another program's socket: there is no event for a test but its directory's.
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !path.exists() {
         assert!(Instant::now() < deadline, "{} does not come", path.display());
         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -281,7 +281,7 @@ impl Vm {
             (status, self)
         });
         let (status, _vm) =
-            tokio::time::timeout(Duration::from_secs(60), wait).await.unwrap().unwrap();
+            tokio::time::timeout(Duration::from_secs(180), wait).await.unwrap().unwrap();
         status
     }
 }
@@ -290,7 +290,7 @@ impl Vm {
 pub async fn all(stream: &mut UnixStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let read = stream.read_to_end(&mut bytes);
-    tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(180), read).await.unwrap().unwrap();
     bytes
 }
 
