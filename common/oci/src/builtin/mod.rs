@@ -5,11 +5,11 @@
 //! arguments are read by hand, and there is one thread from beginning to end (joining user and
 //! mount namespaces demands it).
 //!
-//! * **create** is ours ([`direct`]) where a spec has nothing that it does not know, and
-//!   libcontainer's otherwise, with our own [`payload::Payload`] at the very end. The new process
+//! * **create** is ours (`direct`) where a spec has nothing that it does not know, and
+//!   libcontainer's otherwise, with our own `payload::Payload` at the very end. The new process
 //!   is made as a sibling (`CLONE_PARENT`): its parent is the process that started us, which is
 //!   the one that must reap it.
-//! * **exec** is ours ([`exec`]), because libcontainer 0.7 builds the joining process from a spec
+//! * **exec** is ours (`exec`), because libcontainer 0.7 builds the joining process from a spec
 //!   without the container's seccomp section: its execs run unfiltered.
 //!
 //! Command line and files are runc's as far as they go: `--root`, `--log`, `--bundle`,

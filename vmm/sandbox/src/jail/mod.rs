@@ -9,11 +9,11 @@
 //!
 //! | | |
 //! |---|---|
-//! | root directory | a read-only tmpfs with the program, its libraries, the files that its [`View`] names and the devices it needs; no path of the host besides ([`root`]) |
+//! | root directory | a read-only tmpfs with the program, its libraries, the files that its [`View`] names and the devices it needs; no path of the host besides (`root`) |
 //! | namespaces | mount, PID, IPC, UTS, cgroup of its own; network: the pod's for a VMM, an empty one for a helper |
 //! | user | an unprivileged one, without groups; virtiofsd stays root, see below |
-//! | capabilities | none in any of the five sets; `no_new_privs` ([`privileges`]) |
-//! | system calls | a deny-list of what only administrators need, beneath the program's own filter ([`seccomp`]) |
+//! | capabilities | none in any of the five sets; `no_new_privs` (`privileges`) |
+//! | system calls | a deny-list of what only administrators need, beneath the program's own filter (`seccomp`) |
 //! | limits | descriptors; no core dumps; `oom_score_adj` as configured |
 //! | descriptors | those that it was given; all others are closed |
 //!

@@ -48,7 +48,7 @@ use super::args::{Args, Create};
 use super::{Error, Result, console};
 pub use plan::{Plan, Reason};
 
-/// The device rules of `linux.resources`, completed as [`plan`] completes them.
+/// The device rules of `linux.resources`, completed as [`mod@plan`] completes them.
 pub fn device_rules(resources: Option<&serde_json::Value>) -> serde_json::Value {
     let given = resources.and_then(|resources| resources.get("devices"));
     let mut rules = given.and_then(|rules| rules.as_array().cloned()).unwrap_or_default();
