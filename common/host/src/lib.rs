@@ -6,6 +6,7 @@ pub mod dns;
 pub mod duration;
 pub mod id;
 pub mod live;
+pub mod loopback;
 pub mod mount;
 pub mod namespace;
 pub mod netlink;
