@@ -11,6 +11,7 @@ mod gvisor;
 mod kill9;
 mod lifecycle;
 mod privileges;
+mod quark;
 mod reload;
 mod restart;
 mod security;

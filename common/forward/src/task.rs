@@ -230,6 +230,19 @@ impl Tasks {
         Ok((stats.type_url, stats.value))
     }
 
+    /// A process's input has come to its end. A process that has ended does not mind.
+    pub async fn close_stdin(&self, container: &str, exec: &str) {
+        let question = api::CloseIORequest {
+            id: container.into(),
+            exec_id: exec.into(),
+            stdin: true,
+            ..api::CloseIORequest::default()
+        };
+        if let Err(error) = self.ask::<api::Empty>("CloseIO", &question).await {
+            tracing::debug!(container, exec, error = %error.chain(), "its input stays open");
+        }
+    }
+
     /// Changes the size of a process's terminal, in columns and rows.
     ///
     /// # Errors

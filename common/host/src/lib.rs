@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod dns;
 pub mod duration;
 pub mod id;
+pub mod inside;
 pub mod live;
 pub mod loopback;
 pub mod mount;

@@ -12,7 +12,7 @@
 //!    moment (`CLONE_INTO_CGROUP`). [`init`] is what it does.
 //! 3. Meanwhile we write the container's state. Then we wait for one word: ready, or why not.
 //!
-//! Nothing in here follows a path of the container: see [`paths`] and [`rootfs`].
+//! Nothing in here follows a path of the container: see [`kuasar_host::inside`] and [`rootfs`].
 //!
 //! The state directory has what libcontainer's has (`state.json`, `youki_config.json`,
 //! `notify.sock`), so that start, state, kill, delete and exec do not know which of the two has
@@ -21,7 +21,6 @@
 mod copy_up;
 mod devices;
 mod init;
-mod paths;
 mod plan;
 mod privileges;
 mod rootfs;
