@@ -70,14 +70,15 @@ impl QuarkFlavor {
     /// Waits until the sandbox answers calls: its socket is there earlier.
     async fn serves(&self, own: &Own, process: Identity) -> Result<()> {
         let client = self.quark.client(&own.short, engine::gone(process.open()));
-        let question = api::StateRequest { id: "-".into(), ..api::StateRequest::default() };
+        let question = api::StateRequest { id: "none".into(), ..api::StateRequest::default() };
         let limit = self.quark.limits().start;
         let answer: kuasar_forward::Result<api::StateResponse> = client
             .call_for(kuasar_forward::task::V2, "State", &question, Some(limit))
             .await;
         match answer {
+            Ok(_) => Ok(()),
             // It knows no such container, and said so.
-            Ok(_) | Err(kuasar_forward::GuestError::Refused { .. }) => Ok(()),
+            Err(error) if error.is_not_found() => Ok(()),
             Err(kuasar_forward::GuestError::Gone) => Err(Error::FailedPrecondition(
                 "quark's sandbox has ended before it answered: see quark's own log".into(),
             )),

@@ -8,6 +8,7 @@ mod events;
 mod failpoints;
 mod features;
 mod gvisor;
+mod gvisor_control;
 mod kill9;
 mod lifecycle;
 mod privileges;
