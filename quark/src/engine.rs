@@ -279,7 +279,7 @@ pub fn gone(process: Option<OwnedFd>) -> watch::Receiver<bool> {
 }
 
 /// The end of what Quark has written, for an error.
-fn said(log: &Path) -> String {
+pub fn said(log: &Path) -> String {
     let mut words = String::new();
     if let Ok(mut file) = File::open(log) {
         use std::io::{Seek, SeekFrom};

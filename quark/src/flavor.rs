@@ -68,20 +68,20 @@ impl QuarkFlavor {
     }
 
     /// Waits until the sandbox answers calls: its socket is there earlier.
-    async fn serves(&self, own: &Own, process: Identity) -> Result<()> {
+    async fn serves(&self, dir: &std::path::Path, own: &Own, process: Identity) -> Result<()> {
         let client = self.quark.client(&own.short, engine::gone(process.open()));
         let question = api::StateRequest { id: "none".into(), ..api::StateRequest::default() };
         let limit = self.quark.limits().start;
-        let answer: kuasar_forward::Result<api::StateResponse> = client
-            .call_for(kuasar_forward::task::V2, "State", &question, Some(limit))
-            .await;
+        let answer: kuasar_forward::Result<api::StateResponse> =
+            client.call_for(kuasar_forward::task::V2, "State", &question, Some(limit)).await;
         match answer {
             Ok(_) => Ok(()),
             // It knows no such container, and said so.
             Err(error) if error.is_not_found() => Ok(()),
-            Err(kuasar_forward::GuestError::Gone) => Err(Error::FailedPrecondition(
-                "quark's sandbox has ended before it answered: see quark's own log".into(),
-            )),
+            Err(kuasar_forward::GuestError::Gone) => Err(Error::FailedPrecondition(format!(
+                "quark's sandbox has ended at once: see quark's own log{}",
+                engine::said(&dir.join("quark.log"))
+            ))),
             Err(error) => Err(error.into()),
         }
     }
@@ -191,7 +191,7 @@ impl Flavor for QuarkFlavor {
         own.process = Some(process);
         *value = serde_json::to_value(&own)
             .map_err(|error| Error::internal("record the sandbox", error))?;
-        self.serves(&own, process).await?;
+        self.serves(&ctx.dir, &own, process).await?;
         Metrics("quark").phase("sandbox", begun.elapsed());
         watch_end(ctx, pidfd);
         Ok(())

@@ -19,8 +19,7 @@ use std::time::{Instant, SystemTime};
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
 use containerd_task::runtime::{
-    AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned,
-    StatsFlavor,
+    AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
 use kuasar_daemon::tasks::ParentKeeper;
@@ -226,8 +225,7 @@ impl Containers {
                 }
             });
         }
-        let told =
-            self.tasks.exit_of(container, exec, outputs, self.keeper.clone(), self.drain);
+        let told = self.tasks.exit_of(container, exec, outputs, self.keeper.clone(), self.drain);
         let unborn = exec.is_empty().then(|| {
             let (tell, unborn) = watch::channel(None);
             lock(&self.unborn).insert(container.to_owned(), tell);
@@ -282,9 +280,7 @@ impl Containers {
         let streams = blocking(move || streams::prepare(&tree, &id, &name, io)).await?;
         let mut process = process.clone();
         process.insert("terminal".into(), json!(streams.terminal));
-        self.tasks
-            .exec(container, exec, &process, streams.terminal, streams.names.clone())
-            .await?;
+        self.tasks.exec(container, exec, &process, streams.terminal, streams.names.clone()).await?;
         let started = async {
             let pid = checked_pid(self.tasks.start(container, exec).await?)?;
             if let Some(size) = size {

@@ -204,7 +204,12 @@ mod tests {
             id: "p".into(),
             dir: dir.into(),
             netns: "/run/netns/n".into(),
-            modes: Modes { host_network: false, host_ipc: false, host_pid: false, shared_pid: false },
+            modes: Modes {
+                host_network: false,
+                host_ipc: false,
+                host_pid: false,
+                shared_pid: false,
+            },
             engine: "quark".into(),
             namespaces: Namespaces::default(),
         }
@@ -243,7 +248,10 @@ mod tests {
         assert!(places.contains(&&Place::Rootfs("/data".into())), "{places:?}");
         assert!(places.contains(&&Place::Rootfs("/etc/hosts".into())), "{places:?}");
         assert!(text.contains("/c/m0"), "{text}");
-        assert_eq!((needs.cgroup.as_str(), needs.rootfs.as_path()), ("/kuasar/p/c", Path::new("/b/rootfs")));
+        assert_eq!(
+            (needs.cgroup.as_str(), needs.rootfs.as_path()),
+            ("/kuasar/p/c", Path::new("/b/rootfs"))
+        );
         let namespaces = spec.pointer("/linux/namespaces").unwrap();
         assert!(namespaces.as_array().unwrap().contains(&json!({ "type": "pid" })));
     }

@@ -82,11 +82,8 @@ pub fn prepare(tree: &Tree, container: &str, exec: &str, io: ProcessIo) -> Resul
             let flags = SockFlag::SOCK_CLOEXEC;
             let (master, hub) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)
                 .map_err(|error| Error::internal("make a terminal's streams", error))?;
-            let ends = [
-                ("stdin", Some(again(&hub)?)),
-                ("stdout", Some(again(&hub)?)),
-                ("stderr", None),
-            ];
+            let ends =
+                [("stdin", Some(again(&hub)?)), ("stdout", Some(again(&hub)?)), ("stderr", None)];
             prepared.terminal = true;
             prepared.master = Some(master);
             prepared.hub = Some(hub);
@@ -135,11 +132,9 @@ pub async fn resume(keeper: &Arc<dyn Keeper>, container: &str, exec: &str) -> Re
     // Before it may come to its end.
     let hub = keeper.fetch(&format!("{output}engine")).await?.filter(is_socket);
     let (mut input, mut outputs) = (None, Vec::new());
-    for (which, direction) in [
-        ("stdin", Direction::Input),
-        ("stdout", Direction::Output),
-        ("stderr", Direction::Output),
-    ] {
+    for (which, direction) in
+        [("stdin", Direction::Input), ("stdout", Direction::Output), ("stderr", Direction::Output)]
+    {
         let name = stdio::name(container, exec, which);
         let stream = stdio::resume(keeper, name, direction).await?;
         match direction {

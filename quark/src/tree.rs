@@ -274,11 +274,8 @@ impl Tree {
             return;
         };
         for name in names {
-            let _ = nix::unistd::unlinkat(
-                &dir,
-                name.as_str(),
-                nix::unistd::UnlinkatFlags::NoRemoveDir,
-            );
+            let _ =
+                nix::unistd::unlinkat(&dir, name.as_str(), nix::unistd::UnlinkatFlags::NoRemoveDir);
         }
     }
 

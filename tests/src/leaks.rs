@@ -30,7 +30,11 @@ pub fn snapshot() -> Snapshot {
         if is_ours && text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
             all.insert(format!("process {text}"));
         }
-        if is_ours && (text.starts_with("runsc-") || text.contains("/runsc ") || text.contains("fake-quark")) {
+        if is_ours
+            && (text.starts_with("runsc-")
+                || text.contains("/runsc ")
+                || text.contains("fake-quark"))
+        {
             all.insert(format!("process {text}"));
         }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };

@@ -57,7 +57,8 @@ fn other_limits_are_taken_and_the_container_goes_on() {
         resources: MessageField::some(resources),
         ..Default::default()
     };
-    task!(&wire::task_socket(&pod.id), update, q).unwrap();
+    let socket = wire::task_socket(&pod.id);
+    task!(&socket, update, q).unwrap();
     let before = lines(&c);
     wait_for("it goes on", SOON, || lines(&c) > before);
 }
@@ -75,7 +76,8 @@ fn a_checkpoint_is_written_and_the_container_goes_on() {
         path: image.to_string_lossy().into_owned(),
         ..Default::default()
     };
-    let answer = task!(&wire::task_socket(&pod.id), checkpoint, q);
+    let socket = wire::task_socket(&pod.id);
+    let answer = task!(&socket, checkpoint, q);
     let names: Vec<String> = std::fs::read_dir(&image)
         .unwrap()
         .flatten()

@@ -124,9 +124,11 @@ fn main() -> ExitCode {
         ["boot", tree, id, mode] => boot::main(tree, id, Mode::of(mode).unwrap_or_default()),
         _ => match parse(&arguments) {
             Some(arguments) => sandbox(&arguments),
-            None => Err("usage: fake-quark [--fake MODE] -r DIR sandbox --task-socket PATH --id ID \
+            None => {
+                Err("usage: fake-quark [--fake MODE] -r DIR sandbox --task-socket PATH --id ID \
                          --pid-file PATH"
-                .into()),
+                    .into())
+            }
         },
     };
     match done {
