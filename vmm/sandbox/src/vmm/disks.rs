@@ -255,8 +255,10 @@ mod tests {
             let mut opened = File::open(&placed.path).unwrap();
             opened.read_exact(&mut text).unwrap();
             assert_eq!(&text, b"content");
-            assert!(File::options().write(true).open(&placed.path).is_err(), "read-only");
-            drop((placed, opened));
+            // Even root, whom the node's mode does not stop.
+            let mut writer = File::options().write(true).open(&placed.path).unwrap();
+            assert!(writer.write_all(&[0; 512]).is_err(), "read-only");
+            drop((placed, opened, writer));
             disks.release();
             assert!(!dir.path().join("disks").exists());
         })

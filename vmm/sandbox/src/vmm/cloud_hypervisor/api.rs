@@ -76,7 +76,8 @@ pub struct Disk {
 pub struct Net {
     pub id: String,
     pub mac: String,
-    pub mtu: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
     /// Two for each descriptor.
     pub num_queues: usize,
 }

@@ -280,7 +280,8 @@ pub(super) async fn add_nic(http: &Http, nic: &Nic) -> Result<()> {
     let net = api::Net {
         id: nic.id.clone(),
         mac: nic.mac_text(),
-        mtu: nic.mtu,
+        // It takes none that IPv6 would not.
+        mtu: (nic.mtu >= 1280).then_some(nic.mtu),
         num_queues: 2 * nic.tap.len(),
     };
     http.put_with("/vm.add-net", &net, nic.tap.clone()).await

@@ -124,4 +124,18 @@ mod tests {
         reader.feed(b"\n\n");
         assert_eq!(reader.feed(REBOOT.as_bytes()).len(), 1);
     }
+
+    #[test]
+    fn a_spoilt_event_is_none_or_another_and_the_next_one_is_read() {
+        // Each byte in turn, by each of a few others.
+        for at in 0..REBOOT.len() - 2 {
+            for byte in [b'\0', b'"', b'{', b'}', b'\n', b'9', 0xff] {
+                let mut bytes = REBOOT.as_bytes().to_vec();
+                bytes[at] = byte;
+                let mut reader = Reader::default();
+                reader.feed(&bytes);
+                assert_eq!(reader.feed(REBOOT.as_bytes()).len(), 1, "{byte} at {at}");
+            }
+        }
+    }
 }
