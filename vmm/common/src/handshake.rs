@@ -300,11 +300,8 @@ mod tests {
     #[tokio::test]
     async fn a_spoilt_line_is_refused_or_means_what_it_says() {
         let mut dice = Dice(0x2545_f491_4f6c_dd1d);
-        let stream = Purpose::Stream {
-            container: "c1".into(),
-            exec: "e1".into(),
-            kind: StreamKind::Stderr,
-        };
+        let stream =
+            Purpose::Stream { container: "c1".into(), exec: "e1".into(), kind: StreamKind::Stderr };
         let ready = r#"{"protocol":1,"agent_version":"1","kernel_release":"6","boot_id":"b"}"#;
         for n in 0..20_000 {
             let purpose = if n % 2 == 0 { &Purpose::Control } else { &stream };

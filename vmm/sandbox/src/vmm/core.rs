@@ -146,7 +146,11 @@ impl<P: Serialize + DeserializeOwned> Core<P> {
     ///
     /// # Errors
     /// As [`super::Vm::stop`].
-    pub async fn stop(&self, grace: Duration, ask: impl Future<Output = Result<()>>) -> Result<Exit> {
+    pub async fn stop(
+        &self,
+        grace: Duration,
+        ask: impl Future<Output = Result<()>>,
+    ) -> Result<Exit> {
         let mut exit = self.process.wait_for(grace).await?;
         if exit.is_none() && self.process.is_alive() {
             // A stopped or busy VMM must not hold this up.

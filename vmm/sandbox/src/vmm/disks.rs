@@ -136,9 +136,7 @@ impl Disks {
         };
         let mode = if disk.read_only { Mode::S_IRUSR } else { Mode::S_IRUSR | Mode::S_IWUSR };
         mknod(&path, SFlag::S_IFBLK, mode, device)
-            .and_then(|()| {
-                nix::unistd::chown(&path, Some(owner.0.into()), Some(owner.1.into()))
-            })
+            .and_then(|()| nix::unistd::chown(&path, Some(owner.0.into()), Some(owner.1.into())))
             .doing(|| format!("make device {}", path.display()))?;
         Ok(Placed { path, _loop_device: held })
     }
@@ -189,9 +187,7 @@ fn loop_device(disk: &Disk) -> Result<File> {
         config.fd = u32::try_from(disk.file.as_fd().as_raw_fd()).unwrap_or(u32::MAX);
         config.info.flags = uapi::LO_FLAGS_AUTOCLEAR | read_only;
         // SAFETY: LOOP_CONFIGURE reads a `struct loop_config`.
-        let r = unsafe {
-            libc::ioctl(device.as_raw_fd(), uapi::LOOP_CONFIGURE, &raw const config)
-        };
+        let r = unsafe { libc::ioctl(device.as_raw_fd(), uapi::LOOP_CONFIGURE, &raw const config) };
         match Errno::result(r) {
             Ok(_) => return Ok(device),
             // Somebody else was quicker.
@@ -240,8 +236,14 @@ mod tests {
         // Mounts of its own, in a thread of its own: nothing of this is the host's.
         std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-                .unwrap();
+            mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )
+            .unwrap();
             let dir = tempfile::tempdir().unwrap();
             let disks = Disks::new(dir.path(), Some((64_055, 64_055))).unwrap();
             let disk = disk(dir.path(), true);

@@ -136,7 +136,11 @@ impl Http {
         if status.is_success() {
             return Ok(answer);
         }
-        Err(Error::Refused { vmm: self.kind, command: path.into(), reason: reason(status, &answer) })
+        Err(Error::Refused {
+            vmm: self.kind,
+            command: path.into(),
+            reason: reason(status, &answer),
+        })
     }
 
     async fn exchange(

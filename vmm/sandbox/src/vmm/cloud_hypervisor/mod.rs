@@ -54,11 +54,7 @@ struct Served {
 
 impl CloudHypervisor {
     /// Cloud Hypervisor, run by `launcher`.
-    pub fn new(
-        config: CloudHypervisorConfig,
-        helpers: HelpersConfig,
-        launcher: Launcher,
-    ) -> Self {
+    pub fn new(config: CloudHypervisorConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
         Self { config: Arc::new(config), helpers, launcher }
     }
 
@@ -154,8 +150,7 @@ impl CloudHypervisor {
         let process = self.launcher.run(program).await?;
         // Ours are duplicates; the VMM's end has to be the end of pipes and socket.
         drop((fds, console_w));
-        let http =
-            Http::new(Kind::CloudHypervisor, socket, api::PREFIX, self.config.timeout());
+        let http = Http::new(Kind::CloudHypervisor, socket, api::PREFIX, self.config.timeout());
         undo.keep();
         Ok(Served { started, process, http, disks, shares, events })
     }
@@ -197,7 +192,11 @@ impl CloudHypervisor {
                     ));
                 }
                 disks.push(disk_config(disk, &disk.path)?);
-                params.extend(["root=/dev/vda".into(), "ro".into(), format!("rootfstype={fstype}")]);
+                params.extend([
+                    "root=/dev/vda".into(),
+                    "ro".into(),
+                    format!("rootfstype={fstype}"),
+                ]);
                 None
             }
         };
@@ -218,9 +217,7 @@ impl CloudHypervisor {
             });
         }
         let vsock = match &spec.channel {
-            Channel::HybridVsock { cid, uds } => {
-                Some(api::Vsock { cid: *cid, socket: text(uds)? })
-            }
+            Channel::HybridVsock { cid, uds } => Some(api::Vsock { cid: *cid, socket: text(uds)? }),
             _ => None,
         };
         let memory = spec.memory_mib;

@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn events_are_whole_however_they_come_in_pieces() {
-        let gone = "{\"source\":\"vm\",\"event\":\"device-removed\",\"properties\":{\"id\":\"d\"}}\n\n";
+        let gone =
+            "{\"source\":\"vm\",\"event\":\"device-removed\",\"properties\":{\"id\":\"d\"}}\n\n";
         let text = format!("{REBOOT}{gone}");
         for size in [1, 7, 4096] {
             let mut reader = Reader::default();

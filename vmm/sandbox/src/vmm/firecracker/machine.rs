@@ -232,8 +232,7 @@ impl Vm for Machine {
         let plugged = async {
             let placed = self.disks.place(disk)?;
             let serial = slots::serial(&placed.path)?;
-            let update =
-                api::DriveUpdate { drive_id: &drive, path_on_host: text(&placed.path)? };
+            let update = api::DriveUpdate { drive_id: &drive, path_on_host: text(&placed.path)? };
             self.http.patch(&format!("/drives/{drive}"), &update).await?;
             Ok(serial)
         };
@@ -265,8 +264,7 @@ impl Vm for Machine {
             slot.drive.clone()
         };
         // The drive stays; it is empty from now on, whatever the guest still holds of it.
-        let update =
-            api::DriveUpdate { drive_id: &drive, path_on_host: slots::EMPTY.to_owned() };
+        let update = api::DriveUpdate { drive_id: &drive, path_on_host: slots::EMPTY.to_owned() };
         self.http.patch(&format!("/drives/{}", drive_id(&drive)), &update).await?;
         self.disks.remove(id);
         self.core.locked().1.slots.free(id);

@@ -238,8 +238,7 @@ impl Firecracker {
             huge_pages: spec.hugepages.then_some("2M"),
         };
         http.put("/machine-config", &machine).await?;
-        let mut params =
-            vec!["console=ttyS0".to_owned(), "reboot=k".into(), "panic=-1".into()];
+        let mut params = vec!["console=ttyS0".to_owned(), "reboot=k".into(), "panic=-1".into()];
         let initrd_path = match &spec.boot.root {
             Root::Initrd(path) => Some(text(path)?),
             Root::Image { disk, fstype } => {

@@ -36,11 +36,8 @@ pub(super) struct Slots(Vec<Slot>);
 
 impl Slots {
     pub fn new(writable: u8, read_only: u8) -> Self {
-        let slot = |kind: &str, n, read_only| Slot {
-            drive: format!("{kind}{n}"),
-            read_only,
-            disk: None,
-        };
+        let slot =
+            |kind: &str, n, read_only| Slot { drive: format!("{kind}{n}"), read_only, disk: None };
         let writable = (0..writable).map(|n| slot("rw", n, false));
         Self(writable.chain((0..read_only).map(|n| slot("ro", n, true))).collect())
     }
@@ -122,7 +119,9 @@ mod tests {
         assert_eq!(slots.take("a", false).unwrap(), "rw0");
         assert_eq!(slots.take("b", false).unwrap(), "rw1");
         assert!(matches!(slots.take("a", false), Err(Error::DeviceExists(_))));
-        assert!(matches!(slots.take("c", false), Err(Error::Exhausted(text)) if text.contains("disk_slots")));
+        assert!(
+            matches!(slots.take("c", false), Err(Error::Exhausted(text)) if text.contains("disk_slots"))
+        );
         assert_eq!(slots.take("c", true).unwrap(), "ro0");
         slots.set_serial("b", "77".into());
         assert_eq!(slots.serial("b"), Some("77"));

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::super::error::{Error, Result};
-use super::super::files::{length, lend, take_over};
+use super::super::files::{lend, length, take_over};
 use super::super::process::text;
 use super::super::spec::{Channel, Range, Root, VmSpec};
 use super::super::{Feature, Vm};

@@ -62,7 +62,8 @@ async fn silence_garbage_and_floods_are_errors_of_their_own() {
     assert!(matches!(silent, Err(Error::Deadline { .. })), "{silent:?}");
     let (gone, _) = answered(Vec::new(), false).await;
     assert!(matches!(gone, Err(Error::Gone)), "{gone:?}");
-    let (cut, _) = answered(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{".to_vec(), false).await;
+    let (cut, _) =
+        answered(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{".to_vec(), false).await;
     assert!(matches!(cut, Err(Error::Gone | Error::Protocol { .. })), "{cut:?}");
     for bad in [
         b"\xff\xfe nonsense\r\n\r\n".to_vec(),

@@ -100,7 +100,10 @@ pub(super) fn build(
     for (share, socket) in spec.shares.iter().zip(places.shares) {
         let id = format!("fs-{}", share.tag);
         option("chardev", format!("socket,id={id},path={}", value(socket)?));
-        option("device", format!("vhost-user-fs-device,id={id}-dev,chardev={id},tag={}", share.tag));
+        option(
+            "device",
+            format!("vhost-user-fs-device,id={id}-dev,chardev={id},tag={}", share.tag),
+        );
     }
     match &spec.channel {
         Channel::Serial { .. } => {

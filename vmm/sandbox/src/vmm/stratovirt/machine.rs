@@ -115,11 +115,7 @@ impl std::fmt::Debug for Machine {
 pub(super) fn features(balloon: bool) -> Features {
     use Feature::*;
     let all = Features::of(&[DiskHotplug, Pause, Virtiofs, Serial]);
-    if balloon {
-        all.with(MemoryResize).with(FreePageReporting)
-    } else {
-        all.with(Snapshot)
-    }
+    if balloon { all.with(MemoryResize).with(FreePageReporting) } else { all.with(Snapshot) }
 }
 
 pub(super) fn way_out(feature: Feature) -> &'static str {

@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use super::core::{or_last_words, work_dir};
 use super::disks::Disks;
 use super::error::{Doing, Error, Result};
-use super::files::{length, lend};
+use super::files::{lend, length};
 use super::helpers::{self, HelpersConfig, Watch};
 use super::process::{Fds, Launcher, Program, text};
 use super::qmp::Qmp;
