@@ -75,7 +75,8 @@ pub async fn trim_when_idle(quiet: Duration) {
     }
 }
 
-/// A runtime of two workers with small stacks, and helper threads that end when idle.
+/// A runtime of two workers with small stacks, and helper threads that end before an idle daemon is
+/// trimmed: their end, later, would bring the program's pages back.
 ///
 /// # Errors
 /// When threads cannot be made.
@@ -83,7 +84,7 @@ pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
-        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .thread_keep_alive(Duration::from_millis(250))
         .thread_stack_size(1 << 20)
         .enable_all()
         .build()
