@@ -175,8 +175,15 @@ impl CloudHypervisor {
         let helpers = std::mem::take(&mut started.processes);
         let own = Private::of(spec, self.config.balloon, self.launcher.owner());
         let machine = Machine::new(self.config.clone(), spec, own, process, helpers, http, disks);
-        machine.follow(events)?;
-        Ok(machine)
+        match machine.follow(events) {
+            Ok(()) => Ok(machine),
+            Err(error) => {
+                // Its resets would be missed.
+                machine.stop(std::time::Duration::ZERO).await?;
+                machine.release().await;
+                Err(error)
+            }
+        }
     }
 
     fn vm_config(&self, spec: &VmSpec, served: &Served) -> Result<(api::VmConfig, Vec<Placed>)> {
