@@ -48,8 +48,12 @@ fn is_directory(fd: &impl AsFd) -> bool {
     fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
-/// Steps 1 to 3; answers the root.
-pub fn build(plan: &Plan, group: &Cgroup) -> Result<OwnedFd, String> {
+/// Steps 1 to 3; answers the root. `in_group` is called before the group is looked at.
+pub fn build(
+    plan: &Plan,
+    group: &Cgroup,
+    mut in_group: impl FnMut() -> Result<(), String>,
+) -> Result<OwnedFd, String> {
     let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
     let path = Path::new(&plan.spec.root.path);
     let wrap = |error: std::io::Error| format!("rootfs {}: {error}", path.display());
@@ -71,7 +75,7 @@ pub fn build(plan: &Plan, group: &Cgroup) -> Result<OwnedFd, String> {
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
             (What::New(parameters), _) => new(&root, mount, parameters),
-            (What::Cgroup, _) => cgroup(&root, mount, group),
+            (What::Cgroup, _) => in_group().and_then(|()| cgroup(&root, mount, group)),
             (What::Bind { .. }, Some(tree)) => bind(&root, mount, &tree, plan.root),
             (What::Bind { .. }, None) => Ok(()),
         };
