@@ -282,11 +282,11 @@ impl Containers {
         process.insert("terminal".into(), json!(streams.terminal));
         self.tasks.exec(container, exec, &process, streams.terminal, streams.names.clone()).await?;
         let started = async {
-            let pid = checked_pid(self.tasks.start(container, exec).await?)?;
             if let Some(size) = size {
                 // A program without a screen size still runs.
                 let _ = self.tasks.resize(container, exec, size).await;
             }
+            let pid = checked_pid(self.tasks.start(container, exec).await?)?;
             let joined = streams.join(&self.keeper).await?;
             Ok(self.spawned(container, exec, pid, joined))
         };

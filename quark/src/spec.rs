@@ -136,7 +136,7 @@ pub fn container(
     if let Some(list) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
         list.retain(|entry| {
             let joined = entry.get("path").is_some();
-            !joined && !(shares_pids && str_of(entry, "type") == "pid")
+            !(joined || shares_pids && str_of(entry, "type") == "pid")
         });
     }
     let cgroup = match linux.get("cgroupsPath").and_then(Value::as_str).unwrap_or_default() {
