@@ -168,8 +168,12 @@ impl Containers {
         tree.add_rootfs(id, &mounts, &needs.rootfs)?;
         for volume in &needs.volumes {
             match &volume.place {
-                Place::Rootfs(at) => tree.add_volume(id, &volume.source, at, volume.flags)?,
-                Place::Beside(name) => tree.add_beside(id, name, &volume.source, volume.flags)?,
+                Place::Rootfs(at) => {
+                    tree.add_volume(id, &volume.source, at, volume.flags, volume.follows)?;
+                }
+                Place::Beside(name) => {
+                    tree.add_beside(id, name, &volume.source, volume.flags, volume.follows)?;
+                }
             }
         }
         Metrics("quark").phase("rootfs", begun.elapsed());

@@ -37,6 +37,8 @@ pub struct Volume {
     pub place: Place,
     /// How.
     pub flags: tree::Flags,
+    /// Whether later mounts of the host come into it.
+    pub follows: bool,
 }
 
 /// What an edited spec needs.
@@ -171,6 +173,8 @@ fn mounts(given: Vec<Value>, id: &str) -> Result<(Vec<Volume>, Vec<Value>), Stri
             read_only: options(&mount).any(|option| option == "ro"),
             no_devices: true,
         };
+        let follows =
+            options(&mount).any(|o| matches!(o, "slave" | "rslave" | "shared" | "rshared"));
         let covered = theirs.iter().any(|dir| at.starts_with(dir));
         let place = match covered {
             false => Place::Rootfs(at),
@@ -184,7 +188,7 @@ fn mounts(given: Vec<Value>, id: &str) -> Result<(Vec<Volume>, Vec<Value>), Stri
                 Place::Beside(name)
             }
         };
-        volumes.push(Volume { source, place, flags });
+        volumes.push(Volume { source, place, flags, follows });
     }
     Ok((volumes, kept))
 }

@@ -72,6 +72,14 @@ fn want(source: &OwnedFd) -> Result<Want> {
     })
 }
 
+/// A copy of a volume's mounts: later ones of the host come into it only if it `follows` them.
+fn copy(source: &OwnedFd, flags: tree::Flags, follows: bool) -> Result<OwnedFd> {
+    let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
+    let kind = if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    tree::set_propagation(&copy, kind).map_err(failed("copy a volume's mount"))?;
+    Ok(copy)
+}
+
 impl Tree {
     /// The tree of the pod whose private directory is `dir`.
     pub fn new(dir: &Path) -> Self {
@@ -148,6 +156,7 @@ impl Tree {
         let at = at.mkdir_all(Path::new("rootfs"), 0o755).map_err(failed("make a mount point"))?;
         let flags = tree::Flags { recursive: true, no_devices: true, ..tree::Flags::default() };
         let copy = tree::copy(&from, flags).map_err(failed("mount the rootfs"))?;
+        tree::set_propagation(&copy, libc::MS_PRIVATE).map_err(failed("mount the rootfs"))?;
         let at = at.resolve(Path::new(".")).map_err(failed("open a mount point"))?;
         tree::attach(&copy, at.as_fd()).map_err(failed("mount the rootfs"))?;
         if !mounts.is_empty() {
@@ -175,12 +184,13 @@ impl Tree {
         source: &OwnedFd,
         at: &Path,
         flags: tree::Flags,
+        follows: bool,
     ) -> Result<()> {
         let rootfs = self.rootfs(container)?;
         let place = inside::target(&rootfs, at, want(source)?).map_err(|words| {
             Error::InvalidArgument(format!("mount a volume at {}: {words}", at.display()))
         })?;
-        let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
+        let copy = copy(source, flags, follows)?;
         tree::attach(&copy, place.as_fd())
             .map_err(failed(format!("mount a volume at {}", at.display())))
     }
@@ -195,6 +205,7 @@ impl Tree {
         name: &str,
         source: &OwnedFd,
         flags: tree::Flags,
+        follows: bool,
     ) -> Result<()> {
         let dir = self.container(container)?;
         let path = Path::new(name);
@@ -209,7 +220,7 @@ impl Tree {
                     .map_err(failed("open a volume's mount point"))?
             }
         };
-        let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
+        let copy = copy(source, flags, follows)?;
         tree::attach(&copy, place.as_fd()).map_err(failed("show a volume to Quark"))
     }
 
@@ -355,13 +366,13 @@ mod tests {
             symlink("../../../../../../..", rootfs.join("up")).unwrap();
             let source = open_source(&volume).unwrap();
             let flags = tree::Flags { recursive: true, no_devices: true, read_only: true };
-            tree.add_volume("c", &source, Path::new("/up/data"), flags).unwrap();
+            tree.add_volume("c", &source, Path::new("/up/data"), flags, false).unwrap();
             assert_eq!(std::fs::read(rootfs.join("data/file")).unwrap(), b"1");
             assert!(std::fs::write(rootfs.join("data/file"), "2").is_err());
-            assert!(tree.add_volume("c", &source, Path::new("/link/data"), flags).is_err());
+            assert!(tree.add_volume("c", &source, Path::new("/link/data"), flags, false).is_err());
             assert!(std::fs::read_dir(&outside).unwrap().next().is_none());
             let file = open_source(&volume.join("file")).unwrap();
-            tree.add_volume("c", &file, Path::new("/etc/one"), flags).unwrap();
+            tree.add_volume("c", &file, Path::new("/etc/one"), flags, false).unwrap();
             assert_eq!(std::fs::read(rootfs.join("etc/one")).unwrap(), b"1");
             tree.remove_container("c").unwrap();
             tree.remove_container("c").unwrap();

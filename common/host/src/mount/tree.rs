@@ -78,6 +78,30 @@ pub fn copy_of(source: BorrowedFd<'_>, flags: Flags) -> Result<OwnedFd> {
     tree(source.as_raw_fd(), &CString::default(), flags, how).context(|| "cannot copy a mount")
 }
 
+/// Sets how mounts get from and to a detached tree and everything in it: `MS_PRIVATE` or
+/// `MS_SLAVE`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn set_propagation(tree: &OwnedFd, kind: libc::c_ulong) -> Result<()> {
+    let attr = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: kind, userns_fd: 0 };
+    // SAFETY: an empty path for the descriptor itself; `attr` and its size belong together.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH as u32 | libc::AT_RECURSIVE as u32,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if r < 0 {
+        return Err(io::Error::last_os_error()).context(|| "cannot set a mount's propagation");
+    }
+    Ok(())
+}
+
 /// Attaches a detached tree at an open file or directory of the same kind.
 ///
 /// # Errors
