@@ -56,9 +56,12 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, or `gvisor`.
+/// The sandboxer under test: `runc`, `gvisor` or `quark`.
 pub fn kind() -> &'static str {
-    if handler().starts_with("kuasar-gvisor") { "gvisor" } else { "runc" }
+    let handler = handler();
+    let others = ["gvisor", "quark"].into_iter();
+    let kind = others.into_iter().find(|kind| handler.starts_with(&format!("kuasar-{kind}")));
+    kind.unwrap_or("runc")
 }
 
 /// Runtime handler under test.

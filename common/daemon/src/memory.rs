@@ -1,6 +1,8 @@
 //! Small daemons: what keeps glibc and tokio from holding memory that nobody uses.
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::Thread;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -16,11 +18,36 @@ pub fn tune() {
     }
 }
 
+/// How long the program's threads have to come to rest before its pages are given back.
+const SETTLE: Duration = Duration::from_millis(5);
+
 /// Gives back what an idle daemon does not need: free memory, and the pages of its program. Those
-/// stay in the page cache and come back when they are used (a minor fault for 16 pages each).
+/// stay in the page cache and come back when they are used (a minor fault for 16 pages and more).
+///
+/// The pages are given back a moment later and by a thread of its own, which does nothing else: the
+/// code by which a worker goes to rest is all over the program, and would be back at once.
 pub fn trim() {
+    static TRIMMER: LazyLock<Option<Thread>> = LazyLock::new(|| {
+        let named = std::thread::Builder::new().name("trim".into()).stack_size(64 << 10);
+        let thread = named.spawn(|| {
+            loop {
+                // It may wake without a reason: once too often does no harm.
+                std::thread::park();
+                std::thread::sleep(SETTLE);
+                give_back();
+            }
+        });
+        thread.ok().map(|handle| handle.thread().clone())
+    });
     // SAFETY: malloc_trim takes no pointers and may be called at any time.
     unsafe { libc::malloc_trim(0) };
+    match &*TRIMMER {
+        Some(thread) => thread.unpark(),
+        None => give_back(),
+    }
+}
+
+fn give_back() {
     // SAFETY: the callback takes no data and keeps none.
     unsafe { libc::dl_iterate_phdr(Some(give_back_program), std::ptr::null_mut()) };
 }

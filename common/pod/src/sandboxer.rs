@@ -324,6 +324,8 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         let spec = ctx.spec.clone();
         let mut state = state(ctx);
         let modes = Modes::of(&spec.config, &spec.netns_path);
+        // It may have gone since Create, and containers enter it by its path.
+        open_netns(&spec.netns_path)?;
         // Not earlier: for engines the first move holds up every mkdir of a cgroup.
         self.flavor.expect_containers();
         let Held { namespaces, init } = match self.spaces.take(&spec.id) {

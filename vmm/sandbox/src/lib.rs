@@ -10,5 +10,4 @@ pub mod runtime;
 pub mod sandboxer;
 pub mod share;
 pub mod spec;
-pub mod stdio;
 pub mod vmm;

@@ -18,7 +18,7 @@
 //! first thing that depends on it ([`init::Turn`]). Until then it runs nothing of the container's and
 //! copies nothing of the image's, so that there is nothing to charge or to limit.
 //!
-//! Nothing in here follows a path of the container: see [`paths`] and [`rootfs`].
+//! Nothing in here follows a path of the container: see [`kuasar_host::inside`] and [`rootfs`].
 //!
 //! The state directory has what libcontainer's has (`state.json`, `youki_config.json`,
 //! `notify.sock`), so that start, state, kill, delete and exec do not know which of the two has
@@ -27,7 +27,6 @@
 mod copy_up;
 mod devices;
 mod init;
-mod paths;
 mod plan;
 mod privileges;
 mod rootfs;

@@ -6,7 +6,7 @@
 //!    made private, slave or left shared as its mount asks for.
 //! 2. Then everything here becomes a slave of the host's: what follows is nobody else's.
 //! 3. The root's copy is attached, and the mounts are made in their order, on places that are
-//!    resolved inside it ([`super::paths`]). A mount is given its attributes while it is detached:
+//!    resolved inside it ([`kuasar_host::inside`]). A mount is given its attributes while it is detached:
 //!    there is no moment at which it can be used without.
 //! 4. `pivot_root`, and the host's tree is let go.
 //! 5. What needs the finished tree: console, read-only root, read-only and masked paths.
@@ -15,12 +15,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::inside::{self as paths, Want};
 use kuasar_host::safe_path::{is_procfs, open_beneath};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
-use super::paths::{self, Want};
 use super::plan::{Attr, Mount, Plan, Propagation, What};
 use super::{copy_up, devices, sys};
 
