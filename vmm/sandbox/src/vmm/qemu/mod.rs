@@ -7,6 +7,7 @@
 //! A guest without ACPI powers off by resetting, which `-no-reboot` makes QEMU's exit.
 
 mod argv;
+pub mod clock;
 mod config;
 mod hotplug;
 mod machine;
@@ -73,8 +74,11 @@ impl Drop for Started {
 }
 
 impl Qemu {
-    /// QEMU, run by `launcher`.
-    pub fn new(config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
+    /// QEMU, run by `launcher`. The first one with TCG measures the host's clock.
+    pub fn new(mut config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
+        if config.accel == Accel::Tcg {
+            config.clock_khz = clock::host_khz();
+        }
         Self { config: Arc::new(config), helpers, launcher }
     }
 
