@@ -1,5 +1,6 @@
 //! Sandboxes that are microVMs.
 
+mod boot;
 pub mod config;
 pub mod daemon;
 pub mod forward;
@@ -11,4 +12,6 @@ pub mod sandboxer;
 pub mod share;
 pub mod spec;
 pub mod stdio;
+pub mod template;
 pub mod vmm;
+mod watch;
