@@ -56,9 +56,11 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, or `gvisor`.
+/// The sandboxer under test: `runc`, `gvisor` or `vmm`.
 pub fn kind() -> &'static str {
-    if handler().starts_with("kuasar-gvisor") { "gvisor" } else { "runc" }
+    let handler = handler();
+    let named = |kind: &&str| handler.starts_with(&format!("kuasar-{kind}"));
+    ["gvisor", "vmm"].into_iter().find(named).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

@@ -17,5 +17,6 @@ mod security;
 mod stdio;
 mod terminal;
 mod vmm;
+mod vmm_q35;
 mod volumes;
 mod wire;

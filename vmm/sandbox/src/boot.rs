@@ -150,6 +150,7 @@ impl VmmSandboxer {
         let _: wire::SetupResponse =
             guest.call_for(service::GUEST, "Setup", &question, limit).await?;
         kuasar_daemon::metrics::observe("guest_setup", begun.elapsed());
+        self.follow_network(ctx, Some(plan.network.clone()));
         Ok(pid)
     }
 

@@ -7,6 +7,7 @@ pub mod forward;
 pub mod guest;
 pub mod jail;
 pub mod network;
+mod nics;
 pub mod runtime;
 pub mod sandboxer;
 pub mod share;

@@ -45,7 +45,7 @@ use crate::share::ShareTree;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
 use crate::template::Templates;
-use crate::vmm::{self, Feature, Launcher, Nic, Vm, VmState, Vmm};
+use crate::vmm::{self, Feature, Launcher, Vm, VmState, Vmm};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
 /// How long a killed process may take to leave its cgroup.
@@ -74,12 +74,13 @@ struct Live {
     vm: Arc<dyn Vm>,
     guest: Arc<Guest>,
     /// What watches it.
-    watchers: Vec<tokio::task::JoinHandle<()>>,
+    watchers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.watchers.iter().for_each(tokio::task::JoinHandle::abort);
+        let watchers = self.watchers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        watchers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -354,9 +355,24 @@ impl VmmSandboxer {
         }
         // Not among the watchers: it has to see the end that we order as well.
         tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
-        let live = Live { vm, guest: guest.clone(), watchers };
+        let live = Live { vm, guest: guest.clone(), watchers: Mutex::new(watchers) };
         self.live().insert(id.clone(), Arc::new(live));
         Ok((tasks, guest))
+    }
+
+    /// Follows the network of a running pod; `told` is what its guest knows of it.
+    pub(crate) fn follow_network(&self, ctx: &SandboxContext, told: Option<wire::Network>) {
+        let netns = &ctx.spec.netns_path;
+        let Some(live) = self.running(&ctx.spec.id).filter(|_| !netns.is_empty()) else { return };
+        match network::open(netns) {
+            Ok(netns) => {
+                let (id, vm, guest) = (ctx.spec.id.clone(), live.vm.clone(), live.guest.clone());
+                let watcher = tokio::spawn(crate::nics::follow(id, netns, vm, guest, told));
+                live.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
+            }
+            Err(error) => tracing::warn!(sandbox = ctx.spec.id, error = chain(&error),
+                "changes of its network are not seen"),
+        }
     }
 
     fn started(&self, ctx: &SandboxContext, pid: u32) -> Started {
@@ -486,17 +502,8 @@ impl Sandboxer for VmmSandboxer {
             }
         };
         kuasar_daemon::metrics::observe("pod_network", begun.elapsed());
-        let nics = joined
-            .into_iter()
-            .enumerate()
-            .map(|(number, one)| Nic {
-                id: format!("net{number}"),
-                mac: one.interface.mac,
-                mtu: u16::try_from(one.interface.mtu).unwrap_or(u16::MAX),
-                tap: one.tap.into_iter().map(Arc::new).collect(),
-                tap_name: Some((one.interface.tap, None)),
-            })
-            .collect();
+        let joined = joined.into_iter().enumerate();
+        let nics = joined.map(|(n, one)| crate::nics::nic(format!("net{n}"), one)).collect();
         let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
         Ok(self.started(ctx, pid))
     }
@@ -618,7 +625,10 @@ impl Sandboxer for VmmSandboxer {
         tasks.server().recover().await;
         Ok(match ended {
             Some(exit) => Recovered::Stopped(SandboxExit { status: exit.status, at: exit.at }),
-            None => Recovered::Running(self.started(ctx, pid)),
+            None => {
+                self.follow_network(ctx, None);
+                Recovered::Running(self.started(ctx, pid))
+            }
         })
     }
 
