@@ -27,8 +27,18 @@ use crate::vmm::{
 
 /// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
 const CID: u32 = 3;
-/// Last characters of a guest's console in an error.
+/// Characters of a guest's console in an error.
 const CONSOLE_TAIL: usize = 400;
+
+/// What a guest said last, or from the words on with which its kernel gave up: what comes behind
+/// them are addresses.
+fn last_words(log: &Path) -> String {
+    let said = vmm::console::tail(log, 8 * CONSOLE_TAIL);
+    match said.find("Kernel panic").and_then(|at| said.get(at..)) {
+        Some(panic) => panic.chars().take(CONSOLE_TAIL).collect(),
+        None => vmm::console::tail(log, CONSOLE_TAIL),
+    }
+}
 
 /// The template of a machine: its name, and where it is when there is one.
 struct Template {
@@ -204,7 +214,7 @@ impl VmmSandboxer {
                     state.vm = None;
                     self.save(ctx, state).await?;
                 }
-                let said = vmm::console::tail(&ctx.dir.join("console.log"), CONSOLE_TAIL);
+                let said = last_words(&ctx.dir.join("console.log"));
                 let text = format!("{}; its console: {said:?}", error.chain());
                 return Err(match error {
                     Error::FailedPrecondition(_) => Error::FailedPrecondition(text),
