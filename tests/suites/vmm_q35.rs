@@ -3,8 +3,8 @@
 //! The kernel is `target/guest/vmlinux-pci` (`FLAVOURS="pci microvm" vmm/guest/build.sh kernel`), or
 //! what `KUASAR_PCI_KERNEL` names; with `KUASAR_PCI_INITRD` an initramfs that goes with it.
 
-use kuasar_tests::cri::*;
 use crate::vmm::{HANDLER, Settings, log};
+use kuasar_tests::cri::*;
 use kuasar_tests::{bed, inside, skip, top, wait_for};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -92,7 +92,9 @@ fn pods_of_a_template_start_sooner_and_share_no_identity() {
     let begun = Instant::now();
     let first = pod("template-cold");
     let cold = begun.elapsed();
-    wait_for("a template", Duration::from_secs(120), || log()[from..].contains("a template is ready"));
+    wait_for("a template", Duration::from_secs(120), || {
+        log()[from..].contains("a template is ready")
+    });
     let begun = Instant::now();
     let (one, two) = (pod("template-one"), pod("template-two"));
     let copied = begun.elapsed() / 2;

@@ -280,8 +280,11 @@ impl VmmSandboxer {
             };
             match made.await {
                 Ok(()) => tracing::info!(key, took = ?begun.elapsed(), "a template is ready"),
-                Err(error) => tracing::warn!(key, error = crate::sandboxer::chain(&error),
-                    "no template: pods boot cold"),
+                Err(error) => tracing::warn!(
+                    key,
+                    error = crate::sandboxer::chain(&error),
+                    "no template: pods boot cold"
+                ),
             }
             let _ = std::fs::remove_dir_all(&dir);
             let removed = tokio::task::spawn_blocking(move || group.remove(CGROUP)).await;

@@ -418,7 +418,11 @@ mod tests {
             .lines()
             .map(|line| if is_key(&line) { &line[1..] } else { line })
             // Paths that have no fixed default.
-            .filter(|line| !["kernel", "initrd", "image", "dir = \"/run/kuasar-vmm/templates"].iter().any(|key| line.starts_with(key)))
+            .filter(|line| {
+                !["kernel", "initrd", "image", "dir = \"/run/kuasar-vmm/templates"]
+                    .iter()
+                    .any(|key| line.starts_with(key))
+            })
             .collect();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("vmm-sandboxer.toml");

@@ -50,9 +50,8 @@ impl Changes {
             context: context(),
             source: kuasar_host::Error::Io { context: context(), source },
         };
-        let fd = kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || {
-            Ok(made())
-        });
+        let fd =
+            kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || Ok(made()));
         let fd = fd
             .map_err(|source| network::Error::Host { context: context(), source })?
             .map_err(|error| io(error.into()))?;
@@ -79,9 +78,7 @@ impl Changes {
     /// Waits for a change, and then for the end of those that follow it.
     async fn settled(&self) -> std::io::Result<()> {
         self.next().await?;
-        let quiet = async {
-            while tokio::time::timeout(QUIET, self.next()).await.is_ok() {}
-        };
+        let quiet = async { while tokio::time::timeout(QUIET, self.next()).await.is_ok() {} };
         let _ = tokio::time::timeout(LOUD, quiet).await;
         Ok(())
     }
@@ -112,7 +109,11 @@ pub(crate) async fn follow(
     let changes = match Changes::of(netns.as_fd()) {
         Ok(changes) => changes,
         Err(error) => {
-            tracing::warn!(sandbox = id, error = chain(&error), "changes of its network are not seen");
+            tracing::warn!(
+                sandbox = id,
+                error = chain(&error),
+                "changes of its network are not seen"
+            );
             return;
         }
     };
@@ -125,7 +126,11 @@ pub(crate) async fn follow(
                 tracing::warn!(sandbox = id, %error, "the guest does not take its network");
             }
             Err(Failure::Host(error)) => {
-                tracing::warn!(sandbox = id, error, "a change of the pod's network is not for its guest");
+                tracing::warn!(
+                    sandbox = id,
+                    error,
+                    "a change of the pod's network is not for its guest"
+                );
             }
         }
         if changes.settled().await.is_err() {
@@ -178,11 +183,7 @@ async fn look(
     Ok(())
 }
 
-async fn plug(
-    netns: &Arc<OwnedFd>,
-    vm: &Arc<dyn Vm>,
-    interface: Interface,
-) -> Result<(), Failure> {
+async fn plug(netns: &Arc<OwnedFd>, vm: &Arc<dyn Vm>, interface: Interface) -> Result<(), Failure> {
     let (of, one) = (netns.clone(), interface.clone());
     let joined = blocking(move || {
         let plan = Plan { interfaces: vec![one], ..Plan::default() };

@@ -42,9 +42,9 @@ use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
+use crate::template::Templates;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
-use crate::template::Templates;
 use crate::vmm::{self, Feature, Launcher, Vm, VmState, Vmm};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
@@ -271,7 +271,11 @@ impl VmmSandboxer {
     }
 
     /// What the guest is told of its pod.
-    pub(crate) fn setup(ctx: &SandboxContext, config: &Config, plan: &Plan) -> Result<wire::SetupRequest> {
+    pub(crate) fn setup(
+        ctx: &SandboxContext,
+        config: &Config,
+        plan: &Plan,
+    ) -> Result<wire::SetupRequest> {
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
         // The names and the sysctls are the guest's alone, whatever the pod shares.
         let own = Modes { host_network: false, host_ipc: false, ..modes };
@@ -370,8 +374,11 @@ impl VmmSandboxer {
                 let watcher = tokio::spawn(crate::nics::follow(id, netns, vm, guest, told));
                 live.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
             }
-            Err(error) => tracing::warn!(sandbox = ctx.spec.id, error = chain(&error),
-                "changes of its network are not seen"),
+            Err(error) => tracing::warn!(
+                sandbox = ctx.spec.id,
+                error = chain(&error),
+                "changes of its network are not seen"
+            ),
         }
     }
 

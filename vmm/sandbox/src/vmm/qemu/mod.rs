@@ -257,9 +257,10 @@ impl Vmm for Qemu {
     fn identity(&self) -> Result<String> {
         use std::os::unix::fs::MetadataExt;
         let wanted = self.config.path.display().to_string();
-        let program = kuasar_host::process::find_program(wanted.as_ref())
-            .ok_or(Error::NoProgram(wanted))?;
-        let meta = std::fs::metadata(&program).doing(|| format!("look at {}", program.display()))?;
+        let program =
+            kuasar_host::process::find_program(wanted.as_ref()).ok_or(Error::NoProgram(wanted))?;
+        let meta =
+            std::fs::metadata(&program).doing(|| format!("look at {}", program.display()))?;
         let config = serde_json::to_string(&*self.config).unwrap_or_default();
         let changed = (meta.ctime(), meta.ctime_nsec());
         Ok(format!("{} {} {} {changed:?} {config}", program.display(), meta.ino(), meta.len()))

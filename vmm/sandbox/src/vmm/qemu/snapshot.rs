@@ -248,7 +248,7 @@ async fn load(vm: &Machine, file: &File) -> Result<()> {
         // It ends when it cannot make sense of the state, and says why as it goes.
         Err(error @ (Error::Gone | Error::Refused { .. })) => {
             let exit = vm.process.wait_for(Duration::from_secs(1)).await?;
-            return Err(exit.map_or(error, |exit| vm.process.ended(exit)));
+            Err(exit.map_or(error, |exit| vm.process.ended(exit)))
         }
         other => other,
     }
