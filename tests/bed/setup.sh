@@ -172,6 +172,9 @@ state = '$B/run/containerd'
 [proxy_plugins.kuasar-gvisor]
   type = 'sandbox'
   address = '$B/run/kuasar-gvisor.sock'
+[proxy_plugins.kuasar-quark]
+  type = 'sandbox'
+  address = '$B/run/kuasar-quark.sock'
 EOF
     while read -r name type sandboxer io; do
       cat <<EOF
@@ -190,6 +193,8 @@ kuasar-vmm io.containerd.kuasar-vmm.v1 kuasar-vmm fifo
 kuasar-vmm-streaming io.containerd.kuasar-vmm.v1 kuasar-vmm streaming
 kuasar-gvisor io.containerd.kuasar-gvisor.v1 kuasar-gvisor fifo
 kuasar-gvisor-streaming io.containerd.kuasar-gvisor.v1 kuasar-gvisor streaming
+kuasar-quark io.containerd.kuasar-quark.v1 kuasar-quark fifo
+kuasar-quark-streaming io.containerd.kuasar-quark.v1 kuasar-quark streaming
 EOF
     # containerd asks this runc what it can do, and offers user namespaces to pods accordingly
     cat <<EOF
@@ -231,6 +236,16 @@ allowed_annotations = ["io.kuasar.gvisor.platform", "io.kuasar.gvisor.network", 
 unstarted = "6s"
 [runsc]
 path = "$B/bin/runsc"
+EOF
+  # A fake, which needs no KVM.
+  cat > "$B/etc/kuasar-quark.toml" <<EOF
+events_address = "$B/run/containerd.sock.ttrpc"
+metrics_listen = "$B/run/kuasar-quark-metrics.sock"
+[timeouts]
+unstarted = "6s"
+[quark]
+path = "fake-quark"
+kvm = "/dev/null"
 EOF
 }
 

@@ -56,11 +56,11 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, `gvisor` or `vmm`.
+/// The sandboxer under test: `runc`, `gvisor`, `quark` or `vmm`.
 pub fn kind() -> &'static str {
     let handler = handler();
     let named = |kind: &&str| handler.starts_with(&format!("kuasar-{kind}"));
-    ["gvisor", "vmm"].into_iter().find(named).unwrap_or("runc")
+    ["gvisor", "quark", "vmm"].into_iter().find(named).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

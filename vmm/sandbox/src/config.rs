@@ -10,8 +10,11 @@ use serde::Deserialize;
 use crate::jail::JailConfig;
 use crate::template::TemplateConfig;
 use crate::vmm::Kind;
+use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
+use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::QemuConfig;
+use crate::vmm::stratovirt::StratoVirtConfig;
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
@@ -42,6 +45,12 @@ pub struct Config {
     pub qemu: QemuConfig,
     /// Templates.
     pub template: TemplateConfig,
+    /// Cloud Hypervisor.
+    pub cloud_hypervisor: CloudHypervisorConfig,
+    /// StratoVirt.
+    pub stratovirt: StratoVirtConfig,
+    /// Firecracker.
+    pub firecracker: FirecrackerConfig,
     /// What a pod on the host's network gets.
     pub host_network: HostNetwork,
     /// From [`CommonConfig::allowed_annotations`]: whether [`VMM_ANNOTATION`] counts.
@@ -56,6 +65,13 @@ pub enum Vmm {
     /// QEMU.
     #[default]
     Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// StratoVirt.
+    #[serde(rename = "stratovirt")]
+    StratoVirt,
+    /// Firecracker.
+    Firecracker,
 }
 
 impl Vmm {
@@ -63,11 +79,15 @@ impl Vmm {
     pub fn kind(self) -> Kind {
         match self {
             Self::Qemu => Kind::Qemu,
+            Self::CloudHypervisor => Kind::CloudHypervisor,
+            Self::StratoVirt => Kind::StratoVirt,
+            Self::Firecracker => Kind::Firecracker,
         }
     }
 
     fn of(name: &str) -> Option<Self> {
-        (name == "qemu").then_some(Self::Qemu)
+        let all = [Self::Qemu, Self::CloudHypervisor, Self::StratoVirt, Self::Firecracker];
+        all.into_iter().find(|vmm| vmm.kind().to_string() == name)
     }
 }
 
@@ -402,6 +422,18 @@ mod tests {
         assert_eq!(config.vmm_of("", &annotations), Ok(Vmm::Qemu));
         config.heeds_annotation = true;
         assert!(config.vmm_of("", &annotations).is_err());
+    }
+
+    #[test]
+    fn a_vmm_has_the_same_name_in_the_file_in_an_annotation_and_in_messages() {
+        let config = Config { heeds_annotation: true, ..Config::default() };
+        for name in ["qemu", "cloud-hypervisor", "stratovirt", "firecracker"] {
+            let annotations = HashMap::from([(VMM_ANNOTATION.to_owned(), name.to_owned())]);
+            let chosen = config.vmm_of("", &annotations).unwrap();
+            assert_eq!(chosen.kind().to_string(), name);
+            let file: Config = toml::from_str(&format!("vmm = '{name}'")).unwrap();
+            assert_eq!(file.vmm, chosen);
+        }
     }
 
     #[test]

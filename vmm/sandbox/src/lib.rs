@@ -12,7 +12,6 @@ pub mod runtime;
 pub mod sandboxer;
 pub mod share;
 pub mod spec;
-pub mod stdio;
 pub mod template;
 pub mod vmm;
 mod watch;

@@ -43,8 +43,11 @@ use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
 use crate::template::Templates;
+use crate::vmm::cloud_hypervisor::CloudHypervisor;
+use crate::vmm::firecracker::Firecracker;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
+use crate::vmm::stratovirt::StratoVirt;
 use crate::vmm::{self, Feature, Launcher, Vm, VmState, Vmm};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
@@ -217,7 +220,19 @@ impl VmmSandboxer {
                 let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
                 Ok((Arc::new(qemu), launcher))
             }
-            other => Err(Error::Unimplemented(format!("{other} is not supported yet: use qemu"))),
+            vmm::Kind::CloudHypervisor => {
+                let config = config.cloud_hypervisor.clone();
+                let vmm = CloudHypervisor::new(config, helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::StratoVirt => {
+                let vmm = StratoVirt::new(config.stratovirt.clone(), helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::Firecracker => {
+                let vmm = Firecracker::new(config.firecracker.clone(), launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
         }
     }
 

@@ -27,6 +27,7 @@ use super::helpers::{self, Helper, HelpersConfig};
 use super::process::{Fds, Launcher, Process, Program};
 use super::qmp::Qmp;
 use super::spec::{Channel, Root, ShareKind, VmSpec, check_socket};
+use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
 use argv::Sockets;
@@ -42,13 +43,6 @@ pub struct Qemu {
     launcher: Launcher,
 }
 
-/// What a start has made so far; undone when it is dropped with something in it.
-#[derive(Default)]
-struct Started {
-    processes: Vec<Process>,
-    forget: Option<(Arc<dyn super::Processes>, String)>,
-}
-
 /// Helpers that serve, with our ends of their sockets.
 #[derive(Default)]
 struct Served {
@@ -56,30 +50,6 @@ struct Served {
     started: Started,
     shares: Vec<OwnedFd>,
     vsock: Option<OwnedFd>,
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        let processes = std::mem::take(&mut self.processes);
-        let forget = self.forget.take();
-        if processes.is_empty() && forget.is_none() {
-            return;
-        }
-        for process in &processes {
-            process.signal(libc::SIGKILL);
-        }
-        tokio::spawn(async move {
-            for process in processes {
-                if let Err(error) = process.kill().await {
-                    tracing::error!(%error, "a process of a failed start is left");
-                }
-                process.acknowledge().await;
-            }
-            if let Some((processes, id)) = forget {
-                console::forget(&*processes, &id).await;
-            }
-        });
-    }
 }
 
 impl Qemu {
