@@ -56,12 +56,11 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, `gvisor` or `quark`.
+/// The sandboxer under test: `runc`, `gvisor`, `quark` or `vmm`.
 pub fn kind() -> &'static str {
     let handler = handler();
-    let others = ["gvisor", "quark"].into_iter();
-    let kind = others.into_iter().find(|kind| handler.starts_with(&format!("kuasar-{kind}")));
-    kind.unwrap_or("runc")
+    let named = |kind: &&str| handler.starts_with(&format!("kuasar-{kind}"));
+    ["gvisor", "quark", "vmm"].into_iter().find(named).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

@@ -19,5 +19,6 @@ mod security;
 mod stdio;
 mod terminal;
 mod vmm;
+mod vmm_q35;
 mod volumes;
 mod wire;

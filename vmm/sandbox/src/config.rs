@@ -8,6 +8,7 @@ use kuasar_daemon::common::{CommonConfig, duration};
 use serde::Deserialize;
 
 use crate::jail::JailConfig;
+use crate::template::TemplateConfig;
 use crate::vmm::Kind;
 use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
 use crate::vmm::firecracker::FirecrackerConfig;
@@ -42,6 +43,8 @@ pub struct Config {
     pub helpers: HelpersConfig,
     /// QEMU.
     pub qemu: QemuConfig,
+    /// Templates.
+    pub template: TemplateConfig,
     /// Cloud Hypervisor.
     pub cloud_hypervisor: CloudHypervisorConfig,
     /// StratoVirt.
@@ -360,6 +363,13 @@ impl Config {
                 return Err(format!("guest_timeouts.{key}: more than nothing and at most 1h"));
             }
         }
+        let ready = self.template.ready;
+        if ready.is_zero() || ready > Duration::from_secs(3600) {
+            return Err("template.ready: more than nothing and at most 1h".into());
+        }
+        if self.template.most == 0 || self.template.most > 64 {
+            return Err(format!("template.most = {}: 1 to 64", self.template.most));
+        }
         self.jail.check()
     }
 
@@ -440,7 +450,11 @@ mod tests {
             .lines()
             .map(|line| if is_key(&line) { &line[1..] } else { line })
             // Paths that have no fixed default.
-            .filter(|line| !["kernel", "initrd", "image"].iter().any(|key| line.starts_with(key)))
+            .filter(|line| {
+                !["kernel", "initrd", "image", "dir = \"/run/kuasar-vmm/templates"]
+                    .iter()
+                    .any(|key| line.starts_with(key))
+            })
             .collect();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("vmm-sandboxer.toml");

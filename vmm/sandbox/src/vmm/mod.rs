@@ -191,6 +191,15 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// What its machines can do at best; [`Vm::features`] is what one can.
     fn features(&self) -> Features;
 
+    /// What a snapshot depends on, of the program and its configuration: as text, which changes
+    /// when a snapshot of before must not be used.
+    ///
+    /// # Errors
+    /// When the program cannot be looked at.
+    fn identity(&self) -> Result<String> {
+        Err(self.cannot(Feature::Snapshot))
+    }
+
     /// Starts a machine. When it answers the VMM has taken its configuration and the CPUs run;
     /// the guest says itself when it is ready. On failure nothing is left.
     ///
