@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::{SandboxContext, SandboxSpec};
 use containerd_task::runtime::Runtime;
+use kuasar_forward::GuestError;
 use kuasar_host::cgroup::{Layout, expand_systemd};
 use kuasar_host::live::Live;
 use kuasar_host::process::Identity;
@@ -28,6 +29,8 @@ use crate::runtime::{Containers, ROOT};
 use crate::spec;
 use crate::tree::Tree;
 
+/// Between two attempts to reach a sandbox that does not answer yet.
+const AGAIN: Duration = Duration::from_millis(10);
 /// How long killed processes may take to end.
 const END: Duration = Duration::from_secs(5);
 
@@ -72,13 +75,25 @@ impl QuarkFlavor {
         let client = self.quark.client(&own.short, engine::gone(process.open()));
         let question = api::StateRequest { id: "none".into(), ..api::StateRequest::default() };
         let limit = self.quark.limits().start;
-        let answer: kuasar_forward::Result<api::StateResponse> =
-            client.call_for(kuasar_forward::task::V2, "State", &question, Some(limit)).await;
-        match answer {
+        let asked = async {
+            loop {
+                let answer: kuasar_forward::Result<api::StateResponse> = client
+                    .call_for(kuasar_forward::task::V2, "State", &question, Some(limit))
+                    .await;
+                match answer {
+                    // Not yet, or it is ending: that shows in a moment.
+                    Err(GuestError::Broken(_)) => tokio::time::sleep(AGAIN).await,
+                    answer => return answer,
+                }
+            }
+        };
+        let answer = tokio::time::timeout(limit, asked).await;
+        let late = || GuestError::Deadline { what: "its first call".into(), limit };
+        match answer.unwrap_or_else(|_| Err(late())) {
             Ok(_) => Ok(()),
             // It knows no such container, and said so.
             Err(error) if error.is_not_found() => Ok(()),
-            Err(kuasar_forward::GuestError::Gone) => Err(Error::FailedPrecondition(format!(
+            Err(GuestError::Gone) => Err(Error::FailedPrecondition(format!(
                 "quark's sandbox has ended at once: see quark's own log{}",
                 engine::said(&dir.join("quark.log"))
             ))),

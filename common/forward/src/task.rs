@@ -30,6 +30,8 @@ const MAX_PIDS: usize = 65_536;
 const MAX_STATS: usize = 1 << 20;
 /// How long output of a guest that has ended may take to arrive: it is on this host already.
 const LAST_OUTPUT: Duration = Duration::from_millis(50);
+/// How long the end of a guest that has hung up may take to be seen.
+const ENDING: Duration = Duration::from_secs(1);
 /// Between two attempts to ask a guest that is not reached.
 const AGAIN: Duration = Duration::from_millis(200);
 
@@ -143,6 +145,11 @@ impl Tasks {
             Err(error) if self.client.is_gone() => {
                 tracing::debug!(container, error = %error.chain(), "deleted without the guest");
                 Ok(())
+            }
+            // It hangs up a moment before its end is seen.
+            Err(error @ Error::Unavailable(_)) => {
+                let ended = tokio::time::timeout(ENDING, self.client.gone()).await;
+                ended.map_err(|_| error)
             }
             Err(error) => Err(error),
         }
