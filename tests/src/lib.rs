@@ -10,6 +10,7 @@
 
 pub mod cri;
 pub mod leaks;
+pub mod wasm;
 pub mod wire;
 
 use std::path::PathBuf;
@@ -56,9 +57,12 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, or `gvisor`.
+/// The sandboxer under test: `runc`, `gvisor` or `wasm`.
 pub fn kind() -> &'static str {
-    if handler().starts_with("kuasar-gvisor") { "gvisor" } else { "runc" }
+    let handler = handler();
+    let kinds = ["gvisor", "wasm"];
+    let name = handler.strip_prefix("kuasar-").unwrap_or_default();
+    kinds.into_iter().find(|kind| name.starts_with(kind)).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

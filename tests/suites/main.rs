@@ -18,4 +18,5 @@ mod stdio;
 mod terminal;
 mod vmm;
 mod volumes;
+mod wasm;
 mod wire;
