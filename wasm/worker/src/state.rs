@@ -3,7 +3,7 @@
 use wasmtime::{StoreLimits, StoreLimitsBuilder};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{
-    DirPerms, FilePerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView,
+    FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView,
 };
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
@@ -93,11 +93,11 @@ impl World {
             // The process is this container's alone, and has one thread for it.
             .allow_blocking_current_thread(true);
         // Mounts are below, with what they allow: the kernel sees to it.
-        builder.preopened_dir("/", "/", DirPerms::all(), FilePerms::all())?;
+        builder.preopened_dir("/", "/", FsPerms::ReadWrite)?;
         if self.cwd != "/" {
             builder.initial_cwd(&self.cwd);
             // Programs of wasi-libc look names without a slash up in a directory named so.
-            builder.preopened_dir(&self.cwd, ".", DirPerms::all(), FilePerms::all())?;
+            builder.preopened_dir(&self.cwd, ".", FsPerms::ReadWrite)?;
         }
         Ok(builder)
     }

@@ -25,7 +25,7 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use crate::engine::{self, Warm, explain};
 use crate::serve::{self, Server};
 use crate::state::{Component, Module, World, limits};
-use crate::code;
+use crate::{code, zygote};
 
 /// What a trap is answered with: 128 + SIGABRT, as a program that ends itself.
 const TRAPPED: i32 = 134;
@@ -73,6 +73,8 @@ impl Workload for Wasm {
         // SAFETY: the sandboxer has passed it on under this number, for nobody else.
         let artifact = unsafe { File::from_raw_fd(job.artifact) };
         end_by_signals();
+        let program = container.args.first().and_then(|path| path.rsplit('/').next());
+        zygote::name(program.unwrap_or("wasm"));
         let program = self.load(&job, artifact)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

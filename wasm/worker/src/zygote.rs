@@ -25,6 +25,7 @@ const ASIDE: RawFd = 128;
 pub fn run() -> Result<(), String> {
     // SAFETY: sandbox-parent has put the socket there; it is open as long as this process.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
+    name("wasm-zygote");
     // Never dropped: it is in every container until its end.
     let warm: &'static Warm = Box::leak(Box::new(Warm::new().map_err(|error| explain(&error))?));
     // Touches what the first container would touch.
@@ -46,6 +47,15 @@ pub fn run() -> Result<(), String> {
             child(warm, request, fds);
         }
         // Otherwise, also when there is no process: the pipe closes with the descriptors.
+    }
+}
+
+/// What `ps` and `top` call this process; at most 15 bytes of it.
+pub fn name(name: &str) {
+    let bytes: Vec<u8> = name.bytes().filter(|byte| *byte != 0).take(15).collect();
+    if let Ok(text) = std::ffi::CString::new(bytes) {
+        // SAFETY: a valid string, which the kernel copies.
+        unsafe { libc::prctl(libc::PR_SET_NAME, text.as_ptr()) };
     }
 }
 

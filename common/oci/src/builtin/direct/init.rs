@@ -121,6 +121,8 @@ fn prepare(
         rootfs::console(&root)?;
     }
     rootfs::close(&root, plan, null.as_ref())?;
+    // A workload closes what it does not know: nothing of this function may be open by then.
+    drop((root, null));
     home(plan, &mut prepared.process);
     // SAFETY: plain system call.
     unsafe { libc::umask(process.user.umask.unwrap_or(0o022)) };
