@@ -153,13 +153,27 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("exit7.wasm", module(r#"(func (export "_start") (call $proc_exit (i32.const 7)))"#)),
         ("exit263.wasm", module(r#"(func (export "_start") (call $proc_exit (i32.const 263)))"#)),
         ("trap.wasm", module(r#"(func (export "_start") unreachable)"#)),
-        ("divide.wasm", module(r#"(func (export "_start") (drop (i32.div_u (i32.const 1) (i32.const 0))))"#)),
-        ("outside.wasm", module(r#"(func (export "_start") (drop (i32.load (i32.const 0x7fffffff))))"#)),
+        (
+            "divide.wasm",
+            module(r#"(func (export "_start") (drop (i32.div_u (i32.const 1) (i32.const 0))))"#),
+        ),
+        (
+            "outside.wasm",
+            module(r#"(func (export "_start") (drop (i32.load (i32.const 0x7fffffff))))"#),
+        ),
         ("spin.wasm", module(r#"(func (export "_start") (loop $l (br $l)))"#)),
         ("recurse.wasm", module(r#"(func $f (export "_start") (call $f))"#)),
-        ("start.wasm", module(r#"(func $f (loop $l (br $l))) (start $f) (func (export "_start"))"#)),
+        (
+            "start.wasm",
+            module(r#"(func $f (loop $l (br $l))) (start $f) (func (export "_start"))"#),
+        ),
         ("sleep.wasm", module(sleep)),
-        ("cat.wasm", module(&format!(r#"{OPEN} (func (export "_start") (call $copy (i32.const 0) (i32.const 1)))"#))),
+        (
+            "cat.wasm",
+            module(&format!(
+                r#"{OPEN} (func (export "_start") (call $copy (i32.const 0) (i32.const 1)))"#
+            )),
+        ),
         ("grow.wasm", module(grow)),
         ("eat.wasm", module(eat)),
         ("random.wasm", module(rand)),
@@ -171,17 +185,32 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("volume.wasm", reads("data/file")),
         ("write.wasm", writes("data/new")),
         ("scratch.wasm", writes("scratch")),
-        ("four.wasm", wat::parse_str(r#"(module (memory 65535) (func (export "_start")))"#).unwrap()),
-        ("import.wasm", wat::parse_str(r#"(module (import "env" "no_such_thing" (func)) (func (export "_start")))"#).unwrap()),
+        (
+            "four.wasm",
+            wat::parse_str(r#"(module (memory 65535) (func (export "_start")))"#).unwrap(),
+        ),
+        (
+            "import.wasm",
+            wat::parse_str(
+                r#"(module (import "env" "no_such_thing" (func)) (func (export "_start")))"#,
+            )
+            .unwrap(),
+        ),
         ("library.wasm", wat::parse_str(r#"(module (func (export "add")))"#).unwrap()),
         ("ok.wasm", command("i32.const 0")),
         ("fail.wasm", command("i32.const 1")),
         ("component-trap.wasm", command("unreachable")),
         ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
-        ("world.wasm", wat::parse_str(r#"(component
+        (
+            "world.wasm",
+            wat::parse_str(
+                r#"(component
             (core module $m (func (export "x"))) (core instance $i (instantiate $m))
-            (func $x (canon lift (core func $i "x"))) (export "x" (func $x)))"#).unwrap()),
+            (func $x (canon lift (core func $i "x"))) (export "x" (func $x)))"#,
+            )
+            .unwrap(),
+        ),
         ("garbage.wasm", b"this is no WebAssembly\n".to_vec()),
         ("header.wasm", b"\0asm\x01".to_vec()),
         ("version.wasm", b"\0asm\x07\0\0\0".to_vec()),
@@ -204,13 +233,16 @@ pub fn import() {
             std::fs::write(files.join(name), bytes).unwrap();
         }
         let tar = dir.join("image.tar");
-        run(Path::new("python3"), &[
-            crate::top().join("tests/bed/wasmimage.py").to_str().unwrap(),
-            IMAGE,
-            crate::bed().join("src/busybox").to_str().unwrap(),
-            files.to_str().unwrap(),
-            tar.to_str().unwrap(),
-        ]);
+        run(
+            Path::new("python3"),
+            &[
+                crate::top().join("tests/bed/wasmimage.py").to_str().unwrap(),
+                IMAGE,
+                crate::bed().join("src/busybox").to_str().unwrap(),
+                files.to_str().unwrap(),
+                tar.to_str().unwrap(),
+            ],
+        );
         let socket = crate::bed().join("run/containerd.sock");
         let ctr = crate::bed().join("root/usr/bin/ctr");
         let out = crate::inside(&[

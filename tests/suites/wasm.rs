@@ -61,10 +61,8 @@ fn limited(bytes: i64) -> impl FnOnce(&mut ContainerConfig) {
     move |config| {
         image(config);
         let linux = config.linux.as_mut().unwrap();
-        linux.resources = Some(LinuxContainerResources {
-            memory_limit_in_bytes: bytes,
-            ..Default::default()
-        });
+        linux.resources =
+            Some(LinuxContainerResources { memory_limit_in_bytes: bytes, ..Default::default() });
     }
 }
 
@@ -231,7 +229,8 @@ fn nothing_of_the_worker_is_open_in_a_container() {
         let own = ["anon_inode:", "/memfd:"].iter().any(|kind| to.starts_with(kind))
             || to.ends_with(".cwasm")
             || to == "/"
-            || to.starts_with("socket:") && links.iter().filter(|(_, t)| t.starts_with("socket:")).count() <= 2;
+            || to.starts_with("socket:")
+                && links.iter().filter(|(_, t)| t.starts_with("socket:")).count() <= 2;
         assert!(streams || own, "{links:?}");
     }
 }

@@ -29,9 +29,9 @@ use crate::console::Console;
 use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
 use crate::observer::Observer;
+use crate::payloads::{Candidate, Payloads};
 use crate::pod::Pod;
 use crate::processes::{Processes, new_cookie};
-use crate::payloads::{Candidate, Payloads};
 use crate::spec;
 
 /// What a container's later calls need.

@@ -12,9 +12,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg,
-};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of one packet.
@@ -154,7 +152,8 @@ mod tests {
         drop(a);
         let error = receive::<Request>(b.as_fd(), &mut Vec::new()).unwrap_err();
         assert!(matches!(error, Error::Closed));
-        let hello = Hello { engine: String::new(), version: String::new(), settings: String::new() };
+        let hello =
+            Hello { engine: String::new(), version: String::new(), settings: String::new() };
         assert!(matches!(send(b.as_fd(), &hello, &[]).unwrap_err(), Error::Closed));
     }
 

@@ -187,7 +187,8 @@ impl Cache {
     }
 
     fn lock(&self) -> std::io::Result<Flock<File>> {
-        let file = private().write(true).create(true).truncate(false).open(self.dir.join("lock"))?;
+        let file =
+            private().write(true).create(true).truncate(false).open(self.dir.join("lock"))?;
         Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
     }
 

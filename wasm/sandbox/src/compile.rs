@@ -304,9 +304,7 @@ fn complaint(module: &str, status: u32, words: OwnedFd) -> Error {
         ));
     }
     let text = if text.is_empty() { "it has said nothing" } else { text };
-    Error::InvalidArgument(format!(
-        "exec: {module} cannot be compiled (status {status}): {text}"
-    ))
+    Error::InvalidArgument(format!("exec: {module} cannot be compiled (status {status}): {text}"))
 }
 
 /// Compiles files into the cache.
@@ -318,8 +316,7 @@ pub async fn precompile(config: &Config, files: &[PathBuf]) -> std::result::Resu
         .map_err(|error| format!("run {}: {error}", program.display()))?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     let hello = hello(&text).ok_or_else(|| format!("{} has no version", program.display()))?;
-    let compiler =
-        Compiler::new(Live::new(config.clone()), Arc::new(ByOurselves { program }));
+    let compiler = Compiler::new(Live::new(config.clone()), Arc::new(ByOurselves { program }));
     for path in files {
         let wrap = |error: std::io::Error| format!("{}: {error}", path.display());
         let file = File::open(path).map_err(wrap)?;

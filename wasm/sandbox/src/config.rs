@@ -239,7 +239,8 @@ mod tests {
             .collect();
         let table: toml::Table = switched_on.parse().unwrap();
         let own = ["cache", "compiler", "http"].map(|key| (key, table[key].clone()));
-        let own: toml::Table = own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let own: toml::Table =
+            own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         let config: Config = own.try_into().unwrap();
         let (given, default) = (format!("{config:?}"), format!("{:?}", Config::default()));
         assert_eq!(given, default);

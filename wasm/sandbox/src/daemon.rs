@@ -40,7 +40,8 @@ pub async fn run(
         let (config, settings) = (config.clone(), settings.clone());
         let kept = dir.join("seccomp").into_os_string().into_string();
         let kept = kept.map_err(|_| anyhow::anyhow!("the state directory is not UTF-8"))?;
-        let engine = |program: String| vec![program, "oci".into(), "--seccomp-cache".into(), kept.clone()];
+        let engine =
+            |program: String| vec![program, "oci".into(), "--seccomp-cache".into(), kept.clone()];
         let builtin = engine(exe.path());
         let warm = engine(worker::WARM.into());
         let program = worker.path();

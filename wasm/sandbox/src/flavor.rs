@@ -62,7 +62,11 @@ impl Wasm {
         tokio::spawn(async move {
             match workers.worker().hello().await {
                 Ok(hello) => {
-                    tracing::info!(engine = hello.engine, version = hello.version, "worker is warm");
+                    tracing::info!(
+                        engine = hello.engine,
+                        version = hello.version,
+                        "worker is warm"
+                    );
                 }
                 Err(error) => tracing::error!(%error, "no worker: containers cannot be made"),
             }
@@ -72,11 +76,9 @@ impl Wasm {
 
 /// A port in an annotation.
 pub fn port(text: &str) -> std::result::Result<u16, String> {
-    text.trim()
-        .parse()
-        .ok()
-        .filter(|port| *port != 0)
-        .ok_or_else(|| format!("{PORT_ANNOTATION}: {text:.40?} is no port: a number from 1 to 65535 is"))
+    text.trim().parse().ok().filter(|port| *port != 0).ok_or_else(|| {
+        format!("{PORT_ANNOTATION}: {text:.40?} is no port: a number from 1 to 65535 is")
+    })
 }
 
 #[async_trait]
@@ -100,7 +102,8 @@ impl Flavor for Wasm {
         }
         let config = self.config.get();
         let asked = spec.config.annotations.get(PORT_ANNOTATION).filter(|_| config.heeds_port);
-        let asked_port = asked.map(|text| port(text)).transpose().map_err(Error::InvalidArgument)?;
+        let asked_port =
+            asked.map(|text| port(text)).transpose().map_err(Error::InvalidArgument)?;
         let mut ports = spec
             .config
             .port_mappings

@@ -116,7 +116,12 @@ impl Key {
             .chain_update(name)
             .chain_update(content)
             .finalize();
-        Sha256::new().chain_update([0x5c; 32]).chain_update(self.0).chain_update(inner).finalize().into()
+        Sha256::new()
+            .chain_update([0x5c; 32])
+            .chain_update(self.0)
+            .chain_update(inner)
+            .finalize()
+            .into()
     }
 }
 

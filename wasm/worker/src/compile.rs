@@ -17,10 +17,32 @@ use crate::engine::{explain, single};
 
 /// What compiling takes from the kernel: memory, time, the two descriptors, and to end.
 const ALLOWED: [&str; 26] = [
-    "brk", "clock_gettime", "close", "exit", "exit_group", "fstat", "futex", "getpid", "getrandom",
-    "gettid", "lseek", "madvise", "membarrier", "mmap", "mprotect", "mremap", "munmap", "read",
-    "readv", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sched_getaffinity", "sigaltstack",
-    "write", "writev",
+    "brk",
+    "clock_gettime",
+    "close",
+    "exit",
+    "exit_group",
+    "fstat",
+    "futex",
+    "getpid",
+    "getrandom",
+    "gettid",
+    "lseek",
+    "madvise",
+    "membarrier",
+    "mmap",
+    "mprotect",
+    "mremap",
+    "munmap",
+    "read",
+    "readv",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sched_getaffinity",
+    "sigaltstack",
+    "write",
+    "writev",
 ];
 /// Everything that is new for this process alone.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
@@ -40,7 +62,11 @@ impl Limits {
     fn parse(text: &str) -> Option<Self> {
         let (memory, rest) = text.split_once(',')?;
         let (seconds, uid) = rest.split_once(',')?;
-        Some(Self { memory: memory.parse().ok()?, seconds: seconds.parse().ok()?, uid: uid.parse().ok()? })
+        Some(Self {
+            memory: memory.parse().ok()?,
+            seconds: seconds.parse().ok()?,
+            uid: uid.parse().ok()?,
+        })
     }
 }
 
@@ -92,7 +118,8 @@ fn hide_files() -> Result<(), String> {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(wrap)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
     // Any directory will do: it is covered in this namespace alone.
-    mount(Some("none"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=2")).map_err(wrap)?;
+    mount(Some("none"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=2"))
+        .map_err(wrap)?;
     nix::unistd::chdir("/proc").map_err(wrap)?;
     nix::unistd::pivot_root(".", ".").map_err(wrap)?;
     umount2(".", MntFlags::MNT_DETACH).map_err(wrap)?;

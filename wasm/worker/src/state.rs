@@ -2,9 +2,7 @@
 
 use wasmtime::{StoreLimits, StoreLimitsBuilder};
 use wasmtime_wasi::p1::WasiP1Ctx;
-use wasmtime_wasi::{
-    FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView,
-};
+use wasmtime_wasi::{FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 /// Of a core module.
@@ -35,23 +33,14 @@ impl WasiView for Component {
 
 impl WasiHttpView for Component {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
-        WasiHttpCtxView {
-            ctx: &mut self.http,
-            table: &mut self.table,
-            hooks: Default::default(),
-        }
+        WasiHttpCtxView { ctx: &mut self.http, table: &mut self.table, hooks: Default::default() }
     }
 }
 
 impl Component {
     /// With this context, and at most `memory` bytes of linear memory.
     pub fn new(wasi: WasiCtx, memory: u64) -> Self {
-        Self {
-            wasi,
-            http: WasiHttpCtx::new(),
-            table: ResourceTable::new(),
-            limits: limits(memory),
-        }
+        Self { wasi, http: WasiHttpCtx::new(), table: ResourceTable::new(), limits: limits(memory) }
     }
 }
 

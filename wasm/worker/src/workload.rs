@@ -214,11 +214,7 @@ async fn module(pre: &InstancePre<Module>, world: &World, memory: u64) -> wasmti
     start.call_async(&mut store, ()).await
 }
 
-async fn command(
-    pre: &CommandPre<Component>,
-    world: &World,
-    memory: u64,
-) -> wasmtime::Result<()> {
+async fn command(pre: &CommandPre<Component>, world: &World, memory: u64) -> wasmtime::Result<()> {
     let state = Component::new(world.context()?.build(), memory);
     let mut store = Store::new(pre.engine(), state);
     store.limiter(|state| &mut state.limits);

@@ -73,11 +73,7 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
 }
 
 /// The same for containers whose process becomes no program of their image, but `workload`.
-pub fn main_as(
-    program: &str,
-    arguments: Vec<String>,
-    workload: Option<Box<dyn Workload>>,
-) -> u8 {
+pub fn main_as(program: &str, arguments: Vec<String>, workload: Option<Box<dyn Workload>>) -> u8 {
     let args = match Args::parse(arguments) {
         Ok(args) => args,
         Err(error) => {

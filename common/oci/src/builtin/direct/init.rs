@@ -86,11 +86,7 @@ fn late_filter(plan: &Plan, filter: Option<&Filter>) -> Result<(), String> {
     }
 }
 
-fn prepare(
-    plan: &Plan,
-    prepared: &mut Prepared,
-    answer: BorrowedFd<'_>,
-) -> Result<(), String> {
+fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Result<(), String> {
     let spec = &plan.spec;
     let process = &spec.process;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
