@@ -3,7 +3,9 @@
 use wasmtime::{StoreLimits, StoreLimitsBuilder};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
-use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
+use wasmtime_wasi_http::{
+    Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
+};
 
 /// Of a core module.
 pub struct Module {
@@ -19,10 +21,31 @@ pub struct Component {
     pub wasi: WasiCtx,
     /// `wasi:http`.
     pub http: WasiHttpCtx,
+    /// What it does with requests that go out.
+    pub hooks: NoRequests,
     /// Its handles.
     pub table: ResourceTable,
     /// Bounds of its memory.
     pub limits: StoreLimits,
+}
+
+/// Requests of components to others (`wasi:http/outgoing-handler`) are denied: a TLS stack and its
+/// roots would be in every container. Sockets of `wasi:sockets` go out as they like.
+#[derive(Debug, Clone, Copy)]
+pub struct NoRequests;
+
+type Sent = Box<dyn Future<Output = Result<(), Error>> + Send>;
+type Answered = Box<dyn Future<Output = Result<(http::Response<WasiBody>, Sent), Error>> + Send>;
+
+impl WasiHttpHooks for NoRequests {
+    fn send_request(
+        &mut self,
+        _request: http::Request<WasiBody>,
+        _options: Option<RequestOptions>,
+        _sent: Sent,
+    ) -> Answered {
+        Box::new(std::future::ready(Err(Error::HttpRequestDenied)))
+    }
 }
 
 impl WasiView for Component {
@@ -33,14 +56,20 @@ impl WasiView for Component {
 
 impl WasiHttpView for Component {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
-        WasiHttpCtxView { ctx: &mut self.http, table: &mut self.table, hooks: Default::default() }
+        WasiHttpCtxView { ctx: &mut self.http, table: &mut self.table, hooks: &mut self.hooks }
     }
 }
 
 impl Component {
     /// With this context, and at most `memory` bytes of linear memory.
     pub fn new(wasi: WasiCtx, memory: u64) -> Self {
-        Self { wasi, http: WasiHttpCtx::new(), table: ResourceTable::new(), limits: limits(memory) }
+        Self {
+            wasi,
+            http: WasiHttpCtx::new(),
+            hooks: NoRequests,
+            table: ResourceTable::new(),
+            limits: limits(memory),
+        }
     }
 }
 

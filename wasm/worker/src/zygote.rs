@@ -9,7 +9,7 @@
 //! a program: addresses learned in one container are those of all. What holds a container is the
 //! kernel (namespaces, seccomp, no privileges), not that they are secret.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use wasm_common::wire::{self, Request};
 
