@@ -73,16 +73,16 @@
   (core func $fields (canon lower (func $types "[constructor]fields")))
   (core func $response (canon lower (func $types "[constructor]outgoing-response")))
   (core func $body (canon lower
-    (func $types "[method]outgoing-response.body") (memory $memory "memory")))
+    (func $types "[method]outgoing-response.body") (memory (core memory $memory "memory"))))
   (core func $stream-of (canon lower
-    (func $types "[method]outgoing-body.write") (memory $memory "memory")))
+    (func $types "[method]outgoing-body.write") (memory (core memory $memory "memory"))))
   (core func $finish (canon lower (func $types "[static]outgoing-body.finish")
-    (memory $memory "memory") (realloc (func $memory "realloc")) string-encoding=utf8))
+    (memory (core memory $memory "memory")) (realloc (core func $memory "realloc")) string-encoding=utf8))
   (core func $set (canon lower (func $types "[static]response-outparam.set")
-    (memory $memory "memory") string-encoding=utf8))
+    (memory (core memory $memory "memory")) string-encoding=utf8))
   (core func $write (canon lower
     (func $streams "[method]output-stream.blocking-write-and-flush")
-    (memory $memory "memory")))
+    (memory (core memory $memory "memory"))))
   (core func $drop-stream (canon resource.drop $stream))
   (core func $drop-request (canon resource.drop $incoming-request))
   (core module $main

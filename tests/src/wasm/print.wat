@@ -22,7 +22,7 @@
   (core func $get-stdout (canon lower (func $stdout "get-stdout")))
   (core func $write (canon lower
     (func $streams "[method]output-stream.blocking-write-and-flush")
-    (memory $memory "memory")))
+    (memory (core memory $memory "memory"))))
   (core module $main
     (import "host" "memory" (memory 1))
     (import "host" "get-stdout" (func $get-stdout (result i32)))

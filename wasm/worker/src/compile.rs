@@ -73,6 +73,9 @@ impl Limits {
 /// Reads the module, gives everything up, compiles.
 pub fn run(limits: &str) -> Result<(), String> {
     let limits = Limits::parse(limits).ok_or("limits are BYTES,SECONDS,UID")?;
+    // Standard output of std would buffer by lines. Not later: nothing can be duplicated then.
+    let out = std::io::stdout().as_fd().try_clone_to_owned();
+    let mut out = out.map(File::from).map_err(|error| format!("standard output: {error}"))?;
     confine(&limits)?;
     let mut module = Vec::new();
     std::io::stdin()
@@ -86,8 +89,6 @@ pub fn run(limits: &str) -> Result<(), String> {
         other => return Err(format!("not a module: {other:?}")),
     };
     let code = code.map_err(|error| explain(&error))?;
-    let out = std::io::stdout().as_fd().try_clone_to_owned();
-    let mut out = out.map(File::from).map_err(|error| format!("standard output: {error}"))?;
     out.write_all(&code).map_err(|error| format!("write the compiled code: {error}"))
 }
 

@@ -61,6 +61,8 @@ pub fn pooled(instances: u32, memory: u64) -> wasmtime::Result<Engine> {
 pub struct Warm {
     /// Engine for one instance.
     pub engine: Engine,
+    /// Descriptor that random numbers come from.
+    pub random: Option<i32>,
     /// WASI preview 1.
     pub modules: Linker<Module>,
     /// WASI 0.2, and what `wasi:http` adds.
@@ -74,7 +76,7 @@ impl Warm {
         let mut modules = Linker::new(&engine);
         wasmtime_wasi::p1::add_to_linker_async(&mut modules, |state: &mut Module| &mut state.wasi)?;
         let components = components(&engine)?;
-        Ok(Self { engine, modules, components })
+        Ok(Self { engine, random: None, modules, components })
     }
 }
 

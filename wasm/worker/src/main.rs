@@ -15,6 +15,7 @@
 mod code;
 mod compile;
 mod engine;
+mod random;
 mod serve;
 mod state;
 mod workload;

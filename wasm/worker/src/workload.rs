@@ -66,6 +66,7 @@ impl Workload for Wasm {
         let job = Job::from_json(text.ok_or("the spec has no job for this engine")?)?;
         let mut keep: Vec<i32> = container.kept.iter().map(AsRawFd::as_raw_fd).collect();
         keep.push(job.artifact);
+        keep.extend(self.warm.random);
         close_others(&mut keep);
         if job.artifact < 3 {
             return Err(format!("descriptor {} is no artifact", job.artifact));

@@ -14,6 +14,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use wasm_common::wire::{self, Request};
 
 use crate::engine::{Warm, explain, hello_of};
+use crate::random;
 use crate::workload::Wasm;
 
 /// The socket's number.
@@ -27,7 +28,7 @@ pub fn run() -> Result<(), String> {
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     name("wasm-zygote");
     // Never dropped: it is in every container until its end.
-    let warm: &'static Warm = Box::leak(Box::new(Warm::new().map_err(|error| explain(&error))?));
+    let warm: &'static Warm = Box::leak(Box::new(warm()?));
     // Touches what the first container would touch.
     let hello = hello_of(&warm.engine);
     let send = |error: wire::Error| error.to_string();
@@ -48,6 +49,12 @@ pub fn run() -> Result<(), String> {
         }
         // Otherwise, also when there is no process: the pipe closes with the descriptors.
     }
+}
+
+fn warm() -> Result<Warm, String> {
+    let random = random::open()?;
+    let warm = Warm::new().map_err(|error| explain(&error))?;
+    Ok(Warm { random, ..warm })
 }
 
 /// What `ps` and `top` call this process; at most 15 bytes of it.
