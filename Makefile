@@ -6,9 +6,9 @@ DESTDIR ?=
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
-KINDS := runc vmm gvisor wasm
+KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps guest demo test unit check conformance bench install clean bed
+.PHONY: help build deps fakes guest demo test unit check conformance bench install clean bed
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -24,13 +24,15 @@ BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
-	  -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task --target-dir target/static
+	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task \
+	  --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
 	@install -d $(BIN)
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
-	  $(BUILT)/release/vmm-sandboxer $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
+	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
+	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
 	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
@@ -41,6 +43,12 @@ guest: build ## kernel and image of microVM guests, into target/guest (root; the
 	vmm/guest/build.sh kernel
 	vmm/guest/build.sh image $(GUEST_INIT)
 
+# What stands for engines that nobody packages; for tests, never installed.
+fakes: deps
+	$(STATIC) cargo build --release --target $(HOST) -p fake-quark --target-dir target/static
+	@install -d $(BIN)
+	cp --remove-destination $(BUILT)/release/fake-quark $(BIN)/
+
 bed:
 	tests/bed/setup.sh
 	@if [ "$$(uname -m)" = x86_64 ]; then tests/bed/vmm.sh; fi
@@ -48,7 +56,7 @@ bed:
 unit: deps ## unit and component tests; need neither root nor containerd
 	cargo test --workspace
 
-test: build bed guest ## everything: unit tests, end-to-end suites on real containerd, critest
+test: build fakes bed guest ## everything: unit tests, end-to-end suites on real containerd, critest
 	tests/run.sh all
 
 demo: build bed guest ## a pod on stock runc and on each sandboxer, with timings; cleans up

@@ -13,6 +13,7 @@ use containerd_sandbox::sandboxer::{SandboxContext, SandboxSpec};
 use containerd_task::runtime::Runtime;
 use kuasar_host::cgroup::{Layout, Warmer, expand_systemd};
 use kuasar_host::live::Live;
+use kuasar_host::loopback::Gate;
 use kuasar_host::process::{self, Identity};
 use kuasar_host::{namespace, record};
 use kuasar_oci::observer::Observer;
@@ -24,7 +25,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::{Own, Runsc};
 use crate::config::{Config, Network};
-use crate::forward::{self, Gate};
+use crate::forward;
 use crate::runtime::{Containers, ROOT};
 use crate::{pause, spec};
 
@@ -62,7 +63,7 @@ impl Gvisor {
     /// Lets containerd forward ports. A pod does without where the kernel cannot do it.
     async fn open_gate(&self, pod: &Pod, own: &Own) -> Result<()> {
         let netns = namespace::open(Path::new(&pod.netns)).map_err(host("the pod's network"))?;
-        let opened = tokio::task::spawn_blocking(move || Gate::open(&netns)).await;
+        let opened = tokio::task::spawn_blocking(move || Gate::open(netns.as_fd())).await;
         let gate = match opened.map_err(|error| Error::internal("worker", error))? {
             Ok(gate) => gate,
             Err(error) => {

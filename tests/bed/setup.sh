@@ -175,6 +175,9 @@ state = '$B/run/containerd'
 [proxy_plugins.kuasar-wasm]
   type = 'sandbox'
   address = '$B/run/kuasar-wasm.sock'
+[proxy_plugins.kuasar-quark]
+  type = 'sandbox'
+  address = '$B/run/kuasar-quark.sock'
 EOF
     while read -r name type sandboxer io; do
       cat <<EOF
@@ -195,6 +198,8 @@ kuasar-gvisor io.containerd.kuasar-gvisor.v1 kuasar-gvisor fifo
 kuasar-gvisor-streaming io.containerd.kuasar-gvisor.v1 kuasar-gvisor streaming
 kuasar-wasm io.containerd.kuasar-wasm.v1 kuasar-wasm fifo
 kuasar-wasm-streaming io.containerd.kuasar-wasm.v1 kuasar-wasm streaming
+kuasar-quark io.containerd.kuasar-quark.v1 kuasar-quark fifo
+kuasar-quark-streaming io.containerd.kuasar-quark.v1 kuasar-quark streaming
 EOF
     # containerd asks this runc what it can do, and offers user namespaces to pods accordingly
     cat <<EOF
@@ -247,6 +252,16 @@ unstarted = "6s"
 dir = "$B/run/wasm-cache"
 [compiler]
 timeout = "20s"
+EOF
+  # A fake, which needs no KVM.
+  cat > "$B/etc/kuasar-quark.toml" <<EOF
+events_address = "$B/run/containerd.sock.ttrpc"
+metrics_listen = "$B/run/kuasar-quark-metrics.sock"
+[timeouts]
+unstarted = "6s"
+[quark]
+path = "fake-quark"
+kvm = "/dev/null"
 EOF
 }
 

@@ -4,6 +4,9 @@
 //! Environment: `BENCH_QUICK=1` for a run below two minutes; or each number by itself:
 //! `BENCH_N` (serial pods), `BENCH_EXECS`, `BENCH_REPS` (parallel rounds), `BENCH_PARALLEL`,
 //! `BENCH_PODS` (pods whose memory is weighed). `KUASAR_HANDLER` names the handler.
+//!
+//! As on a node, a pod's cgroup is there before its RunPodSandbox: kubelet makes it.
+//! `BENCH_KUBELET=0` leaves that to the handler.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -18,6 +21,7 @@ mod report;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
+use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_tests::cri::*;
 use kuasar_tests::{daemon_pid, handler, switch, wait_for};
 use report::{Report, Row};
@@ -33,6 +37,8 @@ struct Made {
     pod: String,
     container: String,
     log_directory: String,
+    /// What kubelet would have made.
+    cgroup: Option<Cgroup>,
     /// RunPodSandbox, CreateContainer, StartContainer.
     took: [Duration; 3],
 }
@@ -46,6 +52,7 @@ async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
         security.namespace_options.as_mut().unwrap().network = NamespaceMode::Node as i32;
     }
     std::fs::create_dir_all(&config.log_directory).unwrap();
+    let cgroup = pod_cgroup(&config);
     let run = RunPodSandboxRequest {
         config: Some(config.clone()),
         runtime_handler: if handler == "runc" { String::new() } else { handler.into() },
@@ -64,7 +71,18 @@ async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
     let begin = StartContainerRequest { container_id: container.clone() };
     client.start_container(within(begin, 120)).await.unwrap();
     let took = [ran - start, created - ran, created.elapsed()];
-    Made { pod, container, log_directory: config.log_directory, took }
+    Made { pod, container, log_directory: config.log_directory, cgroup, took }
+}
+
+/// Makes the pod's cgroup, as kubelet does.
+fn pod_cgroup(config: &PodSandboxConfig) -> Option<Cgroup> {
+    if std::env::var_os("BENCH_KUBELET").is_some_and(|v| v == "0") {
+        return None;
+    }
+    let path = &config.linux.as_ref().unwrap().cgroup_parent;
+    let group = Layout::detect().unwrap().group(path).unwrap();
+    assert!(group.create().unwrap(), "the cgroup {path} was there");
+    Some(group)
 }
 
 async fn unmake(client: &mut Client, made: &Made) -> Duration {
@@ -80,6 +98,9 @@ async fn unmake(client: &mut Client, made: &Made) -> Duration {
         .unwrap();
     let took = start.elapsed();
     let _ = std::fs::remove_dir_all(&made.log_directory);
+    if let Some(group) = &made.cgroup {
+        group.remove(Duration::from_secs(10)).unwrap();
+    }
     took
 }
 

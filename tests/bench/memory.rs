@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use kuasar_tests::{bed, daemon_pid, programs};
 
@@ -77,16 +78,27 @@ pub fn stock() -> Weight {
     weight
 }
 
-/// The daemon, sandbox-parent, and everything else that runs one of our programs.
+/// Directories of which a process holds this lock file.
+fn locked(pid: u32, lock: &str) -> Option<PathBuf> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    let mut links = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    links.find(|link| link.ends_with(lock))?.parent().map(Path::to_owned)
+}
+
+/// The daemon, its sandbox-parent, and everything else that runs one of our programs; not the
+/// daemons of other kinds that the bed runs, nor theirs.
 pub fn ours() -> Weight {
     let mut weight = Weight(BTreeMap::new());
     let daemon = daemon_pid();
     weight.add("daemon", daemon);
-    let home = programs();
+    let (home, dir) = (programs(), locked(daemon, "daemon.lock"));
+    assert!(dir.is_some(), "the daemon {daemon} holds no lock of its directory");
     for pid in processes() {
         let Ok(exe) = std::fs::read_link(format!("/proc/{pid}/exe")) else { continue };
         let own = std::process::id();
-        if pid != daemon && pid != own && exe.starts_with(&home) {
+        let others = locked(pid, "daemon.lock").or_else(|| locked(pid, "parent.lock"));
+        let ours = exe.starts_with(&home) && (others.is_none() || others == dir);
+        if pid != daemon && pid != own && ours {
             let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
             weight.add(&name, pid);
         }

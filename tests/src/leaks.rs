@@ -30,7 +30,11 @@ pub fn snapshot() -> Snapshot {
         if is_ours && text.starts_with("[sandbox-") && !text.starts_with("[sandbox-parent") {
             all.insert(format!("process {text}"));
         }
-        if is_ours && (text.starts_with("runsc-") || text.contains("/runsc ")) {
+        if is_ours
+            && (text.starts_with("runsc-")
+                || text.contains("/runsc ")
+                || text.contains("fake-quark"))
+        {
             all.insert(format!("process {text}"));
         }
         let Ok(cgroup) = std::fs::read_to_string(e.path().join("cgroup")) else { continue };
@@ -55,7 +59,7 @@ pub fn snapshot() -> Snapshot {
             walk(&dir.path().join(name), "cgroup", 3, &mut all);
         }
     }
-    for sub in ["sandboxes", "t", "pods", "r"] {
+    for sub in ["sandboxes", "t", "pods", "r", "q"] {
         let state = run.join(format!("kuasar-{}", crate::kind()));
         let listed = crate::inside(&["ls", "-1", &state.join(sub).to_string_lossy()]);
         for name in String::from_utf8_lossy(&listed.stdout).lines() {

@@ -57,12 +57,11 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, `gvisor` or `wasm`.
+/// The sandboxer under test: `runc`, `gvisor`, `quark`, `vmm` or `wasm`.
 pub fn kind() -> &'static str {
     let handler = handler();
-    let kinds = ["gvisor", "wasm"];
-    let name = handler.strip_prefix("kuasar-").unwrap_or_default();
-    kinds.into_iter().find(|kind| name.starts_with(kind)).unwrap_or("runc")
+    let named = |kind: &&str| handler.starts_with(&format!("kuasar-{kind}"));
+    ["gvisor", "quark", "vmm", "wasm"].into_iter().find(named).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

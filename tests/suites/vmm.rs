@@ -3,11 +3,57 @@
 //! Skipped where the daemon, QEMU or a guest is missing (`make guest`, `tests/bed/vmm.sh`).
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, inside, programs, skip, switch, top, wait_for};
+use kuasar_tests::{bed, cri, daemon_pid, inside, on, programs, skip, switch, top, wait_for};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-const HANDLER: &str = "kuasar-vmm";
+pub(crate) const HANDLER: &str = "kuasar-vmm";
+
+/// Another configuration of the daemon; as it was before when dropped.
+pub(crate) struct Settings {
+    file: PathBuf,
+    text: String,
+    chosen: kuasar_tests::Chosen,
+}
+
+impl Settings {
+    /// The bed's configuration changed; nothing, and a note, where pods in VMs do not run.
+    pub(crate) fn with(change: impl FnOnce(&str) -> String) -> Option<Self> {
+        if !able() {
+            return None;
+        }
+        let chosen = on(HANDLER)?;
+        let file = bed().join("etc/kuasar-vmm.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        let settings = Self { file, text, chosen };
+        settings.reload(&change(&settings.text));
+        Some(settings)
+    }
+
+    fn reload(&self, text: &str) {
+        let from = log().len();
+        std::fs::write(&self.file, text).unwrap();
+        // SAFETY: the daemon of this bed.
+        unsafe { libc::kill(daemon_pid() as i32, libc::SIGHUP) };
+        let word = "configuration read again";
+        wait_for(word, Duration::from_secs(10), || log()[from..].contains(word));
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        let _ = &self.chosen;
+        let _ = std::fs::write(&self.file, &self.text);
+        // SAFETY: the daemon of this bed.
+        unsafe { libc::kill(daemon_pid() as i32, libc::SIGHUP) };
+    }
+}
+
+/// What the daemon has logged.
+pub(crate) fn log() -> String {
+    let bytes = std::fs::read(bed().join("run/kuasar-vmm.log")).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
 
 /// Whether pods in VMs can run here.
 fn able() -> bool {
@@ -230,4 +276,43 @@ fn a_pod_on_the_hosts_network_is_refused_with_a_way_out() {
     options.namespace_options.get_or_insert_default().network = NamespaceMode::Node as i32;
     let error = Pod::try_run(config, HANDLER).map(|pod| pod.id.clone()).unwrap_err();
     assert!(error.message().contains("hostNetwork"), "{error:?}");
+}
+
+/// A guest that cannot start: the error says why, within its deadline, and nothing is left.
+fn refused(name: &str, lines: &str, words: &[&str]) {
+    let Some(_settings) = Settings::with(|text| format!("{text}\n{lines}\n")) else { return };
+    let begun = Instant::now();
+    let error = Pod::try_run(pod_config(name), HANDLER).map(|pod| pod.id.clone()).unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    for word in words {
+        assert!(error.message().contains(word), "{word}: {}", error.message());
+    }
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused_by_its_vmm_and_leaves_nothing() {
+    let junk = std::env::temp_dir().join("kuasar-junk-kernel");
+    std::fs::write(&junk, vec![0x5a; 1 << 20]).unwrap();
+    let lines = format!("[guest]\nkernel = \"{}\"", junk.display());
+    refused("vm-junk-kernel", &lines, &["qemu"]);
+    std::fs::remove_file(&junk).unwrap();
+}
+
+#[test]
+fn an_image_that_is_none_ends_the_machine_whose_console_is_quoted() {
+    let junk = std::env::temp_dir().join("kuasar-junk-image");
+    std::fs::write(&junk, vec![0x5a; 1 << 20]).unwrap();
+    let lines = format!("[guest]\ninitrd = \"{}\"", junk.display());
+    let words = ["the machine ended before its guest was ready", "Kernel panic"];
+    refused("vm-junk-image", &lines, &words);
+    std::fs::remove_file(&junk).unwrap();
+}
+
+#[test]
+fn a_guest_that_never_answers_is_ended_at_its_deadline() {
+    // It serves, and nobody listens where it does.
+    let lines = "[guest]\nparams = [\"quiet\", \"kuasar.channel=serial\"]\n\
+                 [guest_timeouts]\nboot = \"5s\"";
+    refused("vm-silent", lines, &["did not answer after its boot within 5s"]);
 }

@@ -160,14 +160,16 @@ kernel() {
 image() {
   local init=$1 tree builder=$TOP/target/debug/guest-image
   [ -f "$init" ] || die "$init is not there"
-  packages mkfs.erofs:erofs-utils
+  packages mkfs.erofs:erofs-utils objcopy:binutils
   mkdir -p "$G"
   (cd "$TOP" && cargo build --quiet -p guest-image)
   tree=$(mktemp -d "$G/tree.XXXXXX")
   # shellcheck disable=SC2064 # this directory
-  trap "rm -rf '$tree'" EXIT
+  trap "rm -rf '$tree' '$tree.init'" EXIT
   chmod 0755 "$tree"
-  "$builder" --init "$init" --initramfs "$G/initramfs.cpio" --tree "$tree"
+  # Names of functions are a quarter of the program, and an initramfs is memory in each pod.
+  objcopy --strip-all "$init" "$tree.init"
+  "$builder" --init "$tree.init" --initramfs "$G/initramfs.cpio" --tree "$tree"
   # Not compressed: pages of the program are read as they are needed.
   mkfs.erofs --quiet -T 0 -U "$UUID" --all-root "$G/guest.erofs.part" "$tree" >/dev/null
   mv "$G/guest.erofs.part" "$G/guest.erofs"

@@ -1,6 +1,8 @@
 //! Small daemons: what keeps glibc and tokio from holding memory that nobody uses.
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::Thread;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -16,11 +18,36 @@ pub fn tune() {
     }
 }
 
+/// How long the program's threads have to come to rest before its pages are given back.
+const SETTLE: Duration = Duration::from_millis(5);
+
 /// Gives back what an idle daemon does not need: free memory, and the pages of its program. Those
-/// stay in the page cache and come back when they are used (a minor fault for 16 pages each).
+/// stay in the page cache and come back when they are used (a minor fault for 16 pages and more).
+///
+/// The pages are given back a moment later and by a thread of its own, which does nothing else: the
+/// code by which a worker goes to rest is all over the program, and would be back at once.
 pub fn trim() {
+    static TRIMMER: LazyLock<Option<Thread>> = LazyLock::new(|| {
+        let named = std::thread::Builder::new().name("trim".into()).stack_size(64 << 10);
+        let thread = named.spawn(|| {
+            loop {
+                // It may wake without a reason: once too often does no harm.
+                std::thread::park();
+                std::thread::sleep(SETTLE);
+                give_back();
+            }
+        });
+        thread.ok().map(|handle| handle.thread().clone())
+    });
     // SAFETY: malloc_trim takes no pointers and may be called at any time.
     unsafe { libc::malloc_trim(0) };
+    match &*TRIMMER {
+        Some(thread) => thread.unpark(),
+        None => give_back(),
+    }
+}
+
+fn give_back() {
     // SAFETY: the callback takes no data and keeps none.
     unsafe { libc::dl_iterate_phdr(Some(give_back_program), std::ptr::null_mut()) };
 }
@@ -75,7 +102,8 @@ pub async fn trim_when_idle(quiet: Duration) {
     }
 }
 
-/// A runtime of two workers with small stacks, and helper threads that end when idle.
+/// A runtime of two workers with small stacks, and helper threads that end before an idle daemon is
+/// trimmed: their end, later, would bring the program's pages back.
 ///
 /// # Errors
 /// When threads cannot be made.
@@ -83,7 +111,7 @@ pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(64)
-        .thread_keep_alive(std::time::Duration::from_secs(2))
+        .thread_keep_alive(Duration::from_millis(250))
         .thread_stack_size(1 << 20)
         .enable_all()
         .build()

@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Upper bounds of the buckets, in microseconds.
-const BUCKETS: [u64; 14] = [
-    250, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 125_000, 250_000, 1_000_000,
-    5_000_000, 30_000_000,
+const BUCKETS: [u64; 21] = [
+    250, 500, 750, 1_000, 1_500, 2_000, 3_000, 4_000, 6_000, 8_000, 10_000, 12_000, 16_000, 24_000,
+    32_000, 64_000, 125_000, 250_000, 1_000_000, 5_000_000, 30_000_000,
 ];
 
 #[derive(Default)]
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_duration_lands_in_its_bucket_and_all_above() {
-        observe("test_phase", Duration::from_micros(1500));
+        observe("test_phase", Duration::from_micros(1600));
         let gauges = [("kuasar_sandboxes", 3)];
         let text = render("x", &gauges, &[("kuasar_lost_total", 4)]);
         let labels = "sandboxer=\"x\",phase=\"test_phase\"";

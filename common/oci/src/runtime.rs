@@ -376,9 +376,12 @@ impl Containers {
         };
         self.observer().phase("engine_create", begun.elapsed());
         meta.pid = left.pid;
-        save(&dir, &meta)?;
-        let (handle, exit) = self.follow(left).await?;
-        Ok(Spawned { pid: left.pid, handle, terminal: master, exit })
+        let pid = left.pid;
+        // The record is written while sandbox-parent is asked.
+        let (followed, saved) = tokio::join!(self.follow(left), async { save(&dir, &meta) });
+        saved?;
+        let (handle, exit) = followed?;
+        Ok(Spawned { pid, handle, terminal: master, exit })
     }
 }
 

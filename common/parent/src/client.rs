@@ -185,6 +185,8 @@ pub struct PodNamespaceFds {
     pub user: Option<OwnedFd>,
     /// Pid and pidfd of the init of a shared PID namespace.
     pub init: Option<(u32, OwnedFd)>,
+    /// Whether they are kept already: `<id>/ns/ipc`, `uts`, `user`, `pid`, `init`, as far as there.
+    pub kept: bool,
 }
 
 /// A connection of containerd to a pod's socket.
@@ -436,11 +438,13 @@ impl Parent {
         }
     }
 
-    /// Makes a pod's namespaces.
+    /// Makes a pod's namespaces, and has them kept as `<id>/ns/…` where the parent can do that in
+    /// one go ([`PodNamespaceFds::kept`]).
     pub async fn pod_namespaces(&self, q: &PodNamespaces<'_>) -> Result<PodNamespaceFds> {
         let (seq, mut w) = self.request(op::NAMESPACES);
         let bit = |on: bool, flag: u8| if on { flag } else { 0 };
-        let flags = bit(q.ipc, ns::IPC)
+        let flags = ns::KEEP
+            | bit(q.ipc, ns::IPC)
             | bit(q.uts.is_some(), ns::UTS)
             | bit(q.pid, ns::PID)
             | bit(q.netns.is_some(), ns::NETNS);
@@ -451,8 +455,10 @@ impl Parent {
         }
         let fds = q.netns.map(|fd| fd.as_raw_fd());
         let (data, mut fds) = self.call(seq, &w, fds.as_slice()).await?;
-        let init = Reader(&data).u32().ok_or(ParentError::Protocol)?;
-        let mut made = PodNamespaceFds::default();
+        let mut m = Reader(&data);
+        let init = m.u32().ok_or(ParentError::Protocol)?;
+        m.u64();
+        let mut made = PodNamespaceFds { kept: m.u8() == Some(1), ..PodNamespaceFds::default() };
         if init > 0 {
             made.init = Some((init, fds.pop().ok_or(ParentError::Protocol)?));
         }

@@ -85,6 +85,9 @@ pub mod ns {
     pub const PID: u8 = 4;
     /// A network namespace descriptor is passed: enter it, and the user namespace that owns it.
     pub const NETNS: u8 = 8;
+    /// Keep them, too: as `<id>/ns/ipc`, `uts`, `user`, `pid` and `init` (a pidfd), those that there
+    /// are. The reply ends with a byte 1 when that was done; an older parent does not know it.
+    pub const KEEP: u8 = 16;
 }
 
 /// At which step a request failed; numbers are part of the protocol.

@@ -11,6 +11,7 @@ mod support;
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, SystemTime};
 
 use sandbox_parent::client::{Parent, PodNamespaces, Spawn, SpawnOptions};
@@ -273,6 +274,11 @@ fn a_pods_namespaces_live_without_a_process() {
             ..PodNamespaces::default()
         }))
         .unwrap();
+    // Kept by the same request: they outlive a daemon that is killed right after it.
+    assert!(made.kept);
+    let mut kept = daemon.run(daemon.parent.kept()).unwrap();
+    kept.sort();
+    assert_eq!(kept, ["p/ns/ipc", "p/ns/uts"]);
     let (ipc, uts) = (made.ipc.unwrap(), made.uts.unwrap());
     assert!(made.init.is_none() && made.user.is_none());
     let (i, u) = (ipc.as_raw_fd(), uts.as_raw_fd());
@@ -308,6 +314,13 @@ fn the_init_of_a_shared_pid_namespace_reaps_and_ends_when_told() {
     let q = PodNamespaces { id, ipc: true, uts: Some("h"), pid: true, ..PodNamespaces::default() };
     let made = daemon.run(daemon.parent.pod_namespaces(&q)).unwrap();
     let (init, _pidfd) = made.init.unwrap();
+    let mut kept = daemon.run(daemon.parent.kept()).unwrap();
+    kept.sort();
+    assert_eq!(kept, ["init", "ipc", "pid", "uts"].map(|name| format!("{id}/ns/{name}")));
+    let space = daemon.run(daemon.parent.fetch(&kept[2])).unwrap().unwrap();
+    let same = |path: String| std::fs::metadata(path).unwrap().ino();
+    let held = format!("/proc/self/fd/{}", space.as_raw_fd());
+    assert_eq!(same(held), same(format!("/proc/{init}/ns/pid")));
     let title = || std::fs::read(format!("/proc/{init}/cmdline")).unwrap_or_default();
     until("it has its title", || title().starts_with(format!("[sandbox-{id}]").as_bytes()));
     until("it holds no descriptor", || {

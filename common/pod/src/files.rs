@@ -62,15 +62,25 @@ pub fn mount_shm(dir: &Path, size: u64) -> Result<()> {
     kuasar_host::mount::mount_shm(&shm, size).map_err(host("mount the pod's shm"))
 }
 
-/// Makes the pod's cgroup where kubelet has not; answers whether it was made now. Limits are
-/// written only then: otherwise kubelet owns them.
+/// The pod's cgroup, where kubelet has not made it.
+///
+/// # Errors
+/// InvalidArgument for a `cgroup_parent` that is none.
+pub fn missing_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<Option<String>> {
+    let path = &config.linux.cgroup_parent;
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let group = layout.group(path).map_err(host("cgroup_parent"))?;
+    Ok((!group.exists()).then(|| path.clone()))
+}
+
+/// Makes the pod's cgroup; answers whether it was made now. Limits are written only then: otherwise
+/// kubelet owns them.
 pub fn make_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
     let linux = &config.linux;
-    if linux.cgroup_parent.is_empty() {
-        return Ok(false);
-    }
     let group = layout.group(&linux.cgroup_parent).map_err(host("cgroup_parent"))?;
-    if group.exists() || !group.create().map_err(host("make the pod's cgroup"))? {
+    if !group.create().map_err(host("make the pod's cgroup"))? {
         return Ok(false);
     }
     if let Some(resources) = linux.resources.as_ref() {

@@ -10,6 +10,7 @@ pub mod files;
 pub mod flavor;
 pub mod observer;
 pub mod sandboxer;
+mod spaces;
 pub mod state;
 
 pub use flavor::{Choice, Flavor, PodSettings};

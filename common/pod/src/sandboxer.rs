@@ -22,12 +22,12 @@ use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::{namespace, process};
-use kuasar_oci::pod::{Modes, Namespaces, Pod};
-use sandbox_parent::client::{Parent, ParentError, PodNamespaceFds, PodNamespaces};
-use sandbox_parent::protocol::stage;
+use kuasar_oci::pod::{Modes, Pod};
+use sandbox_parent::client::Parent;
 
 use crate::files::{self, host};
 use crate::flavor::{Choice, Flavor};
+use crate::spaces::{Held, Spaces, Wanted};
 use crate::state::PodState;
 
 /// How long engines that an earlier daemon has started may go on while this one starts.
@@ -37,6 +37,7 @@ const UNFINISHED: Duration = Duration::from_secs(2);
 pub struct NamespaceSandboxer<F> {
     flavor: F,
     parent: Parent,
+    spaces: Spaces,
     /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
     fresh: bool,
     cgroups: Arc<Layout>,
@@ -50,6 +51,7 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         Self {
             flavor,
             parent: parts.parent.clone(),
+            spaces: Spaces::new(parts.parent.clone()),
             fresh: parts.fresh,
             cgroups,
             dir,
@@ -59,21 +61,6 @@ impl<F: Flavor> NamespaceSandboxer<F> {
 
     fn insert(&self, ctx: &SandboxContext, pod: Pod, own: &serde_json::Value) -> Result<Tasks> {
         self.servers.make(ctx, self.flavor.runtime(Arc::new(pod), own)?)
-    }
-
-    async fn keep(&self, id: &str, name: &str, fd: Option<&OwnedFd>) -> Result<()> {
-        let Some(fd) = fd else { return Ok(()) };
-        self.parent
-            .keep(&format!("{id}/ns/{name}"), fd.as_fd())
-            .await
-            .map_err(|error| Error::internal(format!("keep the pod's {name} namespace"), error))
-    }
-
-    async fn fetch(&self, id: &str, name: &str) -> Result<Option<OwnedFd>> {
-        self.parent
-            .fetch(&format!("{id}/ns/{name}"))
-            .await
-            .map_err(|error| Error::internal(format!("fetch the pod's {name} namespace"), error))
     }
 
     /// Kills whatever is left of a pod, by the cgroups of its containers' records.
@@ -122,23 +109,42 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         let _ = tokio::task::spawn_blocking(work).await;
     }
 
+    /// Makes and keeps a pod's namespaces; nothing for a flavor that has its own.
     async fn make_namespaces(
         &self,
         spec: &SandboxSpec,
         modes: Modes,
         netns: Option<&OwnedFd>,
-        hostname: &str,
-        sysctls: &[(String, String)],
-    ) -> Result<PodNamespaceFds> {
-        let wanted = PodNamespaces {
-            id: &spec.id,
-            ipc: !modes.host_ipc,
-            uts: (!modes.host_network).then_some(hostname),
-            pid: modes.shared_pid,
-            netns: netns.map(AsFd::as_fd),
-            sysctls: sysctls.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
-        };
-        self.parent.pod_namespaces(&wanted).await.map_err(|error| explain(error, sysctls))
+    ) -> Result<Option<(u32, u64)>> {
+        let settings = self.flavor.settings();
+        let hostname = files::hostname(&spec.config, modes)?;
+        let sysctls = files::sysctls(&spec.config, modes, settings.unprivileged_ports)?;
+        if !self.flavor.in_namespaces() {
+            return Ok(None);
+        }
+        let (id, hostname, sysctls) = (&spec.id, &hostname, &sysctls);
+        self.spaces.make(&Wanted { id, modes, netns, hostname, sysctls }).await
+    }
+
+    /// The namespaces of a pod that an earlier daemon has created: kept, or else made anew.
+    async fn take_again(
+        &self,
+        ctx: &SandboxContext,
+        state: &mut PodState,
+        modes: Modes,
+    ) -> Result<Held> {
+        let spec = &ctx.spec;
+        let kept = self.spaces.kept(&spec.id, state.init.map_or(0, |(pid, _)| pid)).await?;
+        if kept.is_whole(modes) {
+            return Ok(kept);
+        }
+        self.spaces.kill_init(&spec.id).await;
+        self.spaces.release(&spec.id).await?;
+        let netns = open_netns(&spec.netns_path)?;
+        state.init = self.make_namespaces(spec, modes, netns.as_ref()).await?;
+        self.spaces
+            .take(&spec.id)
+            .ok_or_else(|| Error::Unavailable("the pod's namespaces were released".into()))
     }
 
     fn started(&self, ctx: &SandboxContext, pod: &Pod, own: &serde_json::Value) -> Started {
@@ -163,9 +169,11 @@ impl<F: Flavor> NamespaceSandboxer<F> {
     }
 
     async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
-        let value = serde_json::to_value(state)
-            .map_err(|error| Error::internal("record the pod", error))?;
-        ctx.handle.save(value).await
+        ctx.handle.save(value(state)?).await
+    }
+
+    fn stage(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
+        ctx.handle.stage(value(state)?)
     }
 }
 
@@ -231,6 +239,18 @@ fn state(ctx: &SandboxContext) -> PodState {
     serde_json::from_value(ctx.state.clone()).unwrap_or_default()
 }
 
+fn value(state: &PodState) -> Result<serde_json::Value> {
+    serde_json::to_value(state).map_err(|error| Error::internal("record the pod", error))
+}
+
+/// Books how long a part of Create takes.
+async fn timed<T>(phase: &'static str, work: impl Future<Output = T>) -> T {
+    let begun = Instant::now();
+    let done = work.await;
+    kuasar_daemon::metrics::observe(phase, begun.elapsed());
+    done
+}
+
 fn open_netns(path: &str) -> Result<Option<OwnedFd>> {
     if path.is_empty() {
         return Ok(None);
@@ -253,74 +273,67 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
     async fn create(&self, ctx: &SandboxContext) -> Result<()> {
         let spec = ctx.spec.clone();
         let modes = Modes::of(&spec.config, &spec.netns_path);
-        open_netns(&spec.netns_path)?;
+        let netns = open_netns(&spec.netns_path)?;
+        files::hostname(&spec.config, modes)?;
         files::sysctls(&spec.config, modes, false)?;
         files::check_userns(&spec.config, &spec.netns_path)?;
         let Choice { engine, own } = self.flavor.choose(&spec).await?;
-        let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
-        let size = self.flavor.settings().shm_size;
-        let begun = Instant::now();
-        let spec_too = spec.clone();
-        let made = blocking(move || {
-            files::write_etc(&dir, &spec_too.config, modes)?;
-            if !modes.host_ipc {
-                files::mount_shm(&dir, size)?;
-            }
-            files::make_cgroup(&layout, &spec_too.config).inspect_err(|_| {
-                // Nothing may be left of a failed create.
-                let _ = kuasar_host::mount::unmount_below(&dir);
-            })
-        })
-        .await?;
-        kuasar_daemon::metrics::observe("pod_files", begun.elapsed());
-        let state = PodState {
-            engine,
-            own_cgroup: made.then(|| spec.config.linux.cgroup_parent.clone()),
-            own,
-            ..PodState::default()
-        };
-        self.save(ctx, &state).await
+        let own_cgroup = files::missing_cgroup(&self.cgroups, &spec.config)?;
+        let mut state = PodState { engine, own_cgroup, own, ..PodState::default() };
+        if state.own_cgroup.is_some() {
+            // On disk before it is made: a daemon that is killed now leaves nothing behind.
+            self.save(ctx, &state).await?;
+        }
+        let (dir, shm_size) = (ctx.dir.clone(), self.flavor.settings().shm_size);
+        let (layout, spec_of_files, spec_of_cgroup) =
+            (self.cgroups.clone(), spec.clone(), spec.clone());
+        let wanted = state.own_cgroup.is_some();
+        // All three wait for the kernel, each for another part of it: side by side.
+        // The namespaces come first: sandbox-parent is at work while threads start here.
+        let (init, cgroup, files) = tokio::join!(
+            timed("pod_namespaces", self.make_namespaces(&spec, modes, netns.as_ref())),
+            timed("pod_cgroup", async {
+                match wanted {
+                    true => {
+                        blocking(move || files::make_cgroup(&layout, &spec_of_cgroup.config)).await
+                    }
+                    false => Ok(false),
+                }
+            }),
+            timed(
+                "pod_files",
+                blocking(move || {
+                    files::write_etc(&dir, &spec_of_files.config, modes)?;
+                    if modes.host_ipc { Ok(()) } else { files::mount_shm(&dir, shm_size) }
+                })
+            ),
+        );
+        if let Ok(false) = cgroup {
+            // It was there, or somebody else has made it meanwhile.
+            state.own_cgroup = None;
+        }
+        if let Ok(init) = &init {
+            state.init = *init;
+        }
+        // The Controller records it with its answer; and what has failed is removed by it.
+        self.stage(ctx, &state)?;
+        init.and(cgroup).and(files)
     }
 
     async fn start(&self, ctx: &SandboxContext) -> Result<Started> {
-        let (spec, settings) = (ctx.spec.clone(), self.flavor.settings());
+        let spec = ctx.spec.clone();
         let mut state = state(ctx);
         let modes = Modes::of(&spec.config, &spec.netns_path);
-        let netns = open_netns(&spec.netns_path)?;
-        let hostname = files::hostname(&spec.config, modes)?;
-        let sysctls = files::sysctls(&spec.config, modes, settings.unprivileged_ports)?;
+        // It may have gone since Create, and containers enter it by its path.
+        open_netns(&spec.netns_path)?;
         // Not earlier: for engines the first move holds up every mkdir of a cgroup.
         self.flavor.expect_containers();
-        let begun = Instant::now();
-        let made = match self.flavor.in_namespaces() {
-            true => self.make_namespaces(&spec, modes, netns.as_ref(), &hostname, &sysctls).await?,
-            false => PodNamespaceFds::default(),
+        let Held { namespaces, init } = match self.spaces.take(&spec.id) {
+            Some(held) => held,
+            None if !self.flavor.in_namespaces() => Held::default(),
+            None => self.take_again(ctx, &mut state, modes).await?,
         };
-        let (init, pidfd) = match made.init {
-            Some((pid, pidfd)) => (pid, Some(pidfd)),
-            None => (0, None),
-        };
-        let pid_namespace = match init {
-            0 => None,
-            pid => Some(
-                namespace::open(Path::new(&format!("/proc/{pid}/ns/pid")))
-                    .map_err(host("open the pod's PID namespace"))?,
-            ),
-        };
-        let namespaces =
-            Namespaces { ipc: made.ipc, uts: made.uts, user: made.user, pid: pid_namespace, init };
         state.started = true;
-        state.init = (init != 0).then(|| (init, process::start_time(init).unwrap_or_default()));
-        // Kept and recorded side by side: all of it has to be there before Start is answered.
-        tokio::try_join!(
-            self.keep(&spec.id, "ipc", namespaces.ipc.as_ref()),
-            self.keep(&spec.id, "uts", namespaces.uts.as_ref()),
-            self.keep(&spec.id, "user", namespaces.user.as_ref()),
-            self.keep(&spec.id, "pid", namespaces.pid.as_ref()),
-            self.keep(&spec.id, "init", pidfd.as_ref()),
-            self.save(ctx, &state),
-        )?;
-        kuasar_daemon::metrics::observe("pod_namespaces", begun.elapsed());
         let pod = Pod {
             id: spec.id.clone(),
             dir: ctx.dir.clone(),
@@ -329,17 +342,13 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
             engine: state.engine.clone(),
             namespaces,
         };
-        let mut own = state.own.clone();
-        let up = self.flavor.up(ctx, &pod, &mut own).await;
-        if own != state.own {
-            // Also of a failed one: `down` is to find what there is.
-            state.own = own;
-            self.save(ctx, &state).await?;
-        }
+        // Also of a failed one: `down` is to find what there is.
+        let up = self.flavor.up(ctx, &pod, &mut state.own).await;
+        self.stage(ctx, &state)?;
         up?;
         let started = self.started(ctx, &pod, &state.own);
         self.insert(ctx, pod, &state.own)?;
-        if let Some(pidfd) = pidfd {
+        if let Some(pidfd) = init {
             watch_end(ctx, pidfd);
         }
         Ok(started)
@@ -363,15 +372,17 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         // The engine tears the network down when this has succeeded, and repeats it otherwise.
         stopped?;
         down?;
-        self.parent
-            .forget(&format!("{}/ns/", ctx.spec.id))
-            .await
-            .map_err(|error| Error::internal("release the pod's namespaces", error))
+        self.spaces.release(&ctx.spec.id).await
     }
 
     async fn remove(&self, ctx: &SandboxContext) -> Result<()> {
         let state = state(ctx);
         let tasks = self.servers.take(&ctx.spec.id);
+        drop(self.spaces.take(&ctx.spec.id));
+        if state.init.is_none() && Modes::of(&ctx.spec.config, &ctx.spec.netns_path).shared_pid {
+            // A daemon that was killed in Create may not have recorded it.
+            self.spaces.kill_init(&ctx.spec.id).await;
+        }
         self.kill_leftovers(&ctx.dir, &state).await;
         if let Some(tasks) = &tasks {
             tasks.remove().await;
@@ -408,27 +419,15 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         let state = state(ctx);
         let id = &ctx.spec.id;
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
-        let (ipc, uts, user, pid, init) = tokio::try_join!(
-            self.fetch(id, "ipc"),
-            self.fetch(id, "uts"),
-            self.fetch(id, "user"),
-            self.fetch(id, "pid"),
-            self.fetch(id, "init"),
-        )?;
-        let whole = !self.flavor.in_namespaces()
-            || (modes.host_ipc || ipc.is_some())
-                && (modes.host_network || uts.is_some())
-                && (!modes.shared_pid || (pid.is_some() && init.is_some()));
-        let alive =
-            init.as_ref().is_none_or(|pidfd| process::pidfd_signal(pidfd.as_fd(), 0).is_ok());
-        let lost = match (self.fresh, state.started, whole && alive) {
+        let held = self.spaces.kept(id, state.init.map_or(0, |(pid, _)| pid)).await?;
+        let whole = !self.flavor.in_namespaces() || held.is_whole(modes);
+        let lost = match (self.fresh, state.started, whole) {
             (true, ..) => Some("sandbox-parent has been lost"),
             (_, false, _) => Some("it was never started"),
             (_, _, false) => Some("its namespaces are gone"),
             _ => None,
         };
-        let namespaces =
-            Namespaces { ipc, uts, user, pid, init: state.init.map_or(0, |(pid, _)| pid) };
+        let Held { namespaces, init } = held;
         let pod = Pod {
             id: id.clone(),
             dir: ctx.dir.clone(),
@@ -472,10 +471,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         strangers.dedup();
         for id in strangers {
             tracing::info!(sandbox = id, "removing what a lost pod has left");
-            // The init of a shared PID namespace takes every process in it along.
-            if let Ok(Some(pidfd)) = self.fetch(id, "init").await {
-                let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
-            }
+            self.spaces.kill_init(id).await;
             self.flavor.orphaned(id).await;
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
@@ -560,26 +556,6 @@ fn container_rootfs(dir: &Path) -> Vec<PathBuf> {
             meta.get("rootfs")?.as_str().map(PathBuf::from)
         })
         .collect()
-}
-
-/// A failed Start in words that name what to change.
-fn explain(error: ParentError, sysctls: &[(String, String)]) -> Error {
-    match error.failure() {
-        Some((errno, step)) if step >= stage::SYSCTL => {
-            let reason = std::io::Error::from_raw_os_error(errno);
-            match sysctls.get(usize::from(step - stage::SYSCTL)) {
-                Some((name, value)) => Error::InvalidArgument(format!(
-                    "sysctl {name} = {value:?} cannot be set: {reason}"
-                )),
-                None => Error::internal("set a sysctl", reason),
-            }
-        }
-        Some((errno, stage::NETNS | stage::USERNS)) => Error::FailedPrecondition(format!(
-            "the pod's network namespace cannot be entered: {}",
-            std::io::Error::from_raw_os_error(errno)
-        )),
-        _ => Error::internal("make the pod's namespaces", error),
-    }
 }
 
 #[cfg(test)]

@@ -174,6 +174,15 @@ impl HandleSink for Sandbox {
         self.commit(|r| r.state = state)
     }
 
+    fn stage(&self, state: serde_json::Value) -> Result<()> {
+        let gone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if *gone {
+            return Err(Error::NotFound(format!("sandbox {} is removed", self.id)));
+        }
+        self.current.send_modify(|r| Arc::make_mut(r).state = state);
+        Ok(())
+    }
+
     fn exited(&self, exit: SandboxExit) {
         self.died.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exit);
         self.died_told.notify_one();

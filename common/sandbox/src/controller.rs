@@ -199,6 +199,11 @@ impl Controller {
         }
     }
 
+    /// Tells the observer of work of the Controller's own, when the answer is dropped.
+    pub(crate) fn observed(&self, what: &'static str) -> impl Drop + '_ {
+        Seen { core: &self.core, rpc: what, since: Instant::now(), code: tonic::Code::Ok }
+    }
+
     /// Runs one request: deadline, panic and observer are the same for all.
     pub(crate) async fn run<T>(
         &self,

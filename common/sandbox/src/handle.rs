@@ -14,6 +14,12 @@ pub trait HandleSink: Send + Sync + 'static {
     /// When it could not be written, or the sandbox is gone.
     fn save(&self, state: serde_json::Value) -> Result<()>;
 
+    /// Takes the sandboxer's state; it is written with the next change of the sandbox.
+    ///
+    /// # Errors
+    /// When the sandbox is gone.
+    fn stage(&self, state: serde_json::Value) -> Result<()>;
+
     /// The sandbox has ended by itself.
     fn exited(&self, exit: SandboxExit);
 }
@@ -36,6 +42,17 @@ impl SandboxHandle {
     pub async fn save(&self, state: serde_json::Value) -> Result<()> {
         // A small file on tmpfs: cheaper here than on another thread.
         self.0.save(state)
+    }
+
+    /// Sets the sandboxer's own state of this sandbox, to be written with what the Controller
+    /// records next: the success of the Create or Start that is under way, or its roll-back, which
+    /// sees this state. One write less than [`SandboxHandle::save`], for what need not be found
+    /// again when the daemon is killed before.
+    ///
+    /// # Errors
+    /// When the sandbox is gone.
+    pub fn stage(&self, state: serde_json::Value) -> Result<()> {
+        self.0.stage(state)
     }
 
     /// Reports that the sandbox has ended by itself: it becomes Stopped and its Waits are

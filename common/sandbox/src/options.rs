@@ -79,7 +79,7 @@ pub struct ControllerOptions {
     pub peer_check: Option<PeerCheck>,
     /// Points at which tests make things go wrong.
     pub failpoint: Option<Failpoint>,
-    /// Told of every request.
+    /// Told of every request, and of `Collect`, the Controller's own look for what nobody came back for.
     pub observer: Option<Observer>,
     /// Knows the containers, for the shim binary's `delete`.
     pub tasks: Option<TaskLookup>,

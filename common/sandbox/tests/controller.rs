@@ -404,5 +404,8 @@ async fn failpoints_and_the_observer_are_called() {
     ];
     assert_eq!(*points.lock().unwrap(), expected);
     let expected = [("Create", Code::Ok), ("Start", Code::Internal), ("Status", Code::NotFound)];
-    assert_eq!(*seen.lock().unwrap(), expected);
+    let mut seen = seen.lock().unwrap().clone();
+    // The Controller's own look around comes at its own time.
+    seen.retain(|(rpc, _)| *rpc != "Collect");
+    assert_eq!(seen, expected);
 }

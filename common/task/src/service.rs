@@ -125,9 +125,16 @@ struct Table(Arc<Calls>);
 #[async_trait]
 impl MethodHandler for Table {
     async fn handler(&self, context: TtrpcContext, request: Request) -> Rpc<Response> {
-        match kuasar_ttrpc::Service::call(self.0.as_ref(), context, request) {
+        let answer = match kuasar_ttrpc::Service::call(self.0.as_ref(), context, request) {
             Some(answer) => answer.await,
             None => Err(Error::Unimplemented("there is no such method".into()).into()),
+        };
+        match answer {
+            // Here, an error is one of the transport: the crate would send it as UNKNOWN.
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                Ok(Response { status: MessageField::some(status), ..Response::default() })
+            }
+            other => other,
         }
     }
 }

@@ -269,6 +269,55 @@ mod tests {
         }
     }
 
+    /// Bytes from a fixed seed: a failure is the same each time.
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, n: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % n as u64) as usize
+        }
+
+        /// A line with some bytes changed, removed or doubled.
+        fn spoil(&mut self, line: &str) -> Vec<u8> {
+            let mut bytes = line.as_bytes().to_vec();
+            for _ in 0..=self.below(4) {
+                let at = self.below(bytes.len().max(1));
+                match self.below(4) {
+                    _ if bytes.is_empty() => bytes.push(b' '),
+                    0 => drop(bytes.remove(at)),
+                    1 => bytes.insert(at, bytes[at]),
+                    2 => bytes[at] = b" /\n\0K\xff"[self.below(6)],
+                    _ => bytes[at] = self.below(256) as u8,
+                }
+            }
+            bytes
+        }
+    }
+
+    #[tokio::test]
+    async fn a_spoilt_line_is_refused_or_means_what_it_says() {
+        let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+        let stream =
+            Purpose::Stream { container: "c1".into(), exec: "e1".into(), kind: StreamKind::Stderr };
+        let ready = r#"{"protocol":1,"agent_version":"1","kernel_release":"6","boot_id":"b"}"#;
+        for n in 0..20_000 {
+            let purpose = if n % 2 == 0 { &Purpose::Control } else { &stream };
+            let bytes = dice.spoil(&hello("abc", purpose));
+            if let Ok(line) = read_line(&mut bytes.as_slice()).await
+                && let Ok((token, purpose)) = parse_hello(&line)
+            {
+                assert_eq!(hello(token, &purpose), format!("{line}\n"));
+            }
+            let mut bytes = dice.spoil(ready);
+            bytes.push(b'\n');
+            // An error or a value; whatever it is, it ends and does not panic.
+            let _ = read_json::<Ready>(&mut bytes.as_slice()).await;
+        }
+    }
+
     #[tokio::test]
     async fn a_line_ends_where_it_ends_and_is_bounded() {
         let mut bytes: &[u8] = b"first\nrest";

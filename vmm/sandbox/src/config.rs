@@ -8,9 +8,13 @@ use kuasar_daemon::common::{CommonConfig, duration};
 use serde::Deserialize;
 
 use crate::jail::JailConfig;
+use crate::template::TemplateConfig;
 use crate::vmm::Kind;
+use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
+use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::QemuConfig;
+use crate::vmm::stratovirt::StratoVirtConfig;
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
@@ -39,6 +43,14 @@ pub struct Config {
     pub helpers: HelpersConfig,
     /// QEMU.
     pub qemu: QemuConfig,
+    /// Templates.
+    pub template: TemplateConfig,
+    /// Cloud Hypervisor.
+    pub cloud_hypervisor: CloudHypervisorConfig,
+    /// StratoVirt.
+    pub stratovirt: StratoVirtConfig,
+    /// Firecracker.
+    pub firecracker: FirecrackerConfig,
     /// What a pod on the host's network gets.
     pub host_network: HostNetwork,
     /// From [`CommonConfig::allowed_annotations`]: whether [`VMM_ANNOTATION`] counts.
@@ -53,6 +65,13 @@ pub enum Vmm {
     /// QEMU.
     #[default]
     Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// StratoVirt.
+    #[serde(rename = "stratovirt")]
+    StratoVirt,
+    /// Firecracker.
+    Firecracker,
 }
 
 impl Vmm {
@@ -60,11 +79,15 @@ impl Vmm {
     pub fn kind(self) -> Kind {
         match self {
             Self::Qemu => Kind::Qemu,
+            Self::CloudHypervisor => Kind::CloudHypervisor,
+            Self::StratoVirt => Kind::StratoVirt,
+            Self::Firecracker => Kind::Firecracker,
         }
     }
 
     fn of(name: &str) -> Option<Self> {
-        (name == "qemu").then_some(Self::Qemu)
+        let all = [Self::Qemu, Self::CloudHypervisor, Self::StratoVirt, Self::Firecracker];
+        all.into_iter().find(|vmm| vmm.kind().to_string() == name)
     }
 }
 
@@ -340,6 +363,13 @@ impl Config {
                 return Err(format!("guest_timeouts.{key}: more than nothing and at most 1h"));
             }
         }
+        let ready = self.template.ready;
+        if ready.is_zero() || ready > Duration::from_secs(3600) {
+            return Err("template.ready: more than nothing and at most 1h".into());
+        }
+        if self.template.most == 0 || self.template.most > 64 {
+            return Err(format!("template.most = {}: 1 to 64", self.template.most));
+        }
         self.jail.check()
     }
 
@@ -395,6 +425,18 @@ mod tests {
     }
 
     #[test]
+    fn a_vmm_has_the_same_name_in_the_file_in_an_annotation_and_in_messages() {
+        let config = Config { heeds_annotation: true, ..Config::default() };
+        for name in ["qemu", "cloud-hypervisor", "stratovirt", "firecracker"] {
+            let annotations = HashMap::from([(VMM_ANNOTATION.to_owned(), name.to_owned())]);
+            let chosen = config.vmm_of("", &annotations).unwrap();
+            assert_eq!(chosen.kind().to_string(), name);
+            let file: Config = toml::from_str(&format!("vmm = '{name}'")).unwrap();
+            assert_eq!(file.vmm, chosen);
+        }
+    }
+
+    #[test]
     fn the_packaged_file_has_every_key_at_its_default() {
         let packaged = include_str!("../../../packaging/vmm-sandboxer.toml");
         let is_key = |line: &&str| {
@@ -408,7 +450,11 @@ mod tests {
             .lines()
             .map(|line| if is_key(&line) { &line[1..] } else { line })
             // Paths that have no fixed default.
-            .filter(|line| !["kernel", "initrd", "image"].iter().any(|key| line.starts_with(key)))
+            .filter(|line| {
+                !["kernel", "initrd", "image", "dir = \"/run/kuasar-vmm/templates"]
+                    .iter()
+                    .any(|key| line.starts_with(key))
+            })
             .collect();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("vmm-sandboxer.toml");

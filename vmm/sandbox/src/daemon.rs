@@ -29,6 +29,10 @@ pub async fn run(
         // Pods say so, too; whoever starts the daemon is told at once.
         tracing::warn!("{missing}");
     }
+    if config.qemu.accel == crate::vmm::qemu::Accel::Tcg {
+        // Once, before anybody waits for a pod.
+        crate::vmm::qemu::clock::host_khz();
+    }
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let config = shared.clone();
     let make =

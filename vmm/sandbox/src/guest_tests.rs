@@ -216,9 +216,3 @@ async fn a_guest_that_boots_into_something_else_is_an_error_in_time() {
         assert!(fits, "{error:?}");
     }
 }
-
-#[test]
-fn a_guests_words_are_cut_and_cleaned() {
-    assert_eq!(clean("a\nb\u{1b}c"), "a b c");
-    assert_eq!(clean(&"x".repeat(1000)).chars().count(), QUOTED + 1);
-}

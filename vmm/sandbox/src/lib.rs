@@ -1,14 +1,17 @@
 //! Sandboxes that are microVMs.
 
+mod boot;
 pub mod config;
 pub mod daemon;
 pub mod forward;
 pub mod guest;
 pub mod jail;
 pub mod network;
+mod nics;
 pub mod runtime;
 pub mod sandboxer;
 pub mod share;
 pub mod spec;
-pub mod stdio;
+pub mod template;
 pub mod vmm;
+mod watch;

@@ -338,11 +338,16 @@ pub fn part(netns: BorrowedFd<'_>, interfaces: &[Interface]) -> Result<()> {
     Ok(())
 }
 
-/// Interfaces of `new` that are not in `old`, by index and MAC address: for engines that set the
-/// network up after the pod's start.
-pub fn added(old: &[Interface], new: &Plan) -> Vec<Interface> {
-    let known = |one: &Interface| old.iter().any(|o| o.index == one.index && o.mac == one.mac);
-    new.interfaces.iter().filter(|one| !known(one)).cloned().collect()
+/// Interfaces of `plan` beside which no tap stands: for engines that set the network up after the
+/// pod's start.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn unjoined(netns: BorrowedFd<'_>, plan: &Plan) -> Result<Vec<Interface>> {
+    let netlink = Netlink::open_in(netns).map_err(host("enter the pod's network namespace"))?;
+    let links = netlink.links().map_err(host("read the pod's interfaces"))?;
+    let joined = |one: &&Interface| links.iter().any(|link| link.name == one.tap);
+    Ok(plan.interfaces.iter().filter(|one| !joined(one)).cloned().collect())
 }
 
 /// Opens a pod's network namespace.
@@ -537,11 +542,12 @@ mod tests {
     #[test]
     fn an_interface_that_came_later_is_noticed() {
         let Some(netns) = pod() else { return };
-        let before = plan_of(&netns, "eth0");
+        let _joined = join(netns.as_fd(), &plan_of(&netns, "eth0"), 1).unwrap();
         let both = plan(netns.as_fd()).unwrap();
-        let new = added(&before.interfaces, &both);
+        let new = unjoined(netns.as_fd(), &both).unwrap();
         assert_eq!(new.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["peer"]);
-        assert!(added(&both.interfaces, &both).is_empty());
+        let _late = join(netns.as_fd(), &Plan { interfaces: new, ..Plan::default() }, 1).unwrap();
+        assert!(unjoined(netns.as_fd(), &both).unwrap().is_empty());
     }
 
     #[test]

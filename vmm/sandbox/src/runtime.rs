@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
@@ -21,29 +21,20 @@ use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
+use kuasar_forward::stdio::{self, Direction, Stream};
+use kuasar_forward::task::{Tasks, any, checked_pid};
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::record;
 use kuasar_protos::shim::api;
-use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageField};
+use protobuf::MessageField;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
-use crate::guest::{Guest, GuestError, service};
+use crate::guest::{Guest, service};
 use crate::share::ShareTree;
 use crate::spec::{self, Needs};
-use crate::stdio::{self, Direction, Stream};
-
-/// Most processes of a container that are listed.
-const MAX_PIDS: usize = 65_536;
-/// Most bytes of a container's statistics.
-const MAX_STATS: usize = 1 << 20;
-/// How long output of a machine that has ended may take to arrive: it is on this host already.
-const LAST_OUTPUT: Duration = Duration::from_millis(50);
-/// Between two attempts to ask a guest that is not reached.
-const AGAIN: Duration = Duration::from_millis(200);
 
 /// A started pod, as its containers need it.
 #[derive(Debug)]
@@ -78,6 +69,7 @@ struct OutOfMemory {
 pub struct Containers {
     pod: Pod,
     guest: Arc<Guest>,
+    tasks: Tasks,
     keeper: Arc<dyn Keeper>,
     share: ShareTree,
     oom: Mutex<HashMap<String, OutOfMemory>>,
@@ -134,7 +126,8 @@ impl Containers {
     /// The containers of `pod` in `guest`.
     pub fn new(pod: Pod, guest: Arc<Guest>, keeper: Arc<dyn Keeper>) -> Self {
         let share = ShareTree::new(&pod.dir);
-        Self { pod, guest, keeper, share, oom: Mutex::default() }
+        let tasks = Tasks::new((**guest).clone(), service::TASK, pod.create);
+        Self { pod, guest, tasks, keeper, share, oom: Mutex::default() }
     }
 
     fn dir(&self, id: &str) -> PathBuf {
@@ -162,16 +155,6 @@ impl Containers {
             // Full only when nobody has looked at 2^64 - 2 of them.
             let _ = nix::unistd::write(told, &1_u64.to_ne_bytes());
         }
-    }
-
-    async fn ask<A: Message>(&self, method: &str, question: &impl Message) -> Result<A> {
-        Ok(self.guest.call_again(service::TASK, method, question).await?)
-    }
-
-    /// A call that makes something: not repeated, and it may take longer.
-    async fn make<A: Message>(&self, method: &str, question: &impl Message) -> Result<A> {
-        let limit = Some(self.pod.create);
-        Ok(self.guest.call_for(service::TASK, method, question, limit).await?)
     }
 
     /// Prepares root file system, volumes and spec; synchronous work in one go.
@@ -249,8 +232,7 @@ impl Containers {
             options: MessageField::some(options),
             ..api::CreateTaskRequest::default()
         };
-        let answer: api::CreateTaskResponse = self.make("Create", &question).await?;
-        let pid = checked_pid(answer.pid)?;
+        let pid = self.tasks.create(&question).await?;
         save(&self.dir(&request.id), Meta { pid })?;
         self.spawned(&request.id, "", pid, ends, terminal).await
     }
@@ -288,25 +270,7 @@ impl Containers {
         exec: &str,
         outputs: Vec<Stream>,
     ) -> BoxFuture<'static, Exit> {
-        let (guest, keeper, drain) = (self.guest.clone(), self.keeper.clone(), self.pod.drain);
-        let prefix = stdio::process_prefix(container, exec);
-        let question = api::WaitRequest {
-            id: container.into(),
-            exec_id: exec.into(),
-            ..api::WaitRequest::default()
-        };
-        Box::pin(async move {
-            let status = wait(&guest, &question).await;
-            let at = SystemTime::now();
-            let limit = if guest.is_gone() { LAST_OUTPUT } else { drain };
-            let ends = outputs.into_iter().map(|output| output.finish(limit));
-            futures::future::join_all(ends).await;
-            // What is kept would keep readers waiting.
-            if let Err(error) = keeper.forget(&prefix).await {
-                tracing::error!(%prefix, "streams stay open: {}", error.chain());
-            }
-            Exit { status, at }
-        })
+        self.tasks.exit_of(container, exec, outputs, self.keeper.clone(), self.pod.drain)
     }
 
     async fn undo(&self, id: &str) {
@@ -316,45 +280,10 @@ impl Containers {
     }
 }
 
-/// Asks the guest how a process ended, for as long as it takes.
-async fn wait(guest: &Guest, question: &api::WaitRequest) -> u32 {
-    loop {
-        let answer: std::result::Result<api::WaitResponse, _> =
-            guest.call_for(service::TASK, "Wait", question, None).await;
-        match answer {
-            // Codes have eight bits; a guest may say anything.
-            Ok(answer) => return answer.exit_status.min(255),
-            Err(GuestError::Gone) => return 137,
-            Err(error) if error.is_not_found() => return 255,
-            Err(error) => {
-                tracing::warn!(container = %question.id, exec = %question.exec_id, %error,
-                    "its end is asked for again");
-                tokio::select! {
-                    () = guest.gone() => return 137,
-                    () = tokio::time::sleep(AGAIN) => {}
-                }
-            }
-        }
-    }
-}
-
 fn save(dir: &Path, meta: Meta) -> Result<()> {
     let text =
         serde_json::to_vec(&meta).map_err(|error| Error::internal("write meta.json", error))?;
     record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(host("write meta.json"))
-}
-
-fn any(kind: &str, message: &impl Message) -> Result<Any> {
-    let value =
-        message.write_to_bytes().map_err(|error| Error::internal("encode a request", error))?;
-    Ok(Any { type_url: kind.into(), value, ..Any::default() })
-}
-
-fn checked_pid(pid: u32) -> Result<u32> {
-    match pid {
-        0 => Err(Error::internal("ask the guest", "it answered pid 0")),
-        pid => Ok(pid),
-    }
 }
 
 #[async_trait]
@@ -374,8 +303,7 @@ impl Runtime for Containers {
     }
 
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
-        let question = api::StartRequest { id: container.into(), ..api::StartRequest::default() };
-        self.make::<api::StartResponse>("Start", &question).await.map(drop)
+        self.tasks.start(container, "").await.map(drop)
     }
 
     async fn exec(
@@ -397,73 +325,30 @@ impl Runtime for Containers {
         if let Some((width, height)) = size {
             process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
         }
-        let value = serde_json::to_vec(&process).map_err(|error| Error::internal("exec", error))?;
-        let kind = "types.containerd.io/opencontainers/runtime-spec/1/Process";
-        let question = api::ExecProcessRequest {
-            id: container.into(),
-            exec_id: exec.into(),
-            terminal,
-            stdin,
-            stdout,
-            stderr,
-            spec: MessageField::some(Any { type_url: kind.into(), value, ..Any::default() }),
-            ..api::ExecProcessRequest::default()
-        };
-        self.make::<api::Empty>("Exec", &question).await?;
+        self.tasks.exec(container, exec, &process, terminal, [stdin, stdout, stderr]).await?;
         let started = async {
-            if let Some((width, height)) = size {
-                let question = resize(container, exec, width, height);
-                let _: api::Empty = self.ask("ResizePty", &question).await?;
+            if let Some(size) = size {
+                self.tasks.resize(container, exec, size).await?;
             }
-            let question = api::StartRequest {
-                id: container.into(),
-                exec_id: exec.into(),
-                ..api::StartRequest::default()
-            };
-            let answer: api::StartResponse = self.make("Start", &question).await?;
-            let pid = checked_pid(answer.pid)?;
+            let pid = checked_pid(self.tasks.start(container, exec).await?)?;
             self.spawned(container, exec, pid, ends, terminal).await
         };
         match started.await {
             Ok(spawned) => Ok(spawned),
             Err(error) => {
                 let _ = self.keeper.forget(&stdio::process_prefix(container, exec)).await;
-                let kill = api::KillRequest {
-                    id: container.into(),
-                    exec_id: exec.into(),
-                    signal: libc::SIGKILL as u32,
-                    ..api::KillRequest::default()
-                };
-                // The first error is the one to report.
-                let _ = self.ask::<api::Empty>("Kill", &kill).await;
-                self.forget_exec(container, exec).await;
+                self.tasks.undo_exec(container, exec).await;
                 Err(error)
             }
         }
     }
 
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
-        let question = api::KillRequest {
-            id: process.container.clone(),
-            exec_id: process.exec.clone(),
-            signal: u32::try_from(signal).unwrap_or_default(),
-            all,
-            ..api::KillRequest::default()
-        };
-        self.ask::<api::Empty>("Kill", &question).await.map(drop)
+        self.tasks.kill(process, signal, all).await
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {
-        let question = api::DeleteRequest { id: container.into(), ..api::DeleteRequest::default() };
-        match self.make::<api::DeleteResponse>("Delete", &question).await {
-            // Not there (any more), with the machine or without.
-            Ok(_) | Err(Error::NotFound(_)) => {}
-            // The guest is asked no more when the pod ends; what it holds goes with it.
-            Err(error) if self.guest.is_gone() => {
-                tracing::debug!(container, error = %error.chain(), "deleted without the guest");
-            }
-            Err(error) => return Err(error),
-        }
+        self.tasks.delete(container).await?;
         self.keeper.forget(&stdio::container_prefix(container)).await?;
         self.oom.lock().unwrap_or_else(PoisonError::into_inner).remove(container);
         let (share, dir, id) = (self.share.clone(), self.dir(container), container.to_owned());
@@ -481,23 +366,15 @@ impl Runtime for Containers {
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
         let meta = self.meta(container)?;
-        let question = api::PidsRequest { id: container.into(), ..api::PidsRequest::default() };
-        let answer: Result<api::PidsResponse> = self.ask("Pids", &question).await;
-        let listed = answer.map(|answer| answer.processes).unwrap_or_default();
-        let pids: Vec<u32> =
-            listed.iter().map(|one| one.pid).filter(|pid| *pid != 0).take(MAX_PIDS).collect();
-        // containerd takes an empty list for a leaked shim.
-        Ok(if pids.is_empty() { vec![meta.pid.max(1)] } else { pids })
+        Ok(self.tasks.pids(container, meta.pid).await)
     }
 
     async fn pause(&self, container: &str) -> Result<()> {
-        let question = api::PauseRequest { id: container.into(), ..api::PauseRequest::default() };
-        self.ask::<api::Empty>("Pause", &question).await.map(drop)
+        self.tasks.pause(container).await
     }
 
     async fn resume(&self, container: &str) -> Result<()> {
-        let question = api::ResumeRequest { id: container.into(), ..api::ResumeRequest::default() };
-        self.ask::<api::Empty>("Resume", &question).await.map(drop)
+        self.tasks.resume(container).await
     }
 
     async fn checkpoint(
@@ -515,36 +392,11 @@ impl Runtime for Containers {
         let mut resources: Map<String, Value> = serde_json::from_slice(resources)
             .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
         spec::resources(&mut resources);
-        let value =
-            serde_json::to_vec(&resources).map_err(|error| Error::internal("update", error))?;
-        let kind = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
-        let question = api::UpdateTaskRequest {
-            id: container.into(),
-            resources: MessageField::some(Any { type_url: kind.into(), value, ..Any::default() }),
-            ..api::UpdateTaskRequest::default()
-        };
-        self.ask::<api::Empty>("Update", &question).await.map(drop)
+        self.tasks.update(container, &resources).await
     }
 
     async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {
-        const V1: &str = "io.containerd.cgroups.v1.Metrics";
-        const V2: &str = "io.containerd.cgroups.v2.Metrics";
-        let version = match flavor {
-            StatsFlavor::Native => service::TASK,
-            StatsFlavor::V1 => service::TASK_V2,
-        };
-        let question = api::StatsRequest { id: container.into(), ..api::StatsRequest::default() };
-        let answer: api::StatsResponse = self.guest.call_again(version, "Stats", &question).await?;
-        let stats = answer.stats.into_option().unwrap_or_default();
-        // Another type would fail the list of all containers' statistics.
-        let known = match flavor {
-            StatsFlavor::Native => [V1, V2].contains(&stats.type_url.as_str()),
-            StatsFlavor::V1 => stats.type_url == V1,
-        };
-        if !known || stats.value.len() > MAX_STATS {
-            return Err(Error::internal("ask the guest", "it answered no cgroup statistics"));
-        }
-        Ok((stats.type_url, stats.value))
+        self.tasks.stats(container, flavor).await
     }
 
     async fn oom_watch(&self, container: &str) -> Option<OwnedFd> {
@@ -564,8 +416,7 @@ impl Runtime for Containers {
     }
 
     async fn resize(&self, process: &ProcessRef, width: u16, height: u16) -> Result<bool> {
-        let question = resize(&process.container, &process.exec, width, height);
-        self.ask::<api::Empty>("ResizePty", &question).await?;
+        self.tasks.resize(&process.container, &process.exec, (width, height)).await?;
         Ok(true)
     }
 
@@ -598,33 +449,7 @@ impl Runtime for Containers {
 
     async fn exit_recorded(&self, process: &ProcessRef) {
         if !process.exec.is_empty() {
-            self.forget_exec(&process.container, &process.exec).await;
+            self.tasks.forget_exec(&process.container, &process.exec).await;
         }
-    }
-}
-
-impl Containers {
-    /// The guest may forget an exec that has ended.
-    async fn forget_exec(&self, container: &str, exec: &str) {
-        let question = api::DeleteRequest {
-            id: container.into(),
-            exec_id: exec.into(),
-            ..api::DeleteRequest::default()
-        };
-        match self.ask::<api::DeleteResponse>("Delete", &question).await {
-            Ok(_) | Err(Error::NotFound(_)) => {}
-            Err(error) => tracing::debug!(container, exec, error = %error.chain(),
-                "the guest goes on knowing an ended exec"),
-        }
-    }
-}
-
-fn resize(container: &str, exec: &str, width: u16, height: u16) -> api::ResizePtyRequest {
-    api::ResizePtyRequest {
-        id: container.into(),
-        exec_id: exec.into(),
-        width: width.into(),
-        height: height.into(),
-        ..api::ResizePtyRequest::default()
     }
 }

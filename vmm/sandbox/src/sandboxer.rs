@@ -27,7 +27,7 @@ use containerd_sandbox::sandboxer::{
 use containerd_task::runtime::Keeper;
 use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{ParentKeeper, TaskServers, Tasks};
-use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::cgroup::Layout;
 use kuasar_oci::pod::Modes;
 use kuasar_pod::files::{self, host};
 use protobuf::MessageField;
@@ -36,47 +36,40 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
-use vmm_common::port;
 
-use crate::config::{Config, HostNetwork, RootImage};
-use crate::guest::{Dial, Guest, GuestError, Limits, service};
+use crate::config::{Config, HostNetwork};
+use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
+use crate::template::Templates;
+use crate::vmm::cloud_hypervisor::CloudHypervisor;
+use crate::vmm::firecracker::Firecracker;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
-use crate::vmm::{
-    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Launcher, Nic, Range, Root, Share,
-    ShareKind, Vm, VmSpec, VmState, Vmm,
-};
+use crate::vmm::stratovirt::StratoVirt;
+use crate::vmm::{self, Feature, Launcher, Vm, VmState, Vmm};
+use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
-/// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
-const CID: u32 = 3;
-/// Last characters of a guest's console in an error.
-const CONSOLE_TAIL: usize = 400;
 /// How long a killed process may take to leave its cgroup.
-const CGROUP: Duration = Duration::from_secs(5);
-/// How long the guest may hold back an answer that there are no events.
-const POLL: Duration = Duration::from_secs(20);
-/// Between two attempts to ask for events.
-const AGAIN: Duration = Duration::from_millis(500);
+pub(crate) const CGROUP: Duration = Duration::from_secs(5);
 
 /// What is durable of a pod.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-struct PodState {
+pub(crate) struct PodState {
     /// cgroup parent, when the pod's cgroup was made by us.
-    own_cgroup: Option<String>,
+    pub own_cgroup: Option<String>,
     /// cgroup of VMM and helpers.
-    machine_cgroup: Option<String>,
+    pub machine_cgroup: Option<String>,
     /// Directory of the machine's sockets and logs.
-    machine_dir: Option<PathBuf>,
+    pub machine_dir: Option<PathBuf>,
     /// The machine.
-    vm: Option<VmState>,
+    pub vm: Option<VmState>,
     /// The agent's token.
-    token: String,
+    pub token: String,
     /// Interfaces that were joined with taps.
-    interfaces: Vec<Interface>,
+    pub interfaces: Vec<Interface>,
 }
 
 /// A running machine.
@@ -84,12 +77,13 @@ struct Live {
     vm: Arc<dyn Vm>,
     guest: Arc<Guest>,
     /// What watches it.
-    watchers: Vec<tokio::task::JoinHandle<()>>,
+    watchers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.watchers.iter().for_each(tokio::task::JoinHandle::abort);
+        let watchers = self.watchers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        watchers.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }
 
@@ -99,16 +93,17 @@ pub struct VmmSandboxer {
     parent: Parent,
     /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
     fresh: bool,
-    cgroups: Arc<Layout>,
-    dir: PathBuf,
+    pub(crate) cgroups: Arc<Layout>,
+    pub(crate) dir: PathBuf,
     exe: PathBuf,
     servers: Arc<TaskServers>,
     live: Mutex<HashMap<String, Arc<Live>>>,
+    pub(crate) templates: Arc<Templates>,
 }
 
 /// Dials a guest through its unix socket.
 #[derive(Debug)]
-struct Hybrid(PathBuf);
+pub(crate) struct Hybrid(pub PathBuf);
 
 #[async_trait]
 impl Dial for Hybrid {
@@ -117,7 +112,7 @@ impl Dial for Hybrid {
     }
 }
 
-fn machine(error: vmm::Error) -> Error {
+pub(crate) fn machine(error: vmm::Error) -> Error {
     let text = chain(&error);
     match error {
         vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
@@ -129,7 +124,7 @@ fn machine(error: vmm::Error) -> Error {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -156,7 +151,7 @@ fn task(error: containerd_task::error::Error) -> Error {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
@@ -181,11 +176,14 @@ impl VmmSandboxer {
         dir: PathBuf,
         exe: PathBuf,
     ) -> Self {
+        let configured = config.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let templates = configured.template.dir.clone().unwrap_or_else(|| dir.join("templates"));
         Self {
             config,
             parent: parts.parent.clone(),
             fresh: parts.fresh,
             cgroups: Arc::new(cgroups),
+            templates: Arc::new(Templates::new(templates)),
             dir,
             exe,
             servers: parts.servers.clone(),
@@ -214,7 +212,7 @@ impl VmmSandboxer {
         Launcher::new(Arc::new(self.parent.clone()), jail)
     }
 
-    fn vmm(&self, config: &Config, kind: vmm::Kind) -> Result<(Arc<dyn Vmm>, Launcher)> {
+    pub(crate) fn vmm(&self, config: &Config, kind: vmm::Kind) -> Result<(Arc<dyn Vmm>, Launcher)> {
         let launcher = self.launcher(config);
         let helpers: HelpersConfig = config.helpers.clone();
         match kind {
@@ -222,7 +220,19 @@ impl VmmSandboxer {
                 let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
                 Ok((Arc::new(qemu), launcher))
             }
-            other => Err(Error::Unimplemented(format!("{other} is not supported yet: use qemu"))),
+            vmm::Kind::CloudHypervisor => {
+                let config = config.cloud_hypervisor.clone();
+                let vmm = CloudHypervisor::new(config, helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::StratoVirt => {
+                let vmm = StratoVirt::new(config.stratovirt.clone(), helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::Firecracker => {
+                let vmm = Firecracker::new(config.firecracker.clone(), launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
         }
     }
 
@@ -234,7 +244,7 @@ impl VmmSandboxer {
         format!("{}/machine-{}", parent.trim_end_matches('/'), ctx.spec.id)
     }
 
-    async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
+    pub(crate) async fn save(&self, ctx: &SandboxContext, state: &PodState) -> Result<()> {
         let value = serde_json::to_value(state)
             .map_err(|error| Error::internal("record the pod", error))?;
         ctx.handle.save(value).await
@@ -275,58 +285,12 @@ impl VmmSandboxer {
         })
     }
 
-    fn vm_spec(
-        &self,
+    /// What the guest is told of its pod.
+    pub(crate) fn setup(
         ctx: &SandboxContext,
         config: &Config,
-        dir: &Path,
-        netns: Option<Arc<OwnedFd>>,
-        nics: Vec<Nic>,
-        cgroup: &Cgroup,
-    ) -> Result<VmSpec> {
-        let images = config.guest.find().map_err(Error::FailedPrecondition)?;
-        let root = match images.root {
-            RootImage::Initrd(path) => Root::Initrd(path),
-            RootImage::Erofs(path) => Root::Image {
-                disk: Disk::open("root", &path, DiskFormat::Raw, true).map_err(machine)?,
-                fstype: "erofs".into(),
-            },
-        };
-        let linux = &ctx.spec.config.linux;
-        let resources = linux.resources.as_ref().cloned().unwrap_or_default();
-        let (cpus, memory) = config.size.of(
-            resources.cpu_quota,
-            resources.cpu_period,
-            resources.memory_limit_in_bytes,
-        );
-        Ok(VmSpec {
-            id: ctx.spec.id.clone(),
-            dir: dir.to_owned(),
-            cpus: Range::fixed(cpus),
-            memory_mib: Range::fixed(memory),
-            hugepages: config.size.hugepages,
-            boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
-            shares: vec![Share {
-                tag: vmm_common::SHARE_TAG.into(),
-                dir: ShareTree::new(&ctx.dir).served(),
-                kind: ShareKind::Virtiofs,
-                read_only: false,
-            }],
-            nics,
-            disks: Vec::new(),
-            channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
-            entropy: true,
-            console: Console {
-                log: ctx.dir.join("console.log"),
-                limit: config.guest.console_bytes,
-            },
-            netns,
-            cgroups: cgroup.entrances(),
-        })
-    }
-
-    /// What the guest is told of its pod.
-    fn setup(ctx: &SandboxContext, config: &Config, plan: &Plan) -> Result<wire::SetupRequest> {
+        plan: &Plan,
+    ) -> Result<wire::SetupRequest> {
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
         // The names and the sysctls are the guest's alone, whatever the pod shares.
         let own = Modes { host_network: false, host_ipc: false, ..modes };
@@ -360,7 +324,7 @@ impl VmmSandboxer {
     }
 
     /// Takes a running machine into the table, with everything that watches it.
-    fn insert(
+    pub(crate) fn insert(
         &self,
         ctx: &SandboxContext,
         config: &Config,
@@ -410,9 +374,27 @@ impl VmmSandboxer {
         }
         // Not among the watchers: it has to see the end that we order as well.
         tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
-        let live = Live { vm, guest: guest.clone(), watchers };
+        let live = Live { vm, guest: guest.clone(), watchers: Mutex::new(watchers) };
         self.live().insert(id.clone(), Arc::new(live));
         Ok((tasks, guest))
+    }
+
+    /// Follows the network of a running pod; `told` is what its guest knows of it.
+    pub(crate) fn follow_network(&self, ctx: &SandboxContext, told: Option<wire::Network>) {
+        let netns = &ctx.spec.netns_path;
+        let Some(live) = self.running(&ctx.spec.id).filter(|_| !netns.is_empty()) else { return };
+        match network::open(netns) {
+            Ok(netns) => {
+                let (id, vm, guest) = (ctx.spec.id.clone(), live.vm.clone(), live.guest.clone());
+                let watcher = tokio::spawn(crate::nics::follow(id, netns, vm, guest, told));
+                live.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
+            }
+            Err(error) => tracing::warn!(
+                sandbox = ctx.spec.id,
+                error = chain(&error),
+                "changes of its network are not seen"
+            ),
+        }
     }
 
     fn started(&self, ctx: &SandboxContext, pid: u32) -> Started {
@@ -421,84 +403,6 @@ impl VmmSandboxer {
             labels.insert("oci_runtime_type".into(), ctx.spec.runtime.clone());
         }
         Started { pid, labels, ..Started::default() }
-    }
-
-    /// Starts the machine of a pod whose taps are there, up to the agent's answer.
-    async fn boot(
-        &self,
-        ctx: &SandboxContext,
-        config: &Config,
-        state: &mut PodState,
-        netns: Option<Arc<OwnedFd>>,
-        nics: Vec<Nic>,
-        plan: &Plan,
-    ) -> Result<u32> {
-        let kind = config
-            .vmm_of(&ctx.spec.runtime, &ctx.spec.config.annotations)
-            .map_err(Error::InvalidArgument)?
-            .kind();
-        let (driver, launcher) = self.vmm(config, kind)?;
-        let cgroup = state.machine_cgroup.clone().unwrap_or_default();
-        let cgroup = self.cgroups.group(&cgroup).map_err(host("the machine's cgroup"))?;
-        let made = cgroup.clone();
-        blocking(move || made.create().map(drop).map_err(host("make the machine's cgroup")))
-            .await?;
-        let dir = state.machine_dir.clone().unwrap_or_default();
-        if let Some(parent) = dir.parent() {
-            kuasar_host::record::private_dir(parent)
-                .map_err(host("make the machines' directory"))?;
-        }
-        kuasar_host::record::private_dir(&dir).map_err(host("make the machine's directory"))?;
-        let spec = self.vm_spec(ctx, config, &dir, netns, nics, &cgroup)?;
-        let ready = vmm::vsock::bind(&uds(&dir), port::READY, launcher.owner()).map_err(machine)?;
-        let begun = Instant::now();
-        let vm = driver.spawn(&spec).await.map_err(machine)?;
-        // The machine has its own copies; ours would keep the taps.
-        drop(spec);
-        kuasar_daemon::metrics::observe("vmm_spawn", begun.elapsed());
-        state.vm = Some(vm.state());
-        self.save(ctx, state).await?;
-        let begun = Instant::now();
-        let limit = config.guest_timeouts.boot;
-        let welcomed = tokio::select! {
-            biased;
-            ended = vm.wait() => Err(Error::FailedPrecondition(format!(
-                "the machine ended before its guest was ready ({})",
-                match ended {
-                    Ok(exit) => format!("status {}", exit.status),
-                    Err(error) => error.to_string(),
-                }
-            ))),
-            ready = crate::guest::welcome(&ready, &ctx.spec.id, limit) => ready.map_err(Error::from),
-        };
-        let (agent, token) = match welcomed {
-            Ok(welcomed) => welcomed,
-            Err(error) => {
-                let said = vmm::console::tail(&ctx.dir.join("console.log"), CONSOLE_TAIL);
-                let text = format!("{}; its console: {said:?}", error.chain());
-                return Err(match error {
-                    Error::FailedPrecondition(_) => Error::FailedPrecondition(text),
-                    Error::DeadlineExceeded(_) => Error::DeadlineExceeded(text),
-                    _ => Error::FailedPrecondition(text),
-                });
-            }
-        };
-        kuasar_daemon::metrics::observe("guest_boot", begun.elapsed());
-        tracing::debug!(sandbox = ctx.spec.id, kernel = agent.kernel_release,
-            agent = agent.agent_version, took = ?begun.elapsed(), "the guest serves");
-        state.token.clone_from(&token);
-        self.save(ctx, state).await?;
-        let gone = watch::channel(false);
-        let pid = vm.pid();
-        let dial = Arc::new(Hybrid(uds(&dir)));
-        let (_tasks, guest) = self.insert(ctx, config, vm, token, dial, gone)?;
-        let begun = Instant::now();
-        let question = Self::setup(ctx, config, plan)?;
-        let limit = Some(config.guest_timeouts.create);
-        let _: wire::SetupResponse =
-            guest.call_for(service::GUEST, "Setup", &question, limit).await?;
-        kuasar_daemon::metrics::observe("guest_setup", begun.elapsed());
-        Ok(pid)
     }
 
     /// Ends a pod's machine, running or only recorded, and whatever is in its cgroup.
@@ -555,127 +459,8 @@ impl VmmSandboxer {
     }
 }
 
-fn uds(dir: &Path) -> PathBuf {
+pub(crate) fn uds(dir: &Path) -> PathBuf {
     dir.join("v").join("s")
-}
-
-/// Tells the end of a machine: first its containers, then the Controller.
-async fn watch_end(
-    vm: Arc<dyn Vm>,
-    gone: watch::Sender<bool>,
-    handle: containerd_sandbox::SandboxHandle,
-) {
-    let exit = match vm.wait().await {
-        Ok(exit) => SandboxExit { status: exit.status, at: exit.at },
-        // sandbox-parent is lost: the daemon ends, too, and nothing may be answered.
-        Err(_) => return,
-    };
-    gone.send_replace(true);
-    handle.exited(exit);
-    // Its helpers are of no use any more.
-    if let Err(error) = vm.stop(Duration::ZERO).await {
-        tracing::error!(%error, "helpers of an ended machine are left");
-    }
-}
-
-/// A machine without one of its helpers is no machine any more: it is ended.
-async fn watch_helpers(id: String, vm: Arc<dyn Vm>) {
-    use tokio::sync::broadcast::error::RecvError;
-    let mut events = vm.events();
-    loop {
-        match events.recv().await {
-            Ok(vmm::Event::HelperEnded { name, status }) => {
-                tracing::error!(
-                    sandbox = id,
-                    helper = name,
-                    status,
-                    "it has ended: so does the pod"
-                );
-                if let Err(error) = vm.stop(Duration::ZERO).await {
-                    tracing::error!(sandbox = id, %error, "the machine cannot be ended");
-                }
-                return;
-            }
-            Ok(vmm::Event::Panicked) => {
-                tracing::error!(sandbox = id, "the guest's kernel panicked")
-            }
-            Ok(event) => tracing::debug!(sandbox = id, ?event, "machine"),
-            Err(RecvError::Lagged(_)) => {}
-            Err(RecvError::Closed) => return,
-        }
-    }
-}
-
-/// Hears the guest's events.
-async fn watch_events(guest: Arc<Guest>, containers: Arc<Containers>) {
-    let mut after = 0;
-    loop {
-        let question = wire::NextEventsRequest {
-            after,
-            timeout_ms: u64::try_from(POLL.as_millis()).unwrap_or_default(),
-            ..wire::NextEventsRequest::default()
-        };
-        let limit = Some(POLL + guest.limits().call);
-        let answer: std::result::Result<wire::NextEventsResponse, _> =
-            guest.call_for(service::GUEST, "NextEvents", &question, limit).await;
-        match answer {
-            Ok(answer) => {
-                let none = answer.events.is_empty();
-                for event in answer.events {
-                    after = after.max(event.sequence);
-                    match event.event {
-                        Some(wire::event::Event::Oom(oom)) => {
-                            containers.out_of_memory(&oom.container);
-                        }
-                        Some(wire::event::Event::Warning(text)) => {
-                            tracing::warn!(text = crate::guest::clean(&text.text), "a guest says");
-                        }
-                        _ => {}
-                    }
-                }
-                if none {
-                    // A guest that answers at once all the time is not asked all the time.
-                    tokio::time::sleep(AGAIN).await;
-                }
-            }
-            Err(GuestError::Gone) => return,
-            Err(_) => tokio::time::sleep(AGAIN).await,
-        }
-    }
-}
-
-/// Sets the guest's clock now and then, which shows as well whether it is alive.
-async fn watch_health(
-    id: String,
-    vm: Arc<dyn Vm>,
-    guest: Arc<Guest>,
-    every: Duration,
-    unwell: u32,
-) {
-    let mut failed = 0_u32;
-    loop {
-        tokio::time::sleep(every).await;
-        let question = wire::SetClockRequest {
-            now_ns: crate::guest::now_ns(),
-            tolerance_ns: 100_000_000,
-            ..wire::SetClockRequest::default()
-        };
-        let answer: std::result::Result<wire::SetClockResponse, _> =
-            guest.call_again(service::GUEST, "SetClock", &question).await;
-        match answer {
-            Ok(_) => failed = 0,
-            Err(GuestError::Gone) => return,
-            Err(error) => {
-                failed = failed.saturating_add(1);
-                tracing::warn!(sandbox = id, failed, %error, "the guest is unwell");
-            }
-        }
-        if unwell > 0 && failed >= unwell {
-            tracing::error!(sandbox = id, failed, "its machine is killed");
-            let _ = vm.stop(Duration::ZERO).await;
-            return;
-        }
-    }
 }
 
 #[async_trait]
@@ -739,17 +524,8 @@ impl Sandboxer for VmmSandboxer {
             }
         };
         kuasar_daemon::metrics::observe("pod_network", begun.elapsed());
-        let nics = joined
-            .into_iter()
-            .enumerate()
-            .map(|(number, one)| Nic {
-                id: format!("net{number}"),
-                mac: one.interface.mac,
-                mtu: u16::try_from(one.interface.mtu).unwrap_or(u16::MAX),
-                tap: one.tap.into_iter().map(Arc::new).collect(),
-                tap_name: Some((one.interface.tap, None)),
-            })
-            .collect();
+        let joined = joined.into_iter().enumerate();
+        let nics = joined.map(|(n, one)| crate::nics::nic(format!("net{n}"), one)).collect();
         let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
         Ok(self.started(ctx, pid))
     }
@@ -871,7 +647,10 @@ impl Sandboxer for VmmSandboxer {
         tasks.server().recover().await;
         Ok(match ended {
             Some(exit) => Recovered::Stopped(SandboxExit { status: exit.status, at: exit.at }),
-            None => Recovered::Running(self.started(ctx, pid)),
+            None => {
+                self.follow_network(ctx, None);
+                Recovered::Running(self.started(ctx, pid))
+            }
         })
     }
 
@@ -898,6 +677,7 @@ impl Sandboxer for VmmSandboxer {
             let _ = self.parent.forget(&format!("{id}/")).await;
         }
         let (dir, known) = (self.dir.clone(), known.to_vec());
+        self.sweep_templates()?;
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
                 let ours = mount

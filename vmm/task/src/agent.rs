@@ -128,7 +128,10 @@ async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure>
         let (gate, service) = (gate.clone(), service.clone());
         serial::serve(port, gate, move |welcome| service.welcomed(welcome))?;
     }
-    if vsock && channel::has_vsock() {
+    if vsock {
+        // A machine of a template has no vsock device before it is restored: it is a copy then,
+        // and the one that plugs the device in is its host.
+        channel::wait_for_vsock().await?;
         channel::welcome(|welcome| service.welcomed(welcome)).await;
     }
     // Everything else is done by tasks that never end.

@@ -338,6 +338,20 @@ pub async fn welcome(taken: impl Fn(&Welcome)) {
     }
 }
 
+/// Returns as soon as there is a vsock device.
+///
+/// # Errors
+/// When the kernel does not tell of its devices.
+pub async fn wait_for_vsock() -> containerd_task::error::Result<()> {
+    loop {
+        let there = || Ok(has_vsock().then_some(()));
+        match crate::uevent::wait_for("a vsock device", limits::VSOCK_TIME, there).await {
+            Err(containerd_task::error::Error::DeadlineExceeded(_)) => {}
+            other => return other,
+        }
+    }
+}
+
 /// Whether there is a vsock device, and so a host at its other end.
 pub fn has_vsock() -> bool {
     // IOCTL_VM_SOCKETS_GET_LOCAL_CID of linux/vm_sockets.h.

@@ -141,6 +141,10 @@ impl Plan {
     /// [`Error::DeadlineExceeded`] for a device that does not appear; the kernel's.
     pub async fn mount(self) -> Result<PathBuf> {
         let device = match &self.source {
+            Source::Plain(tag) if self.fstype == "virtiofs" => {
+                find_share(Path::new("/sys/fs/virtiofs"), tag).await?;
+                PathBuf::from(tag)
+            }
             Source::Plain(text) => PathBuf::from(text),
             source => find_device(source).await?,
         };
@@ -210,6 +214,21 @@ fn device_node(device: &Path, at: &Path) -> Result<()> {
         }
         Err(error) => Err(failed(error.into())),
     }
+}
+
+/// Waits for a share that was just plugged in. A kernel before 6.9 lists none: there the mount
+/// itself says whether it is there.
+async fn find_share(sys: &Path, tag: &str) -> Result<()> {
+    let listed = |entry: &std::fs::DirEntry| {
+        let name = std::fs::read_to_string(entry.path().join("tag")).unwrap_or_default();
+        name.trim_end_matches('\n') == tag
+    };
+    let what = format!("the share {tag:.40}");
+    crate::uevent::wait_for(&what, limits::DEVICE_TIME, || {
+        let Ok(entries) = std::fs::read_dir(sys) else { return Ok(Some(())) };
+        Ok(entries.flatten().any(|entry| listed(&entry)).then_some(()))
+    })
+    .await
 }
 
 async fn find_device(source: &Source) -> Result<PathBuf> {

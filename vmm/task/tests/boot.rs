@@ -184,6 +184,14 @@ async fn a_guest_boots_and_runs_containers() {
     );
     let again = guest.setup(soon(), &setup(false)).await.unwrap_err();
     assert!(again.to_string().contains("already"), "{again}");
+    // The host tells what is not there from what has failed by the code alone.
+    let nobody = api::StateRequest { id: "nobody".into(), ..Default::default() };
+    let unknown = task.state(soon(), &nobody).await.unwrap_err();
+    let code = match &unknown {
+        ttrpc::Error::RpcStatus(status) => status.code(),
+        _ => ttrpc::Code::UNKNOWN,
+    };
+    assert_eq!(code, ttrpc::Code::NOT_FOUND, "{unknown}");
 
     // Exit code and output, to the last byte.
     let (status, output) = pod.run(&tools, "c1", &["sh", "-c", "echo hello; exit 7"]).await;

@@ -272,16 +272,19 @@ impl Cgroup {
             if d.is_dir() {
                 continue;
             }
-            fs::create_dir_all(&d).context(|| format!("cannot make {}", d.display()))?;
+            let make = || fs::create_dir_all(&d).context(|| format!("cannot make {}", d.display()));
             made = true;
-            if let Layout::V2(root) = &self.layout {
-                delegate(root, &self.path);
-            }
-            if let Layout::V1(c) = &self.layout
-                && c.get("cpuset").is_some_and(|m| d.starts_with(m))
-            {
-                // A new cpuset is empty and takes no process until it has been filled.
-                self.inherit_cpuset(&d);
+            match &self.layout {
+                Layout::V1(c) if c.get("cpuset").is_some_and(|m| d.starts_with(m)) => {
+                    cloning(&d, make)?;
+                    // A new cpuset that is empty takes no process until it has been filled.
+                    self.inherit_cpuset(&d);
+                }
+                Layout::V1(_) => make()?,
+                Layout::V2(root) => {
+                    make()?;
+                    delegate(root, &self.path);
+                }
             }
         }
         Ok(made)
@@ -477,6 +480,22 @@ impl Cgroup {
         text.and_then(|t| t.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok()))
             .unwrap_or(0)
     }
+}
+
+/// Makes a cpuset with the CPUs and memory nodes of its parent: the kernel copies them while
+/// `cgroup.clone_children` is set. Written by us, afterwards, each would have the scheduler rebuild
+/// its domains, which stops all CPUs.
+fn cloning<T>(dir: &Path, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    let flag = dir.parent().map(|parent| parent.join("cgroup.clone_children"));
+    // Best effort: without it, or when somebody else sets it back, the values are written.
+    let set = flag.filter(|flag| {
+        fs::read(flag).is_ok_and(|value| value.starts_with(b"0")) && fs::write(flag, "1").is_ok()
+    });
+    let made = make();
+    if let Some(flag) = set {
+        let _ = fs::write(flag, "0");
+    }
+    made
 }
 
 fn collect_pids(dir: &Path, pids: &mut Vec<u32>) -> Result<()> {

@@ -108,7 +108,7 @@ fn open(pid: libc::pid_t, request: &Request<'_>, init: libc::pid_t) -> Result<Ma
 }
 
 /// Opens `/proc/<pid>/ns/<name>` without allocating.
-fn open_ns(pid: libc::pid_t, name: &[u8; 3]) -> Result<Fd, i32> {
+pub fn open_ns(pid: libc::pid_t, name: &[u8; 3]) -> Result<Fd, i32> {
     let mut digits = [0u8; 10];
     let mut n = pid.unsigned_abs();
     let mut count = 0;

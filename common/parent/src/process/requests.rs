@@ -1,11 +1,11 @@
 //! What a daemon may ask for, operation by operation.
 
 use sandbox_parent::protocol::{
-    CAPABILITIES, Fixed, MAX_MESSAGE, MAX_NAME, Reader, VERSION, Writer, op, stage,
+    CAPABILITIES, Fixed, MAX_MESSAGE, MAX_NAME, Reader, VERSION, Writer, ns, op, stage,
 };
 
 use super::control::Parent;
-use super::namespaces;
+use super::namespaces::{self, Made};
 use super::spawn::{self, Failure, at};
 use super::store::pending;
 use super::sys::{self, Fd, Passed};
@@ -167,14 +167,83 @@ impl Parent {
         w: &mut Writer<Fixed<'_>>,
     ) -> Result<(), Failure> {
         let since = self.reaper.next;
+        let mut look = *m;
+        let (flags, id) = (look.u8().ok_or(BAD)?, look.str().ok_or(BAD)?);
         let made = namespaces::make(m, fds)?;
         made.fds.iter().filter(|f| f.is_some()).for_each(|f| self.outgoing.push(*f));
+        let mut init = Fd::NONE;
         if made.init > 0 {
-            let pidfd: Fd = sys::pidfd_open(made.init).map_err(at(stage::OPEN))?;
-            self.outgoing.push(pidfd);
+            init = sys::pidfd_open(made.init).map_err(at(stage::OPEN))?;
+            self.outgoing.push(init);
         }
         w.u32(made.init as u32).u64(since);
+        if flags & ns::KEEP != 0 {
+            if let Err(failure) = self.keep_namespaces(id, &made, init) {
+                let mut name = Name::default();
+                if let Some(all) = name.of(id, b"") {
+                    self.store.forget(all);
+                }
+                if init.is_some() {
+                    // Nobody else knows of it.
+                    let _ = sys::pidfd_kill(init);
+                }
+                return Err(failure);
+            }
+            w.u8(1);
+        }
         Ok(())
+    }
+
+    /// Keeps what was made as `<id>/ns/…`, beside what the daemon gets.
+    fn keep_namespaces(&mut self, id: &str, made: &Made, init: Fd) -> Result<(), Failure> {
+        let pid = match made.init {
+            0 => Fd::NONE,
+            init => namespaces::open_ns(init, b"pid").map_err(at(stage::OPEN))?,
+        };
+        let [ipc, uts, user] = made.fds;
+        // The PID namespace is not passed on: the descriptor itself is kept.
+        let kept = [(ipc, &b"ipc"[..]), (uts, b"uts"), (user, b"user"), (init, b"init")];
+        let mut outcome =
+            kept.into_iter().filter(|(fd, _)| fd.is_some()).try_for_each(|(fd, what)| {
+                let fd = sys::duplicate(fd).map_err(at(stage::FDS))?;
+                self.keep_one(id, what, fd)
+            });
+        if pid.is_some() {
+            outcome = self.keep_one(id, b"pid", pid).and(outcome);
+        }
+        outcome
+    }
+
+    fn keep_one(&mut self, id: &str, what: &[u8], fd: Fd) -> Result<(), Failure> {
+        let mut name = Name::default();
+        let kept = match name.of(id, what) {
+            Some(name) => self.store.keep(name, fd).map_err(|fd| (fd, FULL)),
+            None => Err((fd, BAD)),
+        };
+        kept.map_err(|(mut fd, failure)| {
+            fd.close();
+            failure
+        })
+    }
+}
+
+/// Room for a name, without allocating.
+struct Name([u8; MAX_NAME]);
+
+impl Default for Name {
+    fn default() -> Self {
+        Self([0; MAX_NAME])
+    }
+}
+
+impl Name {
+    /// `<id>/ns/<what>`; `None` when it is too long or there is no id.
+    fn of(&mut self, id: &str, what: &[u8]) -> Option<&[u8]> {
+        let parts = [id.as_bytes(), b"/ns/", what];
+        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        let room = self.0.get_mut(..len).filter(|_| !id.is_empty())?;
+        room.iter_mut().zip(parts.into_iter().flatten()).for_each(|(to, from)| *to = *from);
+        Some(room)
     }
 }
 

@@ -87,6 +87,21 @@ pub fn pidfd_open(pid: libc::pid_t) -> Result<Fd, i32> {
     own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as libc::c_int)
 }
 
+/// Kills the process of a pidfd.
+pub fn pidfd_kill(pidfd: Fd) -> Result<(), i32> {
+    let none: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: an open descriptor, and no information about the signal.
+    let r =
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.get(), libc::SIGKILL, none, 0) };
+    check(r as libc::c_int).map(drop)
+}
+
+/// Another descriptor for the same, close-on-exec.
+pub fn duplicate(fd: Fd) -> Result<Fd, i32> {
+    // SAFETY: an open descriptor; the new one is above those of standard streams.
+    own(unsafe { libc::fcntl(fd.get(), libc::F_DUPFD_CLOEXEC, 3) })
+}
+
 /// Whether a pid still names a process, be it a zombie.
 pub fn exists(pid: libc::pid_t) -> bool {
     // SAFETY: signal 0 only asks.

@@ -136,6 +136,17 @@ pub async fn virtiofsd(
     let socket = UnixStream::connect(&path).doing(|| format!("connect {}", path.display()));
     // Both ends are ours now: nobody else shall find the path.
     std::fs::remove_file(&path).doing(|| format!("remove {}", path.display()))?;
+    let process = run_virtiofsd(config, launcher, spec, share, listener).await?;
+    Ok(Helper { process, socket: socket?.into() })
+}
+
+async fn run_virtiofsd(
+    config: &HelpersConfig,
+    launcher: &Launcher,
+    spec: &VmSpec,
+    share: &Share,
+    listener: OwnedFd,
+) -> Result<Process> {
     // It accepts with a blocking descriptor.
     nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))
         .doing(|| "configure a socket")?;
@@ -153,7 +164,24 @@ pub async fn virtiofsd(
         netns: None,
         cgroups: &spec.cgroups,
     };
-    Ok(Helper { process: launcher.run(program).await?, socket: socket?.into() })
+    launcher.run(program).await
+}
+
+/// The same for a VMM that connects by path: virtiofsd listens at `path`, which the VMM's user may
+/// reach and nobody else. It serves the first who comes.
+///
+/// # Errors
+/// As [`virtiofsd`].
+pub async fn virtiofsd_at(
+    config: &HelpersConfig,
+    launcher: &Launcher,
+    spec: &VmSpec,
+    share: &Share,
+    path: &Path,
+) -> Result<Process> {
+    check_socket(path, 0)?;
+    let listener = super::vsock::private(path, launcher.owner())?;
+    run_virtiofsd(config, launcher, spec, share, listener).await
 }
 
 /// `vhost-device-vsock`'s command line.
@@ -230,10 +258,10 @@ pub async fn vsock(
 }
 
 /// Waits for a socket to be made in a directory.
-struct Watch(AsyncFd<OwnedFd>);
+pub(super) struct Watch(AsyncFd<OwnedFd>);
 
 impl Watch {
-    fn new(dir: &Path) -> Result<Self> {
+    pub(super) fn new(dir: &Path) -> Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .doing(|| "watch a directory")?;
         inotify
@@ -244,7 +272,7 @@ impl Watch {
         fd.map(Self).map_err(std::io::Error::from).doing(|| "watch a directory")
     }
 
-    async fn connect(&self, socket: &Path) -> Result<UnixStream> {
+    pub(super) async fn connect(&self, socket: &Path) -> Result<UnixStream> {
         loop {
             match UnixStream::connect(socket) {
                 Ok(stream) => return Ok(stream),

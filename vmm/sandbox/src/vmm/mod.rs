@@ -31,13 +31,21 @@
 //! **What may not happen.** A VMM is as hostile as its guest: whatever it says is bounded in
 //! size and time before anything is done with it; its answers change nothing but this machine.
 
+pub mod cloud_hypervisor;
 pub mod console;
+mod core;
+mod disks;
 pub mod error;
+mod files;
+pub mod firecracker;
 pub mod helpers;
+pub mod http;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod spec;
+mod started;
+pub mod stratovirt;
 pub mod vsock;
 
 use std::fmt;
@@ -56,7 +64,7 @@ pub use spec::{
     VmSpec,
 };
 
-/// The VMMs that there are drivers for, or will be.
+/// The VMMs that there are drivers for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
@@ -183,6 +191,15 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// What its machines can do at best; [`Vm::features`] is what one can.
     fn features(&self) -> Features;
 
+    /// What a snapshot depends on, of the program and its configuration: as text, which changes
+    /// when a snapshot of before must not be used.
+    ///
+    /// # Errors
+    /// When the program cannot be looked at.
+    fn identity(&self) -> Result<String> {
+        Err(self.cannot(Feature::Snapshot))
+    }
+
     /// Starts a machine. When it answers the VMM has taken its configuration and the CPUs run;
     /// the guest says itself when it is ready. On failure nothing is left.
     ///
@@ -266,13 +283,19 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// [`Error::Deadline`], [`Error::Gone`].
     async fn ping(&self) -> Result<()>;
 
-    /// Plugs in a disk. The guest finds it by its serial number, [`Disk::id`].
+    /// Plugs in a disk. The guest finds it by its serial number, see [`Vm::disk_serial`].
     ///
     /// # Errors
     /// [`Error::Unsupported`], [`Error::DeviceExists`], [`Error::Exhausted`] without free slot.
     async fn attach_disk(&self, disk: &Disk) -> Result<()> {
         let _ = disk;
         Err(self.cannot(Feature::DiskHotplug))
+    }
+
+    /// What the guest reads as serial number of a disk that the machine has: [`Disk::id`], except
+    /// where a VMM gives numbers of its own (Firecracker).
+    fn disk_serial(&self, id: &str) -> String {
+        id.to_owned()
     }
 
     /// Plugs in a network interface. The guest finds it by its MAC address.

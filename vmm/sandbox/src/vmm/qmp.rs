@@ -170,7 +170,8 @@ impl Qmp {
     ) -> Result<Value> {
         let inner = &self.0;
         let id = inner.next.fetch_add(1, Ordering::Relaxed);
-        let mut message = serde_json::json!({ "execute": name, "id": id });
+        // As text: StratoVirt takes no number.
+        let mut message = serde_json::json!({ "execute": name, "id": id.to_string() });
         // StratoVirt wants no arguments where there are none.
         if let (Some(fields), Some(map)) = (message.as_object_mut(), arguments.as_object())
             && !map.is_empty()
@@ -265,7 +266,7 @@ fn route(kind: Kind, mut line: Value, shared: &Mutex<Shared>, events: &broadcast
         return;
     }
     let Some(waiting) =
-        line.get("id").and_then(Value::as_u64).and_then(|id| lock(shared).open.remove(&id))
+        line.get("id").and_then(number).and_then(|id| lock(shared).open.remove(&id))
     else {
         tracing::debug!(vmm = %kind, "an answer that nobody waits for");
         return;
@@ -278,6 +279,10 @@ fn route(kind: Kind, mut line: Value, shared: &Mutex<Shared>, events: &broadcast
             .unwrap_or(Refusal { desc: "no reason given".into() })),
     };
     let _ = waiting.send(answer);
+}
+
+fn number(id: &Value) -> Option<u64> {
+    id.as_u64().or_else(|| id.as_str()?.parse().ok())
 }
 
 /// Lines of JSON, of bounded length.

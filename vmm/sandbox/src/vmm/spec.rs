@@ -339,3 +339,32 @@ pub(crate) fn check_device_id(id: &str) -> Result<()> {
 fn invalid<T>(text: &str) -> Result<T> {
     Err(Error::Invalid(text.into()))
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A machine for the drivers' own tests.
+    pub(crate) fn spec() -> VmSpec {
+        VmSpec {
+            id: "one".into(),
+            dir: "/run/k/vm".into(),
+            cpus: Range::fixed(1),
+            memory_mib: Range::fixed(128),
+            hugepages: false,
+            boot: Boot {
+                kernel: "/k/vmlinux".into(),
+                root: Root::Initrd("/k/initrd".into()),
+                params: vec!["quiet".into()],
+            },
+            shares: Vec::new(),
+            nics: Vec::new(),
+            disks: Vec::new(),
+            channel: Channel::HybridVsock { cid: 3, uds: "/run/k/v/s".into() },
+            entropy: true,
+            console: Console { log: "/run/k/console.log".into(), limit: 4096 },
+            netns: None,
+            cgroups: Vec::new(),
+        }
+    }
+}

@@ -150,8 +150,10 @@ fn obey(line: &str) -> String {
             "did not".into()
         }
         ["poweroff"] => {
-            // RB_AUTOBOOT: the VMM makes it its exit.
-            unsafe { c::reboot(0x0123_4567) };
+            // RB_POWER_OFF where there is firmware for it; RB_AUTOBOOT, which the VMM makes its
+            // exit, where there is none.
+            let firmware = Path::new("/sys/firmware/acpi").exists();
+            unsafe { c::reboot(if firmware { 0x4321_fedc } else { 0x0123_4567 }) };
             "did not".into()
         }
         _ => "what?".into(),
@@ -217,6 +219,8 @@ fn main() {
     {
         let _ = mount(kind, to, kind);
     }
+    // Memory that is plugged in is used.
+    let _ = fs::write("/sys/devices/system/memory/auto_online_blocks", "online");
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     println!("probe: {}", line.trim());
     if line.contains("probe.channel=serial") {

@@ -8,7 +8,8 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat};
 use serde_json::{Value, json};
 
-use super::paths::{self, Want};
+use kuasar_host::inside::{self as paths, Want};
+
 use super::plan::Plan;
 use super::{spec, sys};
 

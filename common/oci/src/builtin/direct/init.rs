@@ -1,6 +1,6 @@
 //! The container's first process, from its first moment to its payload.
 
-use std::io::{Read, Write};
+use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -11,7 +11,7 @@ use nix::sched::CloneFlags;
 
 use super::plan::Plan;
 use super::seccomp::Filter;
-use super::{privileges, rootfs, sys};
+use super::{join, privileges, rootfs, sys};
 use crate::builtin::workload::{Container, Workload};
 use crate::builtin::{console, payload};
 
@@ -25,8 +25,8 @@ pub struct Prepared {
     pub console: Option<UnixStream>,
     /// The container's cgroup.
     pub group: Cgroup,
-    /// Whether this process is in it since it was made.
-    pub in_group: bool,
+    /// How this process comes into it.
+    pub turn: Turn,
     /// The compiled seccomp profile.
     pub filter: Option<Filter>,
     /// Program, arguments and environment.
@@ -37,6 +37,45 @@ pub struct Prepared {
     pub preserved: u32,
     /// What this process becomes in place of a program.
     pub workload: Option<Box<dyn Workload>>,
+}
+
+/// How the container's process comes into its cgroup.
+pub enum Turn {
+    /// It is in it, and in its cgroup namespace.
+    Taken,
+    /// By itself.
+    Own,
+    /// Who has made it makes the group, moves it there, and then says [`GO`].
+    Told(PipeReader),
+}
+
+/// What is said when the process is in its group.
+pub const GO: u8 = b'G';
+
+impl Turn {
+    /// Comes back when this process is in its group and its cgroup namespace.
+    fn take(&mut self, plan: &Plan, group: &Cgroup) -> Result<(), String> {
+        match std::mem::replace(self, Self::Taken) {
+            Self::Taken => return Ok(()),
+            Self::Own => join(group, 0).map_err(|error| error.to_string())?,
+            Self::Told(mut pipe) => {
+                let mut word = [0];
+                if !matches!(pipe.read(&mut word), Ok(1)) || word != [GO] {
+                    return Err("the container's cgroup was not made".into());
+                }
+            }
+        }
+        enter_namespace(plan)
+    }
+}
+
+/// A cgroup namespace: its root is the group that its maker is in, so not before.
+fn enter_namespace(plan: &Plan) -> Result<(), String> {
+    if !plan.new.contains(CloneFlags::CLONE_NEWCGROUP) {
+        return Ok(());
+    }
+    nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP)
+        .map_err(|error| format!("cgroup namespace: {error}"))
 }
 
 /// First byte of the answer when everything is ready and `start` is waited for.
@@ -90,19 +129,18 @@ fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Resu
     let spec = &plan.spec;
     let process = &spec.process;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
-    if !prepared.in_group {
-        join(&prepared.group)?;
-    }
-    if plan.new.contains(CloneFlags::CLONE_NEWCGROUP) {
-        // Its root is the group that its maker is in: not before.
-        nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP)
-            .map_err(|error| format!("cgroup namespace: {error}"))?;
+    match prepared.turn {
+        Turn::Taken => enter_namespace(plan)?,
+        Turn::Own => prepared.turn.take(plan, &prepared.group)?,
+        Turn::Told(_) => {}
     }
     privileges::oom_score(plan, &prepared.proc)?;
     names(plan)?;
     // SAFETY: plain system call. Modes are what they are said to be.
     unsafe { libc::umask(0) };
-    let root = rootfs::build(plan, &prepared.group)?;
+    let (group, turn) = (&prepared.group, &mut prepared.turn);
+    let root = rootfs::build(plan, group, || turn.take(plan, group))?;
+    turn.take(plan, group)?;
     rootfs::enter(&root, plan.root)?;
     for (key, value) in spec.linux.sysctl.iter().flatten() {
         sysctl(&prepared.proc, key, value)?;
@@ -165,19 +203,6 @@ fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Resu
         annotations: plan.spec.annotations.as_ref(),
         kept: &[prepared.listener.as_fd(), answer],
     })
-}
-
-/// One write per hierarchy.
-fn join(group: &Cgroup) -> Result<(), String> {
-    for dir in group.dirs() {
-        let file = dir.join("cgroup.procs");
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(&file)
-            .and_then(|mut procs| procs.write_all(b"0"))
-            .map_err(|error| format!("cannot join the cgroup ({}): {error}", file.display()))?;
-    }
-    Ok(())
 }
 
 /// Names of a new UTS namespace.

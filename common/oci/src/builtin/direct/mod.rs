@@ -5,14 +5,20 @@
 //! and for who asks for it by `--libcontainer`.
 //!
 //! # How
-//! 1. This process reads the spec, makes the cgroup with its limits and device rules, joins the
-//!    namespaces that exist, and prepares what costs time (the seccomp program).
+//! 1. This process reads the spec, joins the namespaces that exist, and prepares what costs time
+//!    (the seccomp program).
 //! 2. One `clone3` makes the container's process: in its new namespaces, a sibling of ours
-//!    (`CLONE_PARENT`: who started us is to reap it), on cgroup v2 in its group from the first
-//!    moment (`CLONE_INTO_CGROUP`). [`init`] is what it does.
-//! 3. Meanwhile we write the container's state. Then we wait for one word: ready, or why not.
+//!    (`CLONE_PARENT`: who started us is to reap it). [`init`] is what it does.
+//! 3. Meanwhile we make the cgroup with its limits and device rules, move the process there, and
+//!    write the container's state. Then we wait for one word: ready, or why not.
 //!
-//! Nothing in here follows a path of the container: see [`paths`] and [`rootfs`].
+//! On cgroup v2 the group is made first, and the process is in it from its first moment
+//! (`CLONE_INTO_CGROUP`). On v1 a group is a directory in each of a dozen hierarchies, which takes
+//! as long as the mounts: both are done side by side, and the process waits for its group before the
+//! first thing that depends on it ([`init::Turn`]). Until then it runs nothing of the container's and
+//! copies nothing of the image's, so that there is nothing to charge or to limit.
+//!
+//! Nothing in here follows a path of the container: see [`kuasar_host::inside`] and [`rootfs`].
 //!
 //! The state directory has what libcontainer's has (`state.json`, `youki_config.json`,
 //! `notify.sock`), so that start, state, kill, delete and exec do not know which of the two has
@@ -21,7 +27,6 @@
 mod copy_up;
 mod devices;
 mod init;
-mod paths;
 mod plan;
 mod privileges;
 mod rootfs;
@@ -31,7 +36,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -138,7 +143,13 @@ pub fn run(
     }
     let mut traces = Traces { state: state_directory(args)?, group: None };
     let listener = listen(&traces.state)?;
-    let group = cgroup(&plan, &mut traces)?;
+    let group = Layout::detect_usual()
+        .and_then(|layout| layout.group(&plan.cgroup))
+        .map_err(|error| explain("cgroup", &error))?;
+    let beside = is_beside(&plan, &group);
+    if !beside {
+        make_group(&plan, &group, &mut traces)?;
+    }
     let filter = match &plan.spec.linux.seccomp {
         Some(profile) => {
             Some(seccomp::Filter::of(profile, create.cache.as_deref()).map_err(Error::Other)?)
@@ -156,18 +167,24 @@ pub fn run(
         Layout::V1(_) => None,
     };
     let (mut answer, writer) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
+    let (told, tell) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
     let namespaces = plan.new - CloneFlags::CLONE_NEWCGROUP;
     let pid = sys::clone_sibling(namespaces.bits(), directory.as_ref().map(AsFd::as_fd))
         .map_err(|error| Error::io("clone the container's process", error))?;
     if pid == 0 {
         // Not ours to undo in there.
-        std::mem::drop(answer);
+        std::mem::drop((answer, tell));
+        let turn = match (&directory, beside) {
+            (Some(_), _) => init::Turn::Taken,
+            (None, false) => init::Turn::Own,
+            (None, true) => init::Turn::Told(told),
+        };
         let prepared = init::Prepared {
             proc,
             listener,
             console,
             group,
-            in_group: directory.is_some(),
+            turn,
             filter,
             process: program,
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
@@ -176,11 +193,23 @@ pub fn run(
         };
         init::run(&plan, prepared, writer);
     }
-    drop((writer, listener));
+    drop((writer, listener, told));
     // The process works meanwhile.
-    save(args, create, &plan, &traces.state, pid)?;
+    let made = (|| {
+        if beside {
+            make_group(&plan, &group, &mut traces)?;
+            join(&group, pid)?;
+        }
+        save(args, create, &plan, &traces.state, pid)
+    })();
+    if made.is_ok() {
+        // It has gone when this fails, and has said why.
+        let _ = (&tell).write_all(&[init::GO]);
+    }
+    drop(tell);
     let mut words = Vec::new();
     answer.read_to_end(&mut words).map_err(|error| Error::io("wait for the process", error))?;
+    made?;
     match words.as_slice() {
         [init::READY] => {}
         [] => return Err(Error::Other("the container's process has ended unexpectedly".into())),
@@ -236,19 +265,40 @@ fn listen(state: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(|error| Error::io("notify.sock", error))
 }
 
+/// Whether the group is made while the process is at work: on v1, and unless the process has
+/// something to do before that is charged to its group, or has other rights than we have.
+fn is_beside(plan: &Plan, group: &Cgroup) -> bool {
+    let user = CloneFlags::CLONE_NEWUSER;
+    matches!(group.layout(), Layout::V1(_))
+        && !plan.mounts.iter().any(|mount| mount.copy_up)
+        && !plan.new.contains(user)
+        && plan.join.iter().all(|(kind, _)| *kind != user)
+}
+
 /// Makes the container's cgroup, with its limits and device rules.
-fn cgroup(plan: &Plan, traces: &mut Traces) -> Result<Cgroup> {
-    let group = Layout::detect_usual()
-        .and_then(|layout| layout.group(&plan.cgroup))
-        .map_err(|error| explain("cgroup", &error))?;
+fn make_group(plan: &Plan, group: &Cgroup, traces: &mut Traces) -> Result<()> {
     let made = group.create().map_err(|error| explain("cgroup", &error))?;
     if made {
         traces.group = Some(group.clone());
     }
     group.set_devices(&plan.device_rules).map_err(|error| explain("devices", &error))?;
     let resources = serde_json::to_vec(&plan.resources).unwrap_or_default();
-    group.update(&resources).map_err(|error| explain("resources", &error))?;
-    Ok(group)
+    group.update(&resources).map_err(|error| explain("resources", &error))
+}
+
+/// Moves a process into a group; 0 is the caller. One write per hierarchy.
+fn join(group: &Cgroup, pid: i32) -> Result<()> {
+    for dir in group.dirs() {
+        let file = dir.join("cgroup.procs");
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open(&file)
+            .and_then(|mut procs| procs.write_all(pid.to_string().as_bytes()))
+            .map_err(|error| {
+                Error::io(format!("cannot join the cgroup ({})", file.display()), error)
+            })?;
+    }
+    Ok(())
 }
 
 /// An error of the host with its cause.

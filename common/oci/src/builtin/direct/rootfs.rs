@@ -6,7 +6,7 @@
 //!    made private, slave or left shared as its mount asks for.
 //! 2. Then everything here becomes a slave of the host's: what follows is nobody else's.
 //! 3. The root's copy is attached, and the mounts are made in their order, on places that are
-//!    resolved inside it ([`super::paths`]). A mount is given its attributes while it is detached:
+//!    resolved inside it ([`kuasar_host::inside`]). A mount is given its attributes while it is detached:
 //!    there is no moment at which it can be used without.
 //! 4. `pivot_root`, and the host's tree is let go.
 //! 5. What needs the finished tree: console, read-only root, read-only and masked paths.
@@ -15,12 +15,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use kuasar_host::cgroup::{Cgroup, Layout};
+use kuasar_host::inside::{self as paths, Want};
 use kuasar_host::safe_path::{is_procfs, open_beneath};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
-use super::paths::{self, Want};
 use super::plan::{Attr, Mount, Plan, Propagation, What};
 use super::{copy_up, devices, sys};
 
@@ -48,8 +48,12 @@ fn is_directory(fd: &impl AsFd) -> bool {
     fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
-/// Steps 1 to 3; answers the root.
-pub fn build(plan: &Plan, group: &Cgroup) -> Result<OwnedFd, String> {
+/// Steps 1 to 3; answers the root. `in_group` is called before the group is looked at.
+pub fn build(
+    plan: &Plan,
+    group: &Cgroup,
+    mut in_group: impl FnMut() -> Result<(), String>,
+) -> Result<OwnedFd, String> {
     let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
     let path = Path::new(&plan.spec.root.path);
     let wrap = |error: std::io::Error| format!("rootfs {}: {error}", path.display());
@@ -71,7 +75,7 @@ pub fn build(plan: &Plan, group: &Cgroup) -> Result<OwnedFd, String> {
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
             (What::New(parameters), _) => new(&root, mount, parameters),
-            (What::Cgroup, _) => cgroup(&root, mount, group),
+            (What::Cgroup, _) => in_group().and_then(|()| cgroup(&root, mount, group)),
             (What::Bind { .. }, Some(tree)) => bind(&root, mount, &tree, plan.root),
             (What::Bind { .. }, None) => Ok(()),
         };

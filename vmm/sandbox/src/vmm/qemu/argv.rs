@@ -7,6 +7,7 @@
 use super::super::error::{Error, Result};
 use super::super::process::{Fds, text};
 use super::super::spec::{Channel, Disk, DiskFormat, Nic, Root, SERIAL_PORT, ShareKind, VmSpec};
+use super::clock;
 use super::config::{Accel, Hotplug, Machine, QemuConfig};
 
 /// virtio-mmio transports of a microvm without ACPI (hw/i386/microvm.c).
@@ -310,6 +311,7 @@ fn boot(config: &QemuConfig, spec: &VmSpec, line: &mut Line<'_>) -> Result<()> {
         // program then runs what was there before. A guest that writes every page it allocates
         // drops those translations itself.
         params.push("init_on_alloc=1".into());
+        params.extend(clock::parameters(config.clock_khz));
     }
     match &spec.boot.root {
         Root::Initrd(path) => line.option("initrd", text(path)?),

@@ -35,6 +35,10 @@ pub struct QemuConfig {
     pub snapshot_timeout_ms: u64,
     /// Directories with QEMU's firmware (`-L`), in order. Shown in the jail, read-only.
     pub data_dirs: Vec<PathBuf>,
+    /// Rate of the host's time stamp counter in kHz, for guests under TCG. Never configured: see
+    /// [`super::clock`].
+    #[serde(skip)]
+    pub clock_khz: Option<u64>,
 }
 
 impl Default for QemuConfig {
@@ -52,6 +56,7 @@ impl Default for QemuConfig {
             unplug_timeout_ms: 15_000,
             snapshot_timeout_ms: 60_000,
             data_dirs: vec!["/usr/share/qemu".into(), "/usr/share/seabios".into()],
+            clock_khz: None,
         }
     }
 }

@@ -7,13 +7,14 @@
 //! A guest without ACPI powers off by resetting, which `-no-reboot` makes QEMU's exit.
 
 mod argv;
+pub mod clock;
 mod config;
 mod hotplug;
 mod machine;
 mod slots;
 mod snapshot;
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use super::helpers::{self, Helper, HelpersConfig};
 use super::process::{Fds, Launcher, Process, Program};
 use super::qmp::Qmp;
 use super::spec::{Channel, Root, ShareKind, VmSpec, check_socket};
+use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
 use argv::Sockets;
@@ -41,40 +43,21 @@ pub struct Qemu {
     launcher: Launcher,
 }
 
-/// What a start has made so far; undone when it is dropped with something in it.
+/// Helpers that serve, with our ends of their sockets.
 #[derive(Default)]
-struct Started {
-    processes: Vec<Process>,
-    forget: Option<(Arc<dyn super::Processes>, String)>,
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        let processes = std::mem::take(&mut self.processes);
-        let forget = self.forget.take();
-        if processes.is_empty() && forget.is_none() {
-            return;
-        }
-        for process in &processes {
-            process.signal(libc::SIGKILL);
-        }
-        tokio::spawn(async move {
-            for process in processes {
-                if let Err(error) = process.kill().await {
-                    tracing::error!(%error, "a process of a failed start is left");
-                }
-                process.acknowledge().await;
-            }
-            if let Some((processes, id)) = forget {
-                console::forget(&*processes, &id).await;
-            }
-        });
-    }
+struct Served {
+    /// First the virtiofsd of each share, in their order, then that of vsock.
+    started: Started,
+    shares: Vec<OwnedFd>,
+    vsock: Option<OwnedFd>,
 }
 
 impl Qemu {
-    /// QEMU, run by `launcher`.
-    pub fn new(config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
+    /// QEMU, run by `launcher`. The first one with TCG measures the host's clock.
+    pub fn new(mut config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
+        if config.accel == Accel::Tcg {
+            config.clock_khz = clock::host_khz();
+        }
         Self { config: Arc::new(config), helpers, launcher }
     }
 
@@ -107,21 +90,10 @@ impl Qemu {
     /// Starts helpers and QEMU; `incoming` lets it wait for a snapshot.
     async fn start(&self, spec: &VmSpec, incoming: bool) -> Result<QemuVm> {
         self.check(spec)?;
-        kuasar_host::record::private_dir(&spec.dir)?;
-        let mut started = Started::default();
+        let Served { mut started, shares, vsock } = self.serve(spec).await?;
         let (mut fds, mut sockets) = (Fds::default(), Sockets::default());
-        let serve = |helper: Helper, fds: &mut Fds, started: &mut Started| {
-            started.processes.push(helper.process);
-            fds.push(helper.socket)
-        };
-        for share in spec.shares.iter().filter(|share| share.kind == ShareKind::Virtiofs) {
-            let helper = helpers::virtiofsd(&self.helpers, &self.launcher, spec, share).await?;
-            sockets.shares.push(serve(helper, &mut fds, &mut started));
-        }
-        if let Channel::HybridVsock { cid, uds } = &spec.channel {
-            let helper = helpers::vsock(&self.helpers, &self.launcher, spec, *cid, uds).await?;
-            sockets.vsock = Some(serve(helper, &mut fds, &mut started));
-        }
+        sockets.shares = shares.into_iter().map(|socket| fds.push(socket)).collect();
+        sockets.vsock = vsock.map(|socket| fds.push(socket));
         if let Channel::Serial { socket } = &spec.channel {
             sockets.serial = Some(fds.push(vsock::private(socket, None)?));
         }
@@ -159,6 +131,45 @@ impl Qemu {
         started.forget = None;
         let helpers = std::mem::take(&mut started.processes);
         Ok(QemuVm::new(self.config.clone(), spec, process, helpers, qmp))
+    }
+
+    /// Starts the helpers, side by side.
+    async fn serve(&self, spec: &VmSpec) -> Result<Served> {
+        kuasar_host::record::private_dir(&spec.dir)?;
+        let shares = spec.shares.iter().filter(|share| share.kind == ShareKind::Virtiofs);
+        let shares =
+            shares.map(|share| helpers::virtiofsd(&self.helpers, &self.launcher, spec, share));
+        let vsock = async {
+            match &spec.channel {
+                Channel::HybridVsock { cid, uds } => {
+                    let vsock = helpers::vsock(&self.helpers, &self.launcher, spec, *cid, uds);
+                    vsock.await.map(Some)
+                }
+                _ => Ok(None),
+            }
+        };
+        let (shares, vsock) = futures::join!(futures::future::join_all(shares), vsock);
+        let mut served = Served::default();
+        let mut failed = None;
+        for helper in shares {
+            match helper {
+                Ok(Helper { process, socket }) => {
+                    served.started.processes.push(process);
+                    served.shares.push(socket);
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        match vsock {
+            Ok(Some(Helper { process, socket })) => {
+                served.started.processes.push(process);
+                served.vsock = Some(socket);
+            }
+            Ok(None) => {}
+            Err(error) => failed = Some(error),
+        }
+        // The guard ends those that did start.
+        failed.map_or(Ok(served), Err)
     }
 
     /// Waits for the monitor, or for QEMU's last words.
@@ -211,6 +222,18 @@ impl Vmm for Qemu {
 
     fn features(&self) -> Features {
         machine::features(&self.config)
+    }
+
+    fn identity(&self) -> Result<String> {
+        use std::os::unix::fs::MetadataExt;
+        let wanted = self.config.path.display().to_string();
+        let program =
+            kuasar_host::process::find_program(wanted.as_ref()).ok_or(Error::NoProgram(wanted))?;
+        let meta =
+            std::fs::metadata(&program).doing(|| format!("look at {}", program.display()))?;
+        let config = serde_json::to_string(&*self.config).unwrap_or_default();
+        let changed = (meta.ctime(), meta.ctime_nsec());
+        Ok(format!("{} {} {} {changed:?} {config}", program.display(), meta.ino(), meta.len()))
     }
 
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {

@@ -22,13 +22,12 @@ use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::super::error::{Doing, Error, Result};
-use super::super::helpers;
 use super::super::qmp::Qmp;
 use super::super::spec::{Channel, Range, ShareKind, VmSpec};
 use super::super::{Feature, Kind, Vm, Vmm};
 use super::config::Machine as MachineType;
 use super::machine::Machine;
-use super::{Qemu, argv};
+use super::{Qemu, Served, argv};
 
 /// The guest's memory and the devices' state, in QEMU's format.
 const STATE: &str = "state";
@@ -212,50 +211,63 @@ pub(super) async fn restore(qemu: &Qemu, spec: &VmSpec, dir: &Path) -> Result<Ar
         )));
     }
     let base = base(qemu, spec, &was)?;
-    let vm = qemu.start(&base, true).await?;
-    match take_over(qemu, &vm, spec, &base, &file).await {
-        Ok(()) => Ok(Arc::new(vm)),
-        Err(error) => {
-            if let Err(error) = vm.stop(Duration::ZERO).await {
-                tracing::error!(%error, "a machine that was not restored is left");
-            }
-            vm.release().await;
-            Err(error)
+    // QEMU reads its state while the helpers start.
+    let loaded = async {
+        let vm = qemu.start(&base, true).await?;
+        match load(&vm, &file).await {
+            Ok(()) => Ok(vm),
+            Err(error) => Err(give_up(vm, error).await),
         }
+    };
+    let (vm, served) = futures::join!(loaded, qemu.serve(spec));
+    let (vm, served) = match (vm, served) {
+        (Ok(vm), Ok(served)) => (vm, served),
+        (Ok(vm), Err(error)) => return Err(give_up(vm, error).await),
+        (Err(error), _) => return Err(error),
+    };
+    match take_over(&vm, spec, &base, served).await {
+        Ok(()) => Ok(Arc::new(vm)),
+        Err(error) => Err(give_up(vm, error).await),
     }
 }
 
-async fn take_over(
-    qemu: &Qemu,
-    vm: &Machine,
-    spec: &VmSpec,
-    base: &VmSpec,
-    file: &File,
-) -> Result<()> {
+/// Ends a machine that was not restored; answers why.
+async fn give_up(vm: Machine, why: Error) -> Error {
+    if let Err(error) = vm.stop(Duration::ZERO).await {
+        tracing::error!(%error, "a machine that was not restored is left");
+    }
+    vm.release().await;
+    why
+}
+
+/// Has QEMU read the state; the machine does not run yet.
+async fn load(vm: &Machine, file: &File) -> Result<()> {
     let limit = Duration::from_millis(vm.config.snapshot_timeout_ms);
     let qmp = vm.qmp()?;
     match migrate(qmp, "migrate-incoming", file, limit).await {
         // It ends when it cannot make sense of the state, and says why as it goes.
         Err(error @ (Error::Gone | Error::Refused { .. })) => {
             let exit = vm.process.wait_for(Duration::from_secs(1)).await?;
-            return Err(exit.map_or(error, |exit| vm.process.ended(exit)));
+            Err(exit.map_or(error, |exit| vm.process.ended(exit)))
         }
-        other => other?,
+        other => other,
     }
-    qmp.execute(&commands::cont {}).await?;
+}
+
+/// Lets the machine run, and plugs in what its snapshot does not have.
+async fn take_over(vm: &Machine, spec: &VmSpec, base: &VmSpec, served: Served) -> Result<()> {
+    let Served { mut started, shares, vsock } = served;
+    std::mem::take(&mut started.processes).into_iter().for_each(|helper| vm.add_helper(helper));
+    vm.qmp()?.execute(&commands::cont {}).await?;
     let machine = vm.config.machine;
-    for (n, share) in spec.shares.iter().enumerate() {
-        let helper = helpers::virtiofsd(&qemu.helpers, &qemu.launcher, spec, share).await?;
-        vm.add_helper(helper.process);
+    for (n, (share, socket)) in spec.shares.iter().zip(&shares).enumerate() {
         let id = format!("fs{n}");
         let device = |id: &str, chardev: &str| argv::share_device(machine, &share.tag, id, chardev);
-        vm.plug_vhost_user(&id, helper.socket.as_fd(), device).await?;
+        vm.plug_vhost_user(&id, socket.as_fd(), device).await?;
     }
-    if let Channel::HybridVsock { cid, uds } = &spec.channel {
-        let helper = helpers::vsock(&qemu.helpers, &qemu.launcher, spec, *cid, uds).await?;
-        vm.add_helper(helper.process);
+    if let Some(socket) = vsock {
         let device = |id: &str, chardev: &str| argv::vsock_device(machine, id, chardev);
-        vm.plug_vhost_user("vsock", helper.socket.as_fd(), device).await?;
+        vm.plug_vhost_user("vsock", socket.as_fd(), device).await?;
         vm.locked().0.channel = spec.channel.clone();
     }
     let new = |id: &String| {

@@ -9,9 +9,10 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use kuasar_host::safe_path::{open_beneath, open_in_root};
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, mkdirat};
+
+use crate::safe_path::{open_beneath, open_in_root};
 
 /// What is to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +24,9 @@ pub enum Want {
 }
 
 /// Opens (`O_PATH`) what `path` names inside `root`; `None` when it does not exist.
+///
+/// # Errors
+/// A text that names the path.
 pub fn existing(root: &impl AsFd, path: &Path) -> Result<Option<OwnedFd>, String> {
     match open_in_root(root.as_fd(), path, libc::O_PATH) {
         Ok(fd) => Ok(Some(fd)),
@@ -31,7 +35,7 @@ pub fn existing(root: &impl AsFd, path: &Path) -> Result<Option<OwnedFd>, String
     }
 }
 
-fn words(path: &Path, error: &kuasar_host::Error) -> String {
+fn words(path: &Path, error: &crate::Error) -> String {
     let reason = std::error::Error::source(error);
     let reason = reason.map_or_else(|| error.to_string(), ToString::to_string);
     format!("{} in the rootfs: {reason}", path.display())
@@ -39,6 +43,9 @@ fn words(path: &Path, error: &kuasar_host::Error) -> String {
 
 /// Opens (`O_PATH`) what `path`, absolute and without `..`, names inside `root`, and makes what
 /// is missing of it.
+///
+/// # Errors
+/// A text that names the path; a link that leads nowhere is one, too.
 pub fn target(root: &impl AsFd, path: &Path, want: Want) -> Result<OwnedFd, String> {
     let open = |path: &Path| open_in_root(root.as_fd(), path, libc::O_PATH);
     match open(path) {

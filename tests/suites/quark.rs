@@ -1,0 +1,356 @@
+//! Pods on Quark: real containerd, and a fake in Quark's place (`tests/fake-quark`), which has its
+//! command line and Task API and runs ordinary processes. What Quark itself would do with what it
+//! is given is not tried by this. Other suites run on this handler too, with
+//! `KUASAR_HANDLER=kuasar-quark`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kuasar_protos::shim::api as tasks;
+use kuasar_tests::cri::*;
+use kuasar_tests::{Chosen, bed, cri, inside, leaks, on, switch, task, wait_for, wire};
+
+const HANDLER: &str = "kuasar-quark";
+/// On a machine with much to do.
+const SOON: Duration = Duration::from_secs(30);
+
+fn quark() -> Option<Chosen> {
+    on(HANDLER)
+}
+
+fn info(pod: &Pod) -> serde_json::Value {
+    let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+    let answer = cri!(pod_sandbox_status, q).unwrap();
+    serde_json::from_str(answer.info.get("quark").unwrap()).unwrap()
+}
+
+fn process(pod: &Pod) -> u32 {
+    info(pod).get("quarkPid").unwrap().as_u64().unwrap() as u32
+}
+
+/// Kills a process; when it is answered, the process has ended.
+fn end(pid: u32) {
+    let kill = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+    assert!(kill.unwrap().success());
+    let stat = PathBuf::from(format!("/proc/{pid}/stat"));
+    wait_for("the process has ended", SOON, || {
+        std::fs::read_to_string(&stat).map_or(true, |text| text.contains(") Z "))
+    });
+}
+
+/// A directory of the pod, mounted at `/go` of its containers.
+fn volume(pod: &Pod) -> (PathBuf, Mount) {
+    let dir = PathBuf::from(&pod.config.log_directory).join("go");
+    std::fs::create_dir_all(&dir).unwrap();
+    let mount = Mount {
+        host_path: dir.to_string_lossy().into_owned(),
+        container_path: "/go".into(),
+        ..Default::default()
+    };
+    (dir, mount)
+}
+
+#[test]
+fn a_pod_lives_behind_a_task_socket_and_leaves_nothing() {
+    let Some(_on) = quark() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("q-life"));
+    let c = pod.start(&["sleep", "1000"]);
+    assert_eq!(c.sh("hostname"), "q-life");
+    assert_eq!(c.sh("cat /etc/hostname"), "q-life");
+    assert!(c.sh("ip addr").contains("10.88.77."));
+    // The process is in the pod's cgroup, and in no mount namespace of ours.
+    let parent = &pod.config.linux.as_ref().unwrap().cgroup_parent;
+    let pid = process(&pod);
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert!(cgroup.contains(parent.as_str()), "{cgroup}");
+    assert!(c.is_running());
+    c.stop(0).unwrap();
+    assert_eq!(c.wait(), 137);
+    c.remove().unwrap();
+    pod.stop();
+    assert_eq!(pod.state(), PodSandboxState::SandboxNotready as i32);
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn exit_codes_and_output_come_exactly() {
+    let Some(_on) = quark() else { return };
+    let pod = Pod::run(pod_config("q-io"));
+    assert_eq!(pod.start(&["sh", "-c", "exit 7"]).wait(), 7);
+    let c = pod.start(&["sh", "-c", "seq 1 100000; echo problem >&2; exit 3"]);
+    assert_eq!(c.wait(), 3);
+    let want: String = (1..=100_000).map(|n| format!("{n}\n")).collect();
+    assert_eq!(c.logged("stdout"), want.as_bytes());
+    assert_eq!(c.logged("stderr"), b"problem\n");
+    let c = pod.start(&["sh", "-c", "trap 'exit 4' TERM; while :; do sleep 0.1; done"]);
+    c.exec(&["true"]);
+    c.stop(20).unwrap();
+    assert_eq!(c.wait(), 4);
+    let (code, out, err) = {
+        let c = pod.start(&["sleep", "1000"]);
+        c.exec(&["sh", "-c", "seq 1 20000 | tail -n 1; echo bad >&2; exit 9"])
+    };
+    assert_eq!((code, out.as_str(), err.as_str()), (9, "20000\n", "bad\n"));
+}
+
+#[test]
+fn a_terminal_has_a_size_and_its_output_is_whole() {
+    let Some(_on) = quark() else { return };
+    let pod = Pod::run(pod_config("q-tty"));
+    let line = "trap 'stty size' WINCH; echo ready; while :; do sleep 0.05; done";
+    let c = pod.start_with(&["sh", "-c", line], |c| c.tty = true);
+    let logged = || String::from_utf8_lossy(&c.logged("stdout")).replace('\r', "");
+    wait_for("it waits for the signal", SOON, || logged().contains("ready"));
+    let q =
+        tasks::ResizePtyRequest { id: c.id.clone(), width: 99, height: 33, ..Default::default() };
+    let socket = wire::task_socket(&pod.id);
+    task!(&socket, resize_pty, q).unwrap();
+    wait_for("it sees the size", SOON, || logged().contains("33 99\n"));
+    c.stop(0).unwrap();
+    let c = pod.start_with(&["sh", "-c", "seq 1 20000; exit 4"], |c| c.tty = true);
+    assert_eq!(c.wait(), 4);
+    let text = String::from_utf8_lossy(&c.logged("stdout")).replace('\r', "");
+    let want: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    assert_eq!(text, want);
+}
+
+#[test]
+fn volumes_and_shm_are_where_they_belong() {
+    let Some(_on) = quark() else { return };
+    let pod = Pod::run(pod_config("q-volumes"));
+    let (dir, mount) = volume(&pod);
+    std::fs::write(dir.join("note"), "from the host\n").unwrap();
+    let first = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount.clone()]);
+    assert_eq!(first.sh("cat /go/note"), "from the host");
+    first.sh("echo back > /go/back");
+    assert_eq!(std::fs::read(dir.join("back")).unwrap(), b"back\n");
+    let mount = Mount { readonly: true, container_path: "/run/deep/go".into(), ..mount };
+    let second = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount]);
+    assert_eq!(second.sh("cat /run/deep/go/note"), "from the host");
+    let (code, ..) = second.exec(&["sh", "-c", "echo no > /run/deep/go/note"]);
+    assert_ne!(code, 0);
+    first.sh("echo shared > /dev/shm/note");
+    assert_eq!(second.sh("cat /dev/shm/note"), "shared");
+    // A removed container takes its mounts along and nothing of the volume.
+    first.stop(0).unwrap();
+    first.remove().unwrap();
+    assert!(dir.join("note").exists());
+    assert_eq!(second.sh("cat /run/deep/go/note"), "from the host");
+}
+
+#[test]
+fn kill_9_of_the_daemon_loses_no_container_and_no_line() {
+    let Some(_on) = quark() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("q-kill9"));
+    let c = pod.start(&["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"]);
+    let tty = pod
+        .start_with(&["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done"], |c| {
+            c.tty = true
+        });
+    for _ in 0..3 {
+        switch(&["daemon", "kill"], &[]);
+        // Lines are written while nobody reads.
+        std::thread::sleep(Duration::from_millis(300));
+        switch(&["daemon", "start"], &[]);
+        assert_eq!(pod.state(), PodSandboxState::SandboxReady as i32);
+        assert!(c.is_running() && tty.is_running());
+        assert_eq!(c.sh("echo in"), "in");
+    }
+    for c in [&c, &tty] {
+        c.stop(0).unwrap();
+        assert_eq!(c.wait(), 137);
+        let text = String::from_utf8(c.logged("stdout")).unwrap().replace('\r', "");
+        assert!(text.lines().count() > 10);
+        for (i, line) in text.lines().enumerate() {
+            assert_eq!(line, (i + 1).to_string());
+        }
+    }
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn ends_while_the_daemon_is_away_are_told_with_their_codes() {
+    let Some(_on) = quark() else { return };
+    let pod = Pod::run(pod_config("q-away"));
+    let (dir, mount) = volume(&pod);
+    let line = "while [ ! -e /go/x ]; do sleep 0.05; done; echo last words; touch /go/y; exit 42";
+    let c = pod.start_with(&["sh", "-c", line], |c| c.mounts = vec![mount.clone()]);
+    let idle = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount]);
+    let (id, wait) = (idle.id.clone(), "while [ ! -e /go/y ]; do sleep 0.05; done; exit 43");
+    let exec = std::thread::spawn(move || {
+        let cmd = ["sh", "-c", wait].map(str::to_owned).to_vec();
+        let q = ExecSyncRequest { container_id: id, cmd, timeout: 60 };
+        cri!(exec_sync, q).unwrap().exit_code
+    });
+    wait_for("the exec runs", SOON, || idle.sh("ps | grep -c 'exit 4[3]' || true") != "0");
+    switch(&["daemon", "kill"], &[]);
+    std::fs::write(dir.join("x"), "").unwrap();
+    wait_for("the container has ended", SOON, || dir.join("y").exists());
+    switch(&["daemon", "start"], &[]);
+    assert_eq!(c.wait(), 42);
+    assert_eq!(c.logged("stdout"), b"last words\n");
+    assert_eq!(exec.join().unwrap(), 43);
+}
+
+#[test]
+fn a_container_that_was_created_is_started_by_the_next_daemon() {
+    let Some(_on) = quark() else { return };
+    let pod = Pod::run(pod_config("q-created"));
+    let plain = pod.create_with(&["sh", "-c", "echo late; exit 5"], |_| {}).unwrap();
+    let never = pod.create_with(&["sh", "-c", "echo never"], |_| {}).unwrap();
+    switch(&["daemon", "kill"], &[]);
+    switch(&["daemon", "start"], &[]);
+    plain.start().unwrap();
+    assert_eq!(plain.wait(), 5);
+    assert_eq!(plain.logged("stdout"), b"late\n");
+    never.remove().unwrap();
+}
+
+#[test]
+fn a_killed_quark_ends_all_containers_at_once() {
+    let Some(_on) = quark() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("q-killed"));
+    let all: Vec<Container> = (0..2).map(|_| pod.start(&["sleep", "1000"])).collect();
+    let socket = wire::task_socket(&pod.id);
+    let waits: Vec<_> = all
+        .iter()
+        .map(|c| {
+            let (socket, id) = (socket.clone(), c.id.clone());
+            std::thread::spawn(move || {
+                let q = tasks::WaitRequest { id, ..Default::default() };
+                let answer = task!(&socket, wait, q).unwrap();
+                (answer.exit_status, Instant::now())
+            })
+        })
+        .collect();
+    end(process(&pod));
+    let ended = Instant::now();
+    for wait in waits {
+        let (status, at) = wait.join().unwrap();
+        assert_eq!(status, 137);
+        let late = at.saturating_duration_since(ended);
+        println!("told {late:?} after quark's end");
+        assert!(late < Duration::from_secs(1), "{late:?}");
+    }
+    wait_for("the pod is down", SOON, || pod.state() == PodSandboxState::SandboxNotready as i32);
+    assert!(all.iter().all(|c| c.wait() == 137));
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_quark_that_ends_while_the_daemon_is_away_is_found_out() {
+    let Some(_on) = quark() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("q-both"));
+    let ended = pod.start(&["sh", "-c", "exit 11"]);
+    assert_eq!(ended.wait(), 11);
+    let c = pod.start(&["sleep", "1000"]);
+    let pid = process(&pod);
+    switch(&["daemon", "kill"], &[]);
+    end(pid);
+    switch(&["daemon", "start"], &[]);
+    assert_ne!(c.wait(), 0);
+    assert_eq!(ended.wait(), 11);
+    wait_for("the pod is down", SOON, || pod.state() == PodSandboxState::SandboxNotready as i32);
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn what_quark_cannot_is_refused_in_words() {
+    let Some(_on) = quark() else { return };
+    let mut config = pod_config("q-sysctl");
+    let linux = config.linux.get_or_insert_default();
+    linux.sysctls = annotations(&[("net.ipv4.ip_forward", "1")]);
+    let error = Pod::try_run(config, HANDLER).map(drop).unwrap_err();
+    assert!(error.message().contains("ignored_sysctls"), "{error}");
+    let pod = Pod::run(pod_config("q-cannot"));
+    let c = pod.start(&["sleep", "1000"]);
+    let q =
+        tasks::CheckpointTaskRequest { id: c.id.clone(), path: "/x".into(), ..Default::default() };
+    let socket = wire::task_socket(&pod.id);
+    let error = task!(&socket, checkpoint, q).unwrap_err();
+    assert!(error.to_string().contains("Quark makes no checkpoints"), "{error}");
+    // What its own server does not implement is told as that.
+    let q = tasks::PauseRequest { id: c.id.clone(), ..Default::default() };
+    let error = task!(&socket, pause, q).unwrap_err();
+    assert!(error.to_string().contains("pause"), "{error}");
+    assert!(c.is_running());
+}
+
+/// The daemon's configuration as it was, put back when this is dropped.
+struct Configuration {
+    file: PathBuf,
+    text: String,
+}
+
+impl Configuration {
+    fn read() -> Self {
+        let file = bed().join("etc/kuasar-quark.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        Self { file, text }
+    }
+
+    /// The daemon runs with this.
+    fn set(&self, text: &str) {
+        std::fs::write(&self.file, text).unwrap();
+        switch(&["daemon", "stop"], &[]);
+        switch(&["daemon", "start"], &[]);
+    }
+}
+
+impl Drop for Configuration {
+    fn drop(&mut self) {
+        self.set(&self.text);
+    }
+}
+
+#[test]
+fn a_missing_quark_or_kvm_is_told_with_the_remedy() {
+    let Some(_on) = quark() else { return };
+    let configuration = Configuration::read();
+    let before = leaks::snapshot();
+    for (from, to, words) in [
+        ("fake-quark", "/no/such/quark", "install Quark, or set quark.path"),
+        ("/dev/null", "/no/such/kvm", "load the kvm module"),
+    ] {
+        configuration.set(&configuration.text.replace(from, to));
+        let error = Pod::try_run(pod_config("q-none"), HANDLER).map(drop).unwrap_err();
+        assert!(error.message().contains(words), "{error}");
+    }
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_quark_that_fails_hangs_dies_or_lies_fails_the_pod_alone() {
+    let Some(_on) = quark() else { return };
+    let configuration = Configuration::read();
+    let before = leaks::snapshot();
+    for (mode, words) in [
+        ("fails", "the fake was told to fail"),
+        ("hangs", "quark_timeouts.start"),
+        ("dies", "has ended at once"),
+        ("deaf", "did not answer"),
+        ("rubbish", "the guest"),
+        ("lies", "none of the sandbox's"),
+    ] {
+        let changed = format!(
+            "{}args = [\"--fake\", \"{mode}\"]\n[quark_timeouts]\nstart = \"2s\"\n",
+            configuration.text
+        );
+        configuration.set(&changed);
+        let error = Pod::try_run(pod_config("q-bad"), HANDLER).map(drop).unwrap_err();
+        println!("{mode}: {}", error.message());
+        assert!(error.message().contains(words), "{mode}: {error}");
+        leaks::assert_none(&before);
+    }
+    // Nobody of them is left.
+    let all = inside(&["ps", "-e", "-o", "args"]).stdout;
+    assert!(!String::from_utf8_lossy(&all).contains("fake-quark boot"));
+}

@@ -1,0 +1,138 @@
+//! Pods in machines with hot-plug: QEMU's q35, a kernel with PCI and ACPI.
+//!
+//! The kernel is `target/guest/vmlinux-pci` (`FLAVOURS="pci microvm" vmm/guest/build.sh kernel`), or
+//! what `KUASAR_PCI_KERNEL` names; with `KUASAR_PCI_INITRD` an initramfs that goes with it.
+
+use crate::vmm::{HANDLER, Settings, log};
+use kuasar_tests::cri::*;
+use kuasar_tests::{bed, inside, skip, top, wait_for};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+fn path(variable: &str, name: &str) -> Option<PathBuf> {
+    let given = std::env::var_os(variable).map(PathBuf::from);
+    given.or_else(|| Some(top().join("target/guest").join(name))).filter(|path| path.is_file())
+}
+
+/// The daemon with q35 and these lines more; nothing, and a note, where that does not run.
+fn q35(lines: &str) -> Option<Settings> {
+    let kernel = path("KUASAR_PCI_KERNEL", "vmlinux-pci");
+    let initrd = path("KUASAR_PCI_INITRD", "initramfs.cpio");
+    let (Some(kernel), Some(initrd)) = (kernel, initrd) else {
+        skip("no kernel with PCI: FLAVOURS=\"pci microvm\" vmm/guest/build.sh kernel");
+        return None;
+    };
+    let (kernel, initrd) = (kernel.display(), initrd.display());
+    let guest = format!("[guest]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n");
+    Settings::with(|text| {
+        format!("{}\n{guest}{lines}\n", text.replace("[qemu]", "[qemu]\nmachine = \"q35\""))
+    })
+}
+
+fn pod(name: &str) -> Pod {
+    Pod::try_run(pod_config(name), HANDLER).unwrap()
+}
+
+/// The pod's network namespace.
+fn netns(pod: &Pod) -> String {
+    let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+    let info = kuasar_tests::cri!(pod_sandbox_status, q).unwrap().info;
+    let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+    let namespaces = info.pointer("/runtimeSpec/linux/namespaces").cloned().unwrap_or_default();
+    let all = namespaces.as_array().cloned().unwrap_or_default();
+    let net = all.iter().find(|one| one["type"] == "network").unwrap();
+    net["path"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_pod_runs_in_a_machine_with_pci() {
+    let Some(_settings) = q35("") else { return };
+    let pod = pod("q35-hello");
+    let c = pod.start(&["sleep", "1000"]);
+    assert_eq!(c.sh("hostname"), pod.config.hostname);
+    assert_eq!(c.exec(&["sh", "-c", "echo out; exit 3"]), (3, "out\n".into(), String::new()));
+    pod.remove().unwrap();
+}
+
+#[test]
+fn an_interface_that_comes_after_the_start_is_the_pods_too() {
+    let Some(_settings) = q35("") else { return };
+    let pod = pod("q35-late");
+    let c = pod.start(&["sleep", "1000"]);
+    let netns = netns(&pod);
+    let name = netns.rsplit('/').next().unwrap().to_owned();
+    let ip = |args: &str| {
+        let args: Vec<&str> = ["ip"].into_iter().chain(args.split(' ')).collect();
+        let out = inside(&args);
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    ip(&format!("link add late0 type veth peer name late1 netns {name}"));
+    ip("addr add 192.0.2.1/24 dev late0");
+    ip("link set late0 up");
+    ip(&format!("-n {name} link set late1 up"));
+    ip(&format!("-n {name} addr add 192.0.2.2/24 dev late1"));
+    wait_for("the guest has the address", Duration::from_secs(30), || {
+        c.sh("ip -4 -o addr show 2>/dev/null").contains("192.0.2.2/24")
+    });
+    assert_eq!(c.sh("ping -c 1 -w 10 192.0.2.1 >/dev/null && echo yes"), "yes");
+    pod.remove().unwrap();
+}
+
+#[test]
+fn pods_of_a_template_start_sooner_and_share_no_identity() {
+    let dir = bed().join("run/templates");
+    let _ = std::fs::remove_dir_all(&dir);
+    let lines = format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display());
+    let Some(settings) = q35(&lines) else { return };
+    // Where templates are counts from a daemon's start.
+    let vmm = [("KIND", "vmm")];
+    kuasar_tests::switch(&["daemon", "stop"], &vmm);
+    kuasar_tests::switch(&["daemon", "start"], &vmm);
+    let from = log().len();
+    let begun = Instant::now();
+    let first = pod("template-cold");
+    let cold = begun.elapsed();
+    wait_for("a template", Duration::from_secs(120), || {
+        log()[from..].contains("a template is ready")
+    });
+    let begun = Instant::now();
+    let (one, two) = (pod("template-one"), pod("template-two"));
+    let copied = begun.elapsed() / 2;
+    println!("figure: pod cold {cold:?}, of a template {copied:?}");
+    assert!(!log()[from..].contains("boots cold"), "{}", &log()[from..]);
+    let containers = [&one, &two].map(|pod| pod.start(&["sleep", "1000"]));
+    let said = |line: &str| containers.each_ref().map(|c| c.sh(line));
+    let hostnames = said("hostname");
+    assert_eq!(hostnames, [&one, &two].map(|pod| pod.config.hostname.clone()));
+    for line in [
+        "head -c 16 /dev/urandom | od -An -tx1",
+        "cat /sys/class/net/eth0/address",
+        "ip -4 -o addr show eth0",
+    ] {
+        let [a, b] = said(line);
+        assert!(!a.is_empty() && a != b, "{line}: {a}");
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    for seconds in said("date +%s") {
+        let off = seconds.parse::<u64>().unwrap().abs_diff(now.as_secs());
+        assert!(off < 30, "the clock is off by {off} s");
+    }
+    assert!(copied < cold, "{copied:?} {cold:?}");
+    drop((first, one, two));
+
+    // A damaged one: the pod starts all the same.
+    let template = std::fs::read_dir(&dir).unwrap().next().unwrap().unwrap().path();
+    let state = template.join("state");
+    let mut bytes = std::fs::read(&state).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let from = log().len();
+    let pod = pod("template-damaged");
+    assert_eq!(pod.start(&["sleep", "1000"]).sh("echo alive"), "alive");
+    assert!(log()[from..].contains("a template is damaged"), "{}", &log()[from..]);
+    assert!(!template.exists());
+    drop(pod);
+    drop(settings);
+    let _ = std::fs::remove_dir_all(&dir);
+}

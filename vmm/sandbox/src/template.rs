@@ -1,0 +1,417 @@
+//! Templates: a machine that was saved when its agent served, and from which pods start.
+//!
+//! ```text
+//! first pod:  cold boot ─▶ in the background: boot a machine without share, vsock and NICs,
+//!                          wait for its agent on the serial channel, save it, end it
+//! later pods: restore ─▶ plug in share, vsock, NICs ─▶ the agent dials out, as after any boot
+//! ```
+//!
+//! **No secret is in it.** The machine is saved before any host has welcomed its agent: it has no
+//! token, no pod and no entropy of a host's. Each copy is welcomed by itself, with a fresh token,
+//! the time and entropy, before anything else happens in it. What copies share is what a kernel
+//! draws before that: its boot id, and the address layout of the agent.
+//!
+//! **Never wrong, at worst slow.** A template is named by a digest of all that it was made from:
+//! the bytes of kernel and image, the VMM's program and configuration, the size of the machine. Beside
+//! it lie the digests of its own files, which are compared before a daemon uses it for the first
+//! time. What does not fit is removed, and the pod boots cold; so does a pod whose copy fails.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::net::UnixStream;
+use vmm_common::handshake::{PROTOCOL, Ready, read_json};
+
+use crate::vmm::{Channel, Console, Error, Result, Root, VmSpec, Vmm};
+
+/// Kind of the record beside a template's files, and its version.
+const RECORD: (&str, u32) = ("vm-template", 1);
+/// The record's file.
+const FILE: &str = "template";
+/// Suffix of a directory in which a template is being made.
+const UNFINISHED: &str = ".new";
+/// After a failure nobody tries again for so long.
+const PAUSE: Duration = Duration::from_secs(600);
+/// Beginning of the names of machines that become templates.
+pub const PREFIX: &str = "template-";
+
+/// Whether pods start from templates: `[template]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TemplateConfig {
+    /// They do, where VMM and machine can.
+    pub enabled: bool,
+    /// Where they are kept: the memory of a guest each. `templates` in the state directory when
+    /// unset.
+    pub dir: Option<PathBuf>,
+    /// Templates at most, one for each size of machine; the oldest goes.
+    pub most: usize,
+    /// How long a copy may take until its agent serves; then the pod boots cold.
+    #[serde(with = "kuasar_daemon::common::duration")]
+    pub ready: Duration,
+}
+
+impl Default for TemplateConfig {
+    fn default() -> Self {
+        Self { enabled: false, dir: None, most: 4, ready: Duration::from_secs(10) }
+    }
+}
+
+/// What is durable of a template, beside what its driver has written.
+#[derive(Debug, Serialize, Deserialize)]
+struct Description {
+    /// Digest of what it was made from.
+    key: String,
+    /// Digests of its files, by name.
+    files: std::collections::BTreeMap<String, String>,
+}
+
+/// A file, by everything that changes with its content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let meta = file.metadata()?;
+        let changed = (meta.ctime(), meta.ctime_nsec());
+        Ok(Self { device: meta.dev(), inode: meta.ino(), size: meta.size(), changed })
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Digests of files that did not change since.
+    digests: HashMap<Identity, String>,
+    /// Failures, by key.
+    failed: HashMap<String, Instant>,
+    /// One is being made.
+    busy: bool,
+}
+
+/// The templates of a daemon.
+#[derive(Debug)]
+pub struct Templates {
+    dir: PathBuf,
+    state: Mutex<State>,
+}
+
+/// The turn to make a template; given back when it is dropped.
+#[derive(Debug)]
+pub struct Turn(Arc<Templates>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.state().busy = false;
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn io(what: &str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let text = format!("{what} {}", path.display());
+    move |source| Error::Io { what: text, source }
+}
+
+impl Templates {
+    /// Those in `dir`.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Digest of a file, computed once for as long as it does not change. Blocks.
+    fn digest(&self, path: &Path) -> Result<String> {
+        let mut file = File::open(path).map_err(io("open", path))?;
+        let identity = Identity::of(&file).map_err(io("look at", path))?;
+        if let Some(known) = self.state().digests.get(&identity) {
+            return Ok(known.clone());
+        }
+        let (mut hash, mut bytes) = (Sha256::new(), vec![0; 256 << 10]);
+        loop {
+            let n = file.read(&mut bytes).map_err(io("read", path))?;
+            if n == 0 {
+                break;
+            }
+            hash.update(bytes.get(..n).unwrap_or_default());
+        }
+        let digest = hex(&hash.finalize());
+        let mut state = self.state();
+        // Files that are long gone are the only ones that pile up.
+        if state.digests.len() > 64 {
+            state.digests.clear();
+        }
+        state.digests.insert(identity, digest.clone());
+        Ok(digest)
+    }
+
+    /// Name of the template for a machine like `spec`. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when kernel or image cannot be read; the driver's.
+    pub fn key(&self, vmm: &dyn Vmm, spec: &VmSpec) -> Result<String> {
+        let root = match &spec.boot.root {
+            Root::Initrd(path) => path,
+            Root::Image { disk, .. } => &disk.path,
+        };
+        let parts = [
+            vmm.name(),
+            vmm.identity()?,
+            env!("CARGO_PKG_VERSION").to_owned(),
+            self.digest(&spec.boot.kernel)?,
+            self.digest(root)?,
+            format!("{:?}", spec.boot.params),
+            format!("{:?} {:?} {} {}", spec.cpus, spec.memory_mib, spec.hugepages, spec.entropy),
+        ];
+        let mut hash = Sha256::new();
+        for part in parts {
+            hash.update(part.len().to_le_bytes());
+            hash.update(part);
+        }
+        Ok(hex(&hash.finalize()))
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.dir.join(key)
+    }
+
+    /// The template of this name, if there is one and it is whole. One that is not is removed.
+    /// Blocks.
+    pub fn find(&self, key: &str) -> Option<PathBuf> {
+        let dir = self.path(key);
+        if !dir.is_dir() {
+            return None;
+        }
+        match self.check(&dir, key) {
+            Ok(()) => Some(dir),
+            Err(error) => {
+                tracing::warn!(key, %error, "a template is damaged: it is removed");
+                self.reject(key);
+                None
+            }
+        }
+    }
+
+    fn check(&self, dir: &Path, key: &str) -> Result<()> {
+        let (kind, version) = RECORD;
+        let was: Description = kuasar_host::record::read(&dir.join(FILE), kind, version)?;
+        if was.key != key {
+            return Err(Error::State("it is another template's".into()));
+        }
+        for (name, digest) in &was.files {
+            if name.contains('/') || self.digest(&dir.join(name))? != *digest {
+                return Err(Error::State(format!("its file {name:.40?} has changed")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a template that was of no use; none is made again for a while.
+    pub fn reject(&self, key: &str) {
+        let _ = std::fs::remove_dir_all(self.path(key));
+        self.state().failed.insert(key.to_owned(), Instant::now());
+    }
+
+    /// The turn to make the template of this name, unless another is being made, or this could
+    /// not be made a short while ago.
+    pub fn turn(self: &Arc<Self>, key: &str) -> Option<Turn> {
+        let mut state = self.state();
+        state.failed.retain(|_, at| at.elapsed() < PAUSE);
+        if state.busy || state.failed.contains_key(key) || self.path(key).exists() {
+            return None;
+        }
+        state.busy = true;
+        drop(state);
+        Some(Turn(self.clone()))
+    }
+
+    /// Makes the template `key` of a machine like `spec`: `spec` has the template's own
+    /// directory, name and cgroup. Ends the machine in any case.
+    ///
+    /// # Errors
+    /// What went wrong; nothing is left then.
+    pub async fn make(
+        &self,
+        vmm: &dyn Vmm,
+        spec: &VmSpec,
+        key: &str,
+        limit: Duration,
+        most: usize,
+    ) -> Result<()> {
+        let unfinished = self.dir.join(format!("{key}{UNFINISHED}"));
+        let _ = std::fs::remove_dir_all(&unfinished);
+        kuasar_host::record::private_dir(&unfinished)?;
+        let vm = vmm.spawn(spec).await?;
+        let saved = async {
+            tokio::select! {
+                biased;
+                exit = vm.wait() => Err(Error::Ended {
+                    program: "the machine".into(),
+                    status: exit?.status,
+                    said: crate::vmm::console::tail(&spec.console.log, 300),
+                }),
+                ready = tokio::time::timeout(limit, ready(spec)) => ready.unwrap_or_else(|_| {
+                    Err(Error::Deadline { what: "the template's agent".into(), limit })
+                }),
+            }?;
+            vm.snapshot(&unfinished).await
+        };
+        let saved = saved.await;
+        let stopped = vm.stop(Duration::ZERO).await;
+        vm.release().await;
+        let finished = saved.and(stopped.map(drop)).and_then(|()| self.finish(&unfinished, key));
+        match &finished {
+            Ok(()) => self.prune(key, most),
+            Err(_) => {
+                let _ = std::fs::remove_dir_all(&unfinished);
+                self.state().failed.insert(key.to_owned(), Instant::now());
+            }
+        }
+        finished
+    }
+
+    /// Describes what was saved, and gives it its name.
+    fn finish(&self, unfinished: &Path, key: &str) -> Result<()> {
+        let mut files = std::collections::BTreeMap::new();
+        for entry in std::fs::read_dir(unfinished).map_err(io("list", unfinished))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.insert(name, self.digest(&entry.path())?);
+        }
+        let (kind, version) = RECORD;
+        let description = Description { key: key.to_owned(), files };
+        kuasar_host::record::write(&unfinished.join(FILE), kind, version, &description)?;
+        let dir = self.path(key);
+        std::fs::rename(unfinished, &dir).map_err(io("name", &dir))
+    }
+
+    /// Removes the oldest, so that there are `most`.
+    fn prune(&self, newest: &str, most: usize) {
+        let mut all: Vec<(std::time::SystemTime, PathBuf)> = std::fs::read_dir(&self.dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter(|entry| entry.file_name() != newest)
+            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+            .collect();
+        all.sort();
+        let more = (all.len() + 1).saturating_sub(most.max(1));
+        for (_, path) in all.into_iter().take(more) {
+            let _ = std::fs::remove_dir_all(path);
+        }
+    }
+
+    /// Removes what a daemon that died in the middle has left.
+    pub fn sweep(&self) {
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(UNFINISHED) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// Waits until the agent says on the serial channel that it serves, and leaves without an answer:
+/// so the agent waits for a host when it is saved.
+async fn ready(spec: &VmSpec) -> Result<()> {
+    let Channel::Serial { socket } = &spec.channel else {
+        return Err(Error::Invalid("a template is made with a serial channel".into()));
+    };
+    let mut stream = UnixStream::connect(socket).await.map_err(io("connect to", socket))?;
+    let ready: Ready =
+        read_json(&mut stream).await.map_err(|error| Error::State(error.to_string()))?;
+    if ready.protocol != PROTOCOL {
+        return Err(Error::State(format!("its agent speaks version {}", ready.protocol)));
+    }
+    Ok(())
+}
+
+/// The machine that becomes the template of machines like `spec`. `dir` is its directory, and
+/// `cgroups` are the entrances of its cgroup.
+pub fn machine(spec: &VmSpec, key: &str, dir: &Path, cgroups: Vec<PathBuf>) -> VmSpec {
+    VmSpec {
+        id: format!("{PREFIX}{}", key.get(..12).unwrap_or(key)),
+        dir: dir.to_owned(),
+        shares: Vec::new(),
+        nics: Vec::new(),
+        disks: Vec::new(),
+        channel: Channel::Serial { socket: dir.join("serial.sock") },
+        console: Console { log: dir.join("console.log"), limit: spec.console.limit },
+        netns: None,
+        cgroups,
+        ..spec.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn made(templates: &Templates, key: &str) -> PathBuf {
+        let dir = templates.dir.join(format!("{key}{UNFINISHED}"));
+        kuasar_host::record::private_dir(&dir).unwrap();
+        std::fs::write(dir.join("state"), key).unwrap();
+        templates.finish(&dir, key).unwrap();
+        templates.path(key)
+    }
+
+    #[test]
+    fn a_changed_a_torn_and_a_strangers_template_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let templates = Arc::new(Templates::new(dir.path().to_owned()));
+        let whole = made(&templates, "a");
+        assert_eq!(templates.find("a"), Some(whole.clone()));
+        // The same length, and another byte.
+        std::fs::write(whole.join("state"), "b").unwrap();
+        assert_eq!(templates.find("a"), None);
+        assert!(!whole.exists());
+        let torn = made(&templates, "c");
+        std::fs::write(torn.join("state"), "").unwrap();
+        assert_eq!(templates.find("c"), None);
+        std::fs::rename(made(&templates, "d"), templates.path("e")).unwrap();
+        assert_eq!(templates.find("e"), None);
+        let nameless = made(&templates, "f");
+        std::fs::remove_file(nameless.join(FILE)).unwrap();
+        assert_eq!(templates.find("f"), None);
+        // None of them is tried again at once.
+        for key in ["a", "c", "e", "f"] {
+            assert!(templates.turn(key).is_none(), "{key}");
+        }
+        assert!(templates.turn("g").is_some());
+    }
+
+    #[test]
+    fn one_is_made_at_a_time_and_the_oldest_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let templates = Arc::new(Templates::new(dir.path().to_owned()));
+        let turn = templates.turn("a").unwrap();
+        assert!(templates.turn("b").is_none());
+        drop(turn);
+        for (n, key) in ["a", "b", "c"].into_iter().enumerate() {
+            let path = made(&templates, key);
+            let at = std::time::UNIX_EPOCH + Duration::from_secs(n as u64);
+            File::open(path).unwrap().set_modified(at).unwrap();
+        }
+        templates.prune("c", 2);
+        let there = |key: &str| templates.path(key).exists();
+        assert_eq!(["a", "b", "c"].map(there), [false, true, true]);
+        std::fs::create_dir(dir.path().join("d.new")).unwrap();
+        templates.sweep();
+        assert!(!dir.path().join("d.new").exists() && there("c"));
+    }
+}
