@@ -6,7 +6,7 @@ DESTDIR ?=
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
-KINDS := runc vmm gvisor quark
+KINDS := runc vmm gvisor quark wasm
 
 .PHONY: help build deps fakes guest demo test unit check conformance bench install clean bed
 help:
@@ -24,12 +24,15 @@ BUILT := target/static/$(HOST)
 
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
-	  -p quark-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task --target-dir target/static
+	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task \
+	  --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
+	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
 	@install -d $(BIN)
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
+	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
 	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
@@ -76,7 +79,7 @@ check: deps ## format, lints, licences, documentation, shell scripts
 
 install: build ## programs, unit and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/sandbox-parent $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(DESTDIR)$(PREFIX)/bin/
 	@# An operator's configuration is never replaced.
 	set -e; for kind in $(KINDS); do \
 	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \

@@ -12,6 +12,7 @@ crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"
 ms() { echo $(($(date +%s%N) / 1000000)); }
 handlers="runc kuasar-runc"
 [ ! -S "$B/run/kuasar-gvisor.sock" ] || handlers="$handlers kuasar-gvisor"
+[ ! -S "$B/run/kuasar-wasm.sock" ] || handlers="$handlers kuasar-wasm"
 # a virtual machine, by QEMU without the help of KVM: slow, but the same everywhere
 [ ! -S "$B/run/kuasar-vmm.sock" ] || handlers="$handlers kuasar-vmm"
 for handler in $handlers; do

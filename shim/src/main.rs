@@ -96,7 +96,8 @@ fn info(name: &str) -> Result<Vec<u8>, Error> {
         "ociVersionMax": "1.2.1",
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
-            "cgroup": { "v1": matches!(kind, "runc" | "gvisor" | "quark"), "v2": true },
+            "cgroup": {
+                "v1": matches!(kind, "runc" | "gvisor" | "quark" | "wasm"), "v2": true },
             "mountExtensions": { "idmap": { "enabled": false } }
         },
         "annotations": { "io.kuasar.kind": kind }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # The test bed's switch: bed.sh up | down | daemon start|spawn|stop|kill|died | containerd start|kill | run CMD…
 # Everything lives below target/bed, in a private network and mount namespace. KIND names the
-# sandboxer that `daemon` is about: runc, which is the default, gvisor, quark or vmm.
+# sandboxer that `daemon` is about: runc, which is the default, gvisor, quark, vmm or wasm.
 set -euo pipefail
 SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(cd "$SRC/../.." && pwd)
@@ -11,6 +11,7 @@ export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
 export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
 export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_GVISOR_SOCKET=$B/run/kuasar-gvisor.sock
 export KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock KUASAR_QUARK_SOCKET=$B/run/kuasar-quark.sock
+export KUASAR_WASM_SOCKET=$B/run/kuasar-wasm.sock
 KIND=${KIND:-runc}
 
 pid_of() { cat "$B/run/$1.pid" 2>/dev/null || true; }
@@ -58,6 +59,7 @@ kinds() {
   # Quark itself is packaged nowhere: a fake stands for it.
   [ ! -x "$K/fake-quark" ] || [ ! -x "$K/quark-sandboxer" ] || echo quark
   [ ! -x "$B/vmm/libexec/qemu-system-x86_64" ] || [ ! -x "$K/vmm-sandboxer" ] || echo vmm
+  [ ! -x "$K/wasm-sandboxer" ] || [ ! -x "$K/wasm-worker" ] || echo wasm
 }
 name() { [ "$KIND" = runc ] && echo daemon || echo "daemon-$KIND"; }
 daemon() {
@@ -89,7 +91,7 @@ containerd_() {
 up() {
   mkdir -p "$B/run"
   if ! alive "$(pid_of ns)"; then
-    rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-gvisor" "$B/run/kuasar-quark" "$B/run/kuasar-vmm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
+    rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-gvisor" "$B/run/kuasar-quark" "$B/run/kuasar-vmm" "$B/run/kuasar-wasm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
     setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &
     echo $! > "$B/run/ns.pid"
     # Until it has its namespaces, `inside` would be the host.

@@ -172,6 +172,9 @@ state = '$B/run/containerd'
 [proxy_plugins.kuasar-gvisor]
   type = 'sandbox'
   address = '$B/run/kuasar-gvisor.sock'
+[proxy_plugins.kuasar-wasm]
+  type = 'sandbox'
+  address = '$B/run/kuasar-wasm.sock'
 [proxy_plugins.kuasar-quark]
   type = 'sandbox'
   address = '$B/run/kuasar-quark.sock'
@@ -193,6 +196,8 @@ kuasar-vmm io.containerd.kuasar-vmm.v1 kuasar-vmm fifo
 kuasar-vmm-streaming io.containerd.kuasar-vmm.v1 kuasar-vmm streaming
 kuasar-gvisor io.containerd.kuasar-gvisor.v1 kuasar-gvisor fifo
 kuasar-gvisor-streaming io.containerd.kuasar-gvisor.v1 kuasar-gvisor streaming
+kuasar-wasm io.containerd.kuasar-wasm.v1 kuasar-wasm fifo
+kuasar-wasm-streaming io.containerd.kuasar-wasm.v1 kuasar-wasm streaming
 kuasar-quark io.containerd.kuasar-quark.v1 kuasar-quark fifo
 kuasar-quark-streaming io.containerd.kuasar-quark.v1 kuasar-quark streaming
 EOF
@@ -236,6 +241,17 @@ allowed_annotations = ["io.kuasar.gvisor.platform", "io.kuasar.gvisor.network", 
 unstarted = "6s"
 [runsc]
 path = "$B/bin/runsc"
+EOF
+  cat > "$B/etc/kuasar-wasm.toml" <<EOF
+events_address = "$B/run/containerd.sock.ttrpc"
+metrics_listen = "$B/run/kuasar-wasm-metrics.sock"
+allowed_annotations = ["io.kuasar.wasm.http-port"]
+[timeouts]
+unstarted = "6s"
+[cache]
+dir = "$B/run/wasm-cache"
+[compiler]
+timeout = "20s"
 EOF
   # A fake, which needs no KVM.
   cat > "$B/etc/kuasar-quark.toml" <<EOF

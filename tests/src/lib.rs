@@ -10,6 +10,7 @@
 
 pub mod cri;
 pub mod leaks;
+pub mod wasm;
 pub mod wire;
 
 use std::path::PathBuf;
@@ -56,11 +57,11 @@ pub fn on(handler: &str) -> Option<Chosen> {
     Some(chosen)
 }
 
-/// The sandboxer under test: `runc`, `gvisor`, `quark` or `vmm`.
+/// The sandboxer under test: `runc`, `gvisor`, `quark`, `vmm` or `wasm`.
 pub fn kind() -> &'static str {
     let handler = handler();
     let named = |kind: &&str| handler.starts_with(&format!("kuasar-{kind}"));
-    ["gvisor", "quark", "vmm"].into_iter().find(named).unwrap_or("runc")
+    ["gvisor", "quark", "vmm", "wasm"].into_iter().find(named).unwrap_or("runc")
 }
 
 /// Runtime handler under test.

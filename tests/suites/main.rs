@@ -21,4 +21,5 @@ mod terminal;
 mod vmm;
 mod vmm_q35;
 mod volumes;
+mod wasm;
 mod wire;

@@ -23,7 +23,7 @@ use crate::processes::{Command, Processes, new_cookie};
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
-const FIRST_FD: RawFd = 3;
+pub const FIRST_FD: RawFd = 3;
 /// Name of the built-in engine in the configuration.
 pub const BUILTIN: &str = "builtin";
 /// Name of the built-in engine without its own way of making containers: to compare the two.
@@ -95,6 +95,9 @@ pub struct Backend {
     /// Program and first words of the built-in engine's command line, such as
     /// `/proc/N/fd/M oci`; see [`crate::selfexe`]. Without it there is no built-in engine.
     pub builtin: Option<Vec<String>>,
+    /// Engines by name that have the built-in one's command line and files, but run something else
+    /// in the containers that they make: program and first words, as [`Backend::builtin`].
+    pub relatives: BTreeMap<String, Vec<String>>,
     /// Is told how long commands took and what ended.
     pub observer: Arc<dyn Observer>,
     /// How running containers are handled.
@@ -108,6 +111,7 @@ impl Backend {
             processes,
             settings,
             builtin: None,
+            relatives: BTreeMap::new(),
             observer: Arc::new(()),
             control: Arc::new(OnHost),
         }
@@ -181,6 +185,9 @@ impl Engines {
         if is_builtin(name) && builtin.is_some() {
             return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
         }
+        if self.backend.relatives.contains_key(name) {
+            return Ok(Engine { all: self.clone(), name: name.into(), cli: None });
+        }
         let all = self.backend.settings.get();
         let Some(config) = all.engines.get(name) else {
             let names = builtin.map(|_| BUILTIN).into_iter();
@@ -201,7 +208,7 @@ impl Engine {
         &self.name
     }
 
-    /// Whether it is the built-in one.
+    /// Whether it is the built-in one, or a relative of it.
     pub fn is_builtin(&self) -> bool {
         self.cli.is_none()
     }
@@ -345,7 +352,9 @@ impl Engine {
         let mut argv = match &self.cli {
             // An engine without a command line is only made where there is a built-in one.
             None => {
-                let mut argv = self.all.backend.builtin.clone().unwrap_or_default();
+                let backend = &self.all.backend;
+                let relative = backend.relatives.get(&self.name);
+                let mut argv = relative.or(backend.builtin.as_ref()).cloned().unwrap_or_default();
                 if self.name == LIBCONTAINER {
                     argv.push("--libcontainer".into());
                 }

@@ -20,6 +20,7 @@ pub mod console;
 pub mod control;
 pub mod engine;
 pub mod observer;
+pub mod payloads;
 pub mod pod;
 pub mod processes;
 pub mod runtime;

@@ -27,8 +27,9 @@ use serde_json::{Value, json};
 use crate::checkpoint;
 use crate::console::Console;
 use crate::control::{CGROUP_DEADLINE, Control, Target};
-use crate::engine::{Engine, Engines, Left, Streams};
+use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
 use crate::observer::Observer;
+use crate::payloads::{Candidate, Payloads};
 use crate::pod::Pod;
 use crate::processes::{Processes, new_cookie};
 use crate::spec;
@@ -56,11 +57,21 @@ struct Restore {
     checkpoint: PathBuf,
 }
 
+/// A container before its engine has run.
+struct Prepared {
+    meta: Meta,
+    /// Descriptors of the pod to pass on.
+    passed: Vec<i32>,
+    /// The edited spec.
+    spec: Value,
+}
+
 /// The containers of one pod.
 pub struct Containers {
     pod: Arc<Pod>,
     engines: Arc<Engines>,
     cgroups: Arc<Layout>,
+    payloads: Option<Arc<dyn Payloads>>,
 }
 
 /// A kuasar-host error as the Task API answers it.
@@ -81,7 +92,12 @@ pub(crate) async fn blocking<T: Send + 'static>(
 impl Containers {
     /// The containers of `pod`.
     pub fn new(pod: Arc<Pod>, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
-        Self { pod, engines, cgroups }
+        Self { pod, engines, cgroups, payloads: None }
+    }
+
+    /// The same; `payloads` says for each container which engine makes it.
+    pub fn with_payloads(self, payloads: Arc<dyn Payloads>) -> Self {
+        Self { payloads: Some(payloads), ..self }
     }
 
     fn processes(&self) -> &Arc<dyn Processes> {
@@ -158,7 +174,7 @@ impl Containers {
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-    ) -> Result<(Meta, Vec<i32>)> {
+    ) -> Result<Prepared> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
             .map_err(internal("make the container's directory"))?;
@@ -208,7 +224,7 @@ impl Containers {
             )));
         }
         make_cwd(&value, &rootfs);
-        Ok((meta, passed))
+        Ok(Prepared { meta, passed, spec: value })
     }
 
     /// Writes the spec as the engine gets it; answers it, the descriptors to pass on and the path
@@ -235,10 +251,7 @@ impl Containers {
             checkpoint::annotate(&mut value, &dir);
         }
         let cgroup = cgroup_path(&mut value, pod, id, engine)?;
-        let text =
-            serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
-        record::write_file(&dir.join("config.json"), &text, 0o600)
-            .map_err(internal("write the spec"))?;
+        write_spec(&dir, &value)?;
         Ok((value, passed, cgroup))
     }
 
@@ -298,20 +311,56 @@ impl Containers {
         }
     }
 
+    /// Asks which engine makes a container, and records it; answers further descriptors for it.
+    async fn choose(
+        &self,
+        payloads: &dyn Payloads,
+        request: &CreateContainer,
+        meta: &mut Meta,
+        mut spec: Value,
+        passed: usize,
+    ) -> Result<(Engine, Vec<OwnedFd>)> {
+        let rootfs = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or_default();
+        let candidate = Candidate {
+            id: request.id.clone(),
+            pod: self.pod.clone(),
+            rootfs: PathBuf::from(rootfs),
+            mounts: request.rootfs.clone(),
+            descriptor: FIRST_FD + i32::try_from(passed).unwrap_or_default(),
+        };
+        let chosen = payloads.choose(&candidate, &mut spec).await?;
+        meta.engine = chosen.engine;
+        let engine = self.engine(&meta.engine)?;
+        let (dir, record) = (self.pod.container(&request.id), meta.clone());
+        blocking(move || {
+            write_spec(&dir, &spec)?;
+            save(&dir, &record)
+        })
+        .await?;
+        Ok((engine, chosen.descriptors))
+    }
+
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let engine = self.engine(&self.pod.engine)?;
         self.engines.expect_moves(&self.cgroups);
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let (engine_too, observer) = (engine.clone(), self.observer().clone());
-        let (mut meta, passed) = blocking(move || {
+        let Prepared { mut meta, passed, spec } = blocking(move || {
             Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal)
         })
         .await?;
         let dir = self.pod.container(&request.id);
+        let (engine, more) = match &self.payloads {
+            Some(payloads) => {
+                self.choose(payloads.as_ref(), request, &mut meta, spec, passed.len()).await?
+            }
+            None => (engine, Vec::new()),
+        };
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
         let passed: Vec<_> =
             passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
+        let passed: Vec<_> = passed.into_iter().chain(more.iter().map(AsFd::as_fd)).collect();
         let begun = Instant::now();
         let (left, master) = match &io {
             ProcessIo::Streams { stdin, stdout, stderr } => {
@@ -344,6 +393,12 @@ fn explained(error: Error, dir: &Path, log: &str, what: &str) -> Error {
         }
         (error, _) => error,
     }
+}
+
+fn write_spec(dir: &Path, spec: &Value) -> Result<()> {
+    let text =
+        serde_json::to_vec(spec).map_err(|error| Error::internal("write the spec", error))?;
+    record::write_file(&dir.join("config.json"), &text, 0o600).map_err(internal("write the spec"))
 }
 
 fn save(dir: &Path, meta: &Meta) -> Result<()> {
@@ -475,6 +530,9 @@ impl Runtime for Containers {
         io: ProcessIo,
     ) -> Result<Spawned> {
         let meta = self.meta(container)?;
+        if let Some(payloads) = &self.payloads {
+            payloads.check_exec(&meta.engine)?;
+        }
         let engine = self.engine(&meta.engine)?;
         let dir = self.pod.container(container);
         let mut value: serde_json::Map<String, Value> = serde_json::from_slice(spec)

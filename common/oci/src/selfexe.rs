@@ -1,4 +1,5 @@
-//! Our own executable, as another process may run it for the built-in engine.
+//! Our own executable, as another process may run it for the built-in engine; or another program
+//! that does the same.
 //!
 //! A container can reach the executable of a process that has entered it: as `/proc/PID/exe` of
 //! an exec that has not become its payload yet, or by naming `/proc/self/exe` as its command. If
@@ -19,6 +20,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 /// The executable, held open.
 #[derive(Debug)]
@@ -32,11 +34,19 @@ impl SelfExe {
     /// # Errors
     /// When there can be neither a read-only clone nor a copy.
     pub fn open(name: &str) -> io::Result<Self> {
-        match read_only_clone() {
+        Self::of(Path::new("/proc/self/exe"), name)
+    }
+
+    /// The same for the program at `path`.
+    ///
+    /// # Errors
+    /// When there can be neither a read-only clone nor a copy.
+    pub fn of(path: &Path, name: &str) -> io::Result<Self> {
+        match read_only_clone(path) {
             Ok(fd) => Ok(Self { fd }),
             Err(error) => {
                 tracing::info!(%error, "no read-only clone of the executable: copying it once");
-                Ok(Self { fd: sealed_copy(name)? })
+                Ok(Self { fd: sealed_copy(path, name)? })
             }
         }
     }
@@ -56,8 +66,8 @@ fn own(result: libc::c_long) -> io::Result<OwnedFd> {
     }
 }
 
-fn read_only_clone() -> io::Result<OwnedFd> {
-    let exe = std::fs::canonicalize("/proc/self/exe")?;
+fn read_only_clone(program: &Path) -> io::Result<OwnedFd> {
+    let exe = std::fs::canonicalize(program)?;
     let path = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(exe.as_os_str()))?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: plain system call with a valid path.
@@ -83,10 +93,10 @@ fn read_only_clone() -> io::Result<OwnedFd> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // Be sure that the clone is what runs now, and that it cannot be written.
+    // Be sure that the clone is what was named, or what runs now, and that it cannot be written.
     let own_path = format!("/proc/self/fd/{}", tree.as_raw_fd());
     use std::os::unix::fs::MetadataExt;
-    let (clone, running) = (std::fs::metadata(&own_path)?, std::fs::metadata("/proc/self/exe")?);
+    let (clone, running) = (std::fs::metadata(&own_path)?, std::fs::metadata(program)?);
     if (clone.dev(), clone.ino()) != (running.dev(), running.ino()) {
         return Err(io::Error::other("the installed file has been replaced since start"));
     }
@@ -98,9 +108,9 @@ fn read_only_clone() -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
-fn sealed_copy(name: &str) -> io::Result<OwnedFd> {
+fn sealed_copy(program: &Path, name: &str) -> io::Result<OwnedFd> {
     let name = std::ffi::CString::new(name)?;
-    let mut source = std::fs::File::open("/proc/self/exe")?;
+    let mut source = std::fs::File::open(program)?;
     // SAFETY: plain system call with a valid name.
     let fd = own(libc::c_long::from(unsafe {
         libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
@@ -129,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_sealed_copy_cannot_be_written_and_runs() {
-        let fd = sealed_copy("engine").unwrap();
+        let fd = sealed_copy(Path::new("/proc/self/exe"), "engine").unwrap();
         assert!(refuses_writing(&fd));
     }
 
@@ -140,7 +150,7 @@ mod tests {
             eprintln!("skipped: needs root");
             return;
         }
-        let fd = match read_only_clone() {
+        let fd = match read_only_clone(Path::new("/proc/self/exe")) {
             Ok(fd) => fd,
             Err(error) => {
                 eprintln!("skipped: {error}");

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::args::{Args, Create};
 use super::payload::Payload;
+use super::workload::Workload;
 use super::{Error, Result};
 
 /// The parts of the spec that are looked at here.
@@ -67,11 +68,20 @@ impl Bundle {
 }
 
 /// Makes the container; its process waits for `start`. Why libcontainer makes it goes to `log`.
-pub fn run(args: &Args, create: &Create, log: Option<&mut std::fs::File>) -> Result<()> {
+pub fn run(
+    args: &Args,
+    create: &Create,
+    log: Option<&mut std::fs::File>,
+    workload: Option<Box<dyn Workload>>,
+) -> Result<()> {
     let path = create.bundle.join("config.json");
     let text = std::fs::read(&path).map_err(|error| Error::io(path.display(), error))?;
     match super::direct::plan(create, &text) {
-        Ok(plan) => super::direct::run(args, create, plan),
+        Ok(plan) => super::direct::run(args, create, plan, workload),
+        // libcontainer knows of programs alone.
+        Err(reason) if workload.is_some() => Err(Error::Other(format!(
+            "a container that runs no program of its image cannot have this: {reason}"
+        ))),
         Err(reason) => {
             if let Some(log) = log {
                 let line = json!({ "level": "info", "msg": format!("by libcontainer: {reason}") });

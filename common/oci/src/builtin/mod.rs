@@ -30,11 +30,13 @@ mod direct;
 mod exec;
 mod manage;
 mod payload;
+pub mod workload;
 
 use std::io::Write;
 use std::path::Path;
 
 use args::{Args, Command};
+use workload::Workload;
 
 /// What went wrong, in words for the person who reads `kubectl describe pod`.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +69,11 @@ type Result<T> = std::result::Result<T, Error>;
 /// Runs the engine with the arguments after `program`, such as `runc-sandboxer oci`; the result is
 /// the exit status. To be called before there is a second thread.
 pub fn main(program: &str, arguments: Vec<String>) -> u8 {
+    main_as(program, arguments, None)
+}
+
+/// The same for containers whose process becomes no program of their image, but `workload`.
+pub fn main_as(program: &str, arguments: Vec<String>, workload: Option<Box<dyn Workload>>) -> u8 {
     let args = match Args::parse(arguments) {
         Ok(args) => args,
         Err(error) => {
@@ -78,7 +85,7 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
     // a file of the container.
     let mut log = args.log.as_deref().and_then(open_log);
     let result = match &args.command {
-        Command::Create(create) => create::run(&args, create, log.as_mut()),
+        Command::Create(create) => create::run(&args, create, log.as_mut(), workload),
         Command::Exec(exec) => exec::run(&args, exec),
         Command::Start => manage::start(&args),
         Command::Kill { signal, all } => manage::kill(&args, *signal, *all),

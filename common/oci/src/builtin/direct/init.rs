@@ -1,7 +1,7 @@
 //! The container's first process, from its first moment to its payload.
 
 use std::io::{PipeReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -12,6 +12,7 @@ use nix::sched::CloneFlags;
 use super::plan::Plan;
 use super::seccomp::Filter;
 use super::{join, privileges, rootfs, sys};
+use crate::builtin::workload::{Container, Workload};
 use crate::builtin::{console, payload};
 
 /// What the creating process has prepared.
@@ -34,6 +35,8 @@ pub struct Prepared {
     pub selinux: bool,
     /// How many descriptors behind the standard streams the payload inherits.
     pub preserved: u32,
+    /// What this process becomes in place of a program.
+    pub workload: Option<Box<dyn Workload>>,
 }
 
 /// How the container's process comes into its cgroup.
@@ -81,7 +84,7 @@ pub const READY: u8 = b'R';
 /// Becomes the payload, after `start`. Never returns.
 pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> ! {
     let mut answer = answer;
-    let outcome = prepare(plan, &mut prepared);
+    let outcome = prepare(plan, &mut prepared, answer.as_fd());
     let written = match &outcome {
         Ok(()) => answer.write_all(&[READY]),
         Err(reason) => answer.write_all(reason.as_bytes()),
@@ -89,9 +92,11 @@ pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> 
     drop(answer);
     // Nobody waits any more when it cannot be written.
     if outcome.is_ok() && written.is_ok() && started(&prepared.listener) {
-        let reason = match late_filter(plan, &prepared) {
-            Ok(()) => payload::execute(&prepared.process),
-            Err(reason) => reason,
+        drop(prepared.listener);
+        let reason = match (prepared.workload, late_filter(plan, prepared.filter.as_ref())) {
+            (_, Err(reason)) => reason,
+            (None, Ok(())) => payload::execute(&prepared.process),
+            (Some(workload), Ok(())) => workload.run(),
         };
         // Create has been answered: this is for who reads the container's output.
         let _ = writeln!(std::io::stderr(), "{reason}");
@@ -111,15 +116,16 @@ fn no_new_privileges(plan: &Plan) -> bool {
     plan.spec.process.no_new_privileges == Some(true)
 }
 
-/// With `noNewPrivileges` a filter needs no privilege, and is loaded as late as can be.
-fn late_filter(plan: &Plan, prepared: &Prepared) -> Result<(), String> {
-    match &prepared.filter {
+/// With `noNewPrivileges` a filter needs no privilege, and is loaded as late as can be: the last
+/// thing before the program, or before a workload touches anything of the image.
+fn late_filter(plan: &Plan, filter: Option<&Filter>) -> Result<(), String> {
+    match filter {
         Some(filter) if no_new_privileges(plan) => filter.load(),
         _ => Ok(()),
     }
 }
 
-fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
+fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Result<(), String> {
     let spec = &plan.spec;
     let process = &spec.process;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
@@ -149,6 +155,8 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
         rootfs::console(&root)?;
     }
     rootfs::close(&root, plan, null.as_ref())?;
+    // A workload closes what it does not know: nothing of this function may be open by then.
+    drop((root, null));
     home(plan, &mut prepared.process);
     // SAFETY: plain system call.
     unsafe { libc::umask(process.user.umask.unwrap_or(0o022)) };
@@ -184,7 +192,17 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     if marked != 0 {
         return Err(format!("close_range: {}", std::io::Error::last_os_error()));
     }
-    payload::find(&prepared.process).map(drop)
+    let Some(workload) = &mut prepared.workload else {
+        return payload::find(&prepared.process).map(drop);
+    };
+    late_filter(plan, prepared.filter.take().as_ref())?;
+    workload.prepare(&Container {
+        args: prepared.process.args().as_deref().unwrap_or_default(),
+        env: prepared.process.env().as_deref().unwrap_or_default(),
+        cwd: &process.cwd,
+        annotations: plan.spec.annotations.as_ref(),
+        kept: &[prepared.listener.as_fd(), answer],
+    })
 }
 
 /// Names of a new UTS namespace.

@@ -50,6 +50,7 @@ use nix::sched::CloneFlags;
 use nix::sys::stat::Mode;
 
 use super::args::{Args, Create};
+use super::workload::Workload;
 use super::{Error, Result, console};
 pub use plan::{Plan, Reason};
 
@@ -111,7 +112,14 @@ impl Drop for Traces {
 }
 
 /// Makes the container; its process waits for `start`.
-pub fn run(args: &Args, create: &Create, mut plan: Plan) -> Result<()> {
+pub fn run(
+    args: &Args,
+    create: &Create,
+    mut plan: Plan,
+    workload: Option<Box<dyn Workload>>,
+) -> Result<()> {
+    // Its spec has the devices that it needs, if any: the image is not written to.
+    plan.fill_dev &= workload.is_none() || plan.spec.process.terminal;
     let process = &mut plan.spec.process;
     let console = match (&create.console_socket, process.terminal) {
         (Some(path), true) => {
@@ -181,6 +189,7 @@ pub fn run(args: &Args, create: &Create, mut plan: Plan) -> Result<()> {
             process: program,
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             preserved: u32::try_from(create.preserve_fds).unwrap_or(0),
+            workload,
         };
         init::run(&plan, prepared, writer);
     }

@@ -1,0 +1,265 @@
+//! WebAssembly programs for the suite `wasm`, assembled from text, and an image with all of them.
+//!
+//! Rust's WASI targets are not on every machine that runs these tests; the text format needs one
+//! crate. Each program does one thing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// Name of the image.
+pub const IMAGE: &str = "localhost/wasm:latest";
+
+/// What every module has: some of WASI preview 1, a memory, and `$say`, which writes a piece of
+/// memory to a descriptor. Memory below 1024 is scratch.
+const PRELUDE: &str = r#"
+  (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_read" (func $fd_read (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "proc_exit" (func $proc_exit (param i32)))
+  (import "wasi_snapshot_preview1" "args_sizes_get" (func $args_sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "args_get" (func $args (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_sizes_get" (func $environ_sizes (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "environ_get" (func $environ (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_open" (func $path_open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 2)
+  (func $say (param $fd i32) (param $at i32) (param $len i32)
+    (i32.store (i32.const 0) (local.get $at))
+    (i32.store (i32.const 4) (local.get $len))
+    (drop (call $fd_write (local.get $fd) (i32.const 0) (i32.const 1) (i32.const 8))))
+"#;
+
+/// Opens `$len` bytes of name at 1024 below the first preopened directory, with rights and flags;
+/// exits with the error code.
+const OPEN: &str = r#"
+  (func $open (param $len i32) (param $flags i32) (param $rights i64) (result i32)
+    (local $error i32)
+    (local.set $error (call $path_open (i32.const 3) (i32.const 1) (i32.const 1024) (local.get $len)
+      (local.get $flags) (local.get $rights) (i64.const 0) (i32.const 0) (i32.const 16)))
+    (if (local.get $error) (then (call $proc_exit (local.get $error))))
+    (i32.load (i32.const 16)))
+  (func $copy (param $from i32) (param $to i32)
+    (loop $more
+      (i32.store (i32.const 0) (i32.const 2048))
+      (i32.store (i32.const 4) (i32.const 4096))
+      (if (call $fd_read (local.get $from) (i32.const 0) (i32.const 1) (i32.const 8))
+        (then (call $proc_exit (i32.const 99))))
+      (if (i32.load (i32.const 8)) (then
+        (call $say (local.get $to) (i32.const 2048) (i32.load (i32.const 8)))
+        (br $more)))))
+"#;
+
+fn module(body: &str) -> Vec<u8> {
+    wat::parse_str(format!("(module {PRELUDE} {body})")).unwrap()
+}
+
+/// Reads the file that is named, and writes it to standard output.
+fn reads(name: &str) -> Vec<u8> {
+    let len = name.len();
+    module(&format!(
+        r#"{OPEN} (data (i32.const 1024) "{name}")
+        (func (export "_start") (call $copy (call $open (i32.const {len}) (i32.const 0) (i64.const 2)) (i32.const 1)))"#
+    ))
+}
+
+/// Writes `written` to the file that is named; exits with the error code when it may not.
+fn writes(name: &str) -> Vec<u8> {
+    let len = name.len();
+    module(&format!(
+        r#"{OPEN} (data (i32.const 1024) "{name}") (data (i32.const 1500) "written")
+        (func (export "_start")
+          (call $say (call $open (i32.const {len}) (i32.const 9) (i64.const 64)) (i32.const 1500) (i32.const 7)))"#
+    ))
+}
+
+/// All strings of arguments or environment, each with its NUL.
+fn strings(sizes: &str, get: &str) -> String {
+    format!(
+        r#"(func (export "_start")
+          (drop (call ${sizes} (i32.const 16) (i32.const 20)))
+          (drop (call ${get} (i32.const 1024) (i32.const 8192)))
+          (call $say (i32.const 1) (i32.const 8192) (i32.load (i32.const 20))))"#
+    )
+}
+
+/// A component whose `run` is this body.
+fn command(body: &str) -> Vec<u8> {
+    let text = format!(
+        r#"(component
+          (core module $m (func (export "run") (result i32) {body}))
+          (core instance $i (instantiate $m))
+          (func $run (result (result)) (canon lift (core func $i "run")))
+          (instance $exports (export "run" (func $run)))
+          (export "wasi:cli/run@0.2.0" (instance $exports)))"#
+    );
+    wat::parse_str(text).unwrap()
+}
+
+/// All programs by file name.
+pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
+    let hello = r#"
+      (data (i32.const 1024) "hello from wasm\n") (data (i32.const 1100) "problem\n")
+      (func (export "_start")
+        (call $say (i32.const 1) (i32.const 1024) (i32.const 16))
+        (call $say (i32.const 2) (i32.const 1100) (i32.const 8)))"#;
+    // A second of the monotonic clock, again and again.
+    let sleep = r#"
+      (data (i32.const 1024) "ready\n")
+      (func (export "_start")
+        (call $say (i32.const 1) (i32.const 1024) (i32.const 6))
+        (i32.store (i32.const 2064) (i32.const 1))
+        (i64.store (i32.const 2072) (i64.const 1000000000))
+        (loop $more
+          (drop (call $poll (i32.const 2048) (i32.const 3072) (i32.const 1) (i32.const 16)))
+          (br $more)))"#;
+    // Grows by 1 MiB until it may not, says how many it has, as a byte of 'A' and so on.
+    let grow = r#"
+      (func (export "_start")
+        (local $n i32)
+        (loop $more
+          (if (i32.ne (memory.grow (i32.const 16)) (i32.const -1)) (then
+            (local.set $n (i32.add (local.get $n) (i32.const 1)))
+            (br_if $more (i32.lt_u (local.get $n) (i32.const 120))))))
+        (call $proc_exit (local.get $n)))"#;
+    // Touches every page that it grows by.
+    let eat = r#"
+      (func (export "_start")
+        (local $at i32)
+        (loop $more
+          (local.set $at (i32.mul (memory.size) (i32.const 65536)))
+          (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then (call $proc_exit (i32.const 5))))
+          (memory.fill (local.get $at) (i32.const 1) (i32.const 1048576))
+          (br $more)))"#;
+    let rand = r#"
+      (func (export "_start")
+        (drop (call $random (i32.const 1024) (i32.const 32)))
+        (call $say (i32.const 1) (i32.const 1024) (i32.const 32)))"#;
+    let many = r#"
+      (func (export "_start")
+        (local $n i32)
+        (memory.fill (i32.const 1024) (i32.const 120) (i32.const 63))
+        (i32.store8 (i32.const 1087) (i32.const 10))
+        (loop $more
+          (call $say (i32.const 1) (i32.const 1024) (i32.const 64))
+          (local.set $n (i32.add (local.get $n) (i32.const 1)))
+          (br_if $more (i32.lt_u (local.get $n) (i32.const 16384))))
+        (call $proc_exit (i32.const 3)))"#;
+    let mut all = BTreeMap::from([
+        ("hello.wasm", module(hello)),
+        ("args.wasm", module(&strings("args_sizes", "args"))),
+        ("env.wasm", module(&strings("environ_sizes", "environ"))),
+        ("exit7.wasm", module(r#"(func (export "_start") (call $proc_exit (i32.const 7)))"#)),
+        ("exit263.wasm", module(r#"(func (export "_start") (call $proc_exit (i32.const 263)))"#)),
+        ("trap.wasm", module(r#"(func (export "_start") unreachable)"#)),
+        (
+            "divide.wasm",
+            module(r#"(func (export "_start") (drop (i32.div_u (i32.const 1) (i32.const 0))))"#),
+        ),
+        (
+            "outside.wasm",
+            module(r#"(func (export "_start") (drop (i32.load (i32.const 0x7fffffff))))"#),
+        ),
+        ("spin.wasm", module(r#"(func (export "_start") (loop $l (br $l)))"#)),
+        ("recurse.wasm", module(r#"(func $f (export "_start") (call $f))"#)),
+        (
+            "start.wasm",
+            module(r#"(func $f (loop $l (br $l))) (start $f) (func (export "_start"))"#),
+        ),
+        ("sleep.wasm", module(sleep)),
+        (
+            "cat.wasm",
+            module(&format!(
+                r#"{OPEN} (func (export "_start") (call $copy (i32.const 0) (i32.const 1)))"#
+            )),
+        ),
+        ("grow.wasm", module(grow)),
+        ("eat.wasm", module(eat)),
+        ("random.wasm", module(rand)),
+        ("many.wasm", module(many)),
+        ("hostname.wasm", reads("etc/hostname")),
+        ("shadow.wasm", reads("etc/secret")),
+        ("proc.wasm", reads("proc/self/status")),
+        ("escape.wasm", reads("../../../../etc/passwd")),
+        ("volume.wasm", reads("data/file")),
+        ("write.wasm", writes("data/new")),
+        ("scratch.wasm", writes("scratch")),
+        (
+            "four.wasm",
+            wat::parse_str(r#"(module (memory 65535) (func (export "_start")))"#).unwrap(),
+        ),
+        (
+            "import.wasm",
+            wat::parse_str(
+                r#"(module (import "env" "no_such_thing" (func)) (func (export "_start")))"#,
+            )
+            .unwrap(),
+        ),
+        ("library.wasm", wat::parse_str(r#"(module (func (export "add")))"#).unwrap()),
+        ("ok.wasm", command("i32.const 0")),
+        ("fail.wasm", command("i32.const 1")),
+        ("component-trap.wasm", command("unreachable")),
+        ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
+        ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
+        (
+            "world.wasm",
+            wat::parse_str(
+                r#"(component
+            (core module $m (func (export "x"))) (core instance $i (instantiate $m))
+            (func $x (canon lift (core func $i "x"))) (export "x" (func $x)))"#,
+            )
+            .unwrap(),
+        ),
+        ("garbage.wasm", b"this is no WebAssembly\n".to_vec()),
+        ("header.wasm", b"\0asm\x01".to_vec()),
+        ("version.wasm", b"\0asm\x07\0\0\0".to_vec()),
+        ("empty.wasm", Vec::new()),
+    ]);
+    let mut cut = all["hello.wasm"].clone();
+    cut.truncate(cut.len() / 2);
+    all.insert("truncated.wasm", cut);
+    all
+}
+
+/// Makes the image known to containerd; once.
+pub fn import() {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        let dir = crate::bed().join("run/wasm");
+        let files = dir.join("files");
+        std::fs::create_dir_all(&files).unwrap();
+        for (name, bytes) in programs() {
+            std::fs::write(files.join(name), bytes).unwrap();
+        }
+        let tar = dir.join("image.tar");
+        run(
+            Path::new("python3"),
+            &[
+                crate::top().join("tests/bed/wasmimage.py").to_str().unwrap(),
+                IMAGE,
+                crate::bed().join("src/busybox").to_str().unwrap(),
+                files.to_str().unwrap(),
+                tar.to_str().unwrap(),
+            ],
+        );
+        let socket = crate::bed().join("run/containerd.sock");
+        let ctr = crate::bed().join("root/usr/bin/ctr");
+        let out = crate::inside(&[
+            ctr.to_str().unwrap(),
+            "-a",
+            socket.to_str().unwrap(),
+            "-n",
+            "k8s.io",
+            "images",
+            "import",
+            tar.to_str().unwrap(),
+        ]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    });
+}
+
+fn run(program: &Path, args: &[&str]) {
+    let out = Command::new(program).args(args).output().unwrap();
+    assert!(out.status.success(), "{program:?}: {}", String::from_utf8_lossy(&out.stderr));
+}

@@ -1,0 +1,361 @@
+//! Compiled code for a module: from the cache, or by the compiler, a process that has given up
+//! everything before it reads the module (`wasm-worker compile`).
+//!
+//! A module that several containers want at the same time is compiled once. Nobody else waits for
+//! it: the compiler is another process, and the digest of a module is made on a thread of its own.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use containerd_task::error::{Error, Result};
+use kuasar_host::live::Live;
+use kuasar_host::process;
+use kuasar_oci::processes::{Failure, new_cookie};
+use sandbox_parent::client::{Parent, Spawn};
+use tokio::sync::Semaphore;
+use wasm_common::kind::{self, Detected};
+use wasm_common::wire::Hello;
+
+use crate::cache::{Cache, Draft};
+use crate::config::Config;
+use crate::image::{Program, shown};
+use crate::verify::{Identity, Sum, digest, hex};
+
+/// Most digests of modules that are remembered.
+const MAX_SUMS: usize = 4096;
+/// Most characters of a compiler's complaint.
+const MAX_WORDS: u64 = 2000;
+
+/// Runs the compiler.
+#[async_trait]
+pub trait Run: Send + Sync {
+    /// Runs it with these standard streams and limits; answers its exit status, or `None` when it
+    /// did not end within `patience` and was killed.
+    async fn run(
+        &self,
+        streams: [BorrowedFd<'_>; 3],
+        limits: String,
+        patience: Duration,
+    ) -> std::result::Result<Option<u32>, Failure>;
+}
+
+/// By sandbox-parent.
+pub struct ByParent {
+    /// sandbox-parent.
+    pub parent: Parent,
+    /// Path by which it can execute the worker.
+    pub program: String,
+}
+
+#[async_trait]
+impl Run for ByParent {
+    async fn run(
+        &self,
+        streams: [BorrowedFd<'_>; 3],
+        limits: String,
+        patience: Duration,
+    ) -> std::result::Result<Option<u32>, Failure> {
+        let cookie = new_cookie();
+        let argv = vec![self.program.clone(), "compile".into(), limits];
+        let fds = streams.map(Some).to_vec();
+        let spawned = self.parent.spawn(Spawn { argv, env: Vec::new(), fds, cookie }).await?;
+        let ended = tokio::time::timeout(patience, self.parent.exit_of(cookie)).await;
+        if ended.is_err() {
+            // It may have ended just now.
+            let _ = process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
+            let _ = self.parent.exit_of(cookie).await;
+        }
+        self.parent.acknowledge(cookie).await;
+        Ok(match ended {
+            Ok(exit) => Some(exit?.status),
+            Err(_) => None,
+        })
+    }
+}
+
+/// As a child of this process, for the command line.
+struct ByOurselves {
+    program: PathBuf,
+}
+
+#[async_trait]
+impl Run for ByOurselves {
+    async fn run(
+        &self,
+        streams: [BorrowedFd<'_>; 3],
+        limits: String,
+        patience: Duration,
+    ) -> std::result::Result<Option<u32>, Failure> {
+        let [stdin, stdout, stderr] =
+            streams.map(|stream| stream.try_clone_to_owned().map(std::process::Stdio::from));
+        let mut child = tokio::process::Command::new(&self.program)
+            .args(["compile", &limits])
+            .env_clear()
+            .stdin(stdin?)
+            .stdout(stdout?)
+            .stderr(stderr?)
+            .kill_on_drop(true)
+            .spawn()?;
+        match tokio::time::timeout(patience, child.wait()).await {
+            Ok(status) => {
+                use std::os::unix::process::ExitStatusExt;
+                let status = status?;
+                let code = status.code().or(status.signal().map(|signal| 128 + signal));
+                Ok(code.and_then(|code| u32::try_from(code).ok()).or(Some(255)))
+            }
+            Err(_) => {
+                child.kill().await?;
+                Ok(None)
+            }
+        }
+    }
+}
+
+type Flights = HashMap<String, Arc<tokio::sync::Mutex<()>>>;
+
+/// Compiles, and remembers.
+pub struct Compiler {
+    config: Live<Config>,
+    run: Arc<dyn Run>,
+    cache: Mutex<Option<Arc<Cache>>>,
+    /// Digests of modules by the layers that they are in and their identity.
+    sums: Mutex<HashMap<(String, Identity), Sum>>,
+    flights: Mutex<Flights>,
+    jobs: Semaphore,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn cannot(what: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |error| match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => Error::ResourceExhausted(format!(
+            "{what}: {error}: make room where cache.dir is, or set a smaller cache.size"
+        )),
+        _ => Error::internal(what, error),
+    }
+}
+
+impl Compiler {
+    /// With the configuration as it is at each call; how many work at the same time is read once.
+    pub fn new(config: Live<Config>, run: Arc<dyn Run>) -> Self {
+        let jobs = Semaphore::new(config.get().compiler.jobs);
+        Self {
+            config,
+            run,
+            cache: Mutex::default(),
+            sums: Mutex::default(),
+            flights: Mutex::default(),
+            jobs,
+        }
+    }
+
+    fn cache(&self) -> Result<Arc<Cache>> {
+        let mut slot = lock(&self.cache);
+        if let Some(cache) = slot.as_ref() {
+            return Ok(cache.clone());
+        }
+        let dir = self.config.get().cache.dir.clone();
+        let cache = Cache::open(&dir).map_err(cannot("open the cache of compiled code"))?;
+        Ok(slot.insert(Arc::new(cache)).clone())
+    }
+
+    /// Code for a program of an image whose rootfs is made of `layers`.
+    ///
+    /// # Errors
+    /// When it cannot be compiled: `InvalidArgument` says what is wrong with it.
+    pub async fn artifact(&self, hello: &Hello, program: Program, layers: &str) -> Result<File> {
+        let sum = self.sum(&program, layers).await?;
+        let name = format!("{}-{}-{}-{}", hex(&sum), hello.engine, hello.version, hello.settings);
+        let cache = self.cache()?;
+        if let Some(code) = find(&cache, &name).await? {
+            return Ok(code);
+        }
+        let flight = lock(&self.flights).entry(name.clone()).or_default().clone();
+        let result = {
+            let _turn = flight.lock().await;
+            match find(&cache, &name).await? {
+                Some(code) => Ok(code),
+                None => self.compile(&cache, &name, program).await,
+            }
+        };
+        let mut flights = lock(&self.flights);
+        // Ours, and the table's: nobody else is on the way.
+        if Arc::strong_count(&flight) <= 2 {
+            flights.remove(&name);
+        }
+        result
+    }
+
+    /// The digest of a module; read once for each file of each image.
+    async fn sum(&self, program: &Program, layers: &str) -> Result<Sum> {
+        let identity = Identity::of(&program.file).map_err(cannot("look at the module"))?;
+        let max = self.config.get().compiler.max_module;
+        if identity.size() > max {
+            return Err(Error::InvalidArgument(format!(
+                "exec: {} has {} bytes: at most {max} are compiled (compiler.max_module)",
+                shown(program.path.as_os_str()),
+                identity.size()
+            )));
+        }
+        let key = (layers.to_owned(), identity.clone().in_layers());
+        // Without layers nothing tells two file systems apart.
+        let known = lock(&self.sums).get(&key).copied().filter(|_| !layers.is_empty());
+        if let Some(sum) = known {
+            return Ok(sum);
+        }
+        let file = program.file.try_clone().map_err(cannot("read the module"))?;
+        let work = tokio::task::spawn_blocking(move || digest(&file, max));
+        let sum = work.await.map_err(|error| Error::internal("worker", error))?;
+        let sum = sum.map_err(cannot("read the module"))?;
+        let mut sums = lock(&self.sums);
+        if sums.len() >= MAX_SUMS {
+            sums.clear();
+        }
+        sums.insert(key, sum);
+        Ok(sum)
+    }
+
+    async fn compile(&self, cache: &Arc<Cache>, name: &str, program: Program) -> Result<File> {
+        let config = self.config.get();
+        let limit = &config.compiler;
+        let _job = self.jobs.acquire().await.map_err(|e| Error::internal("compiler", e))?;
+        let begun = Instant::now();
+        let draft = cache.draft().map_err(cannot("write compiled code"))?;
+        let words = words().map_err(cannot("make a file for the compiler's words"))?;
+        let limits = format!("{},{},{}", limit.memory, limit.timeout.as_secs().max(1), limit.uid);
+        let streams = [program.file.as_fd(), draft.file.as_fd(), words.as_fd()];
+        rewind(&program.file).map_err(cannot("read the module"))?;
+        let ended = self.run.run(streams, limits, limit.timeout).await;
+        let ended = ended.map_err(|error| Error::internal("run the compiler", error))?;
+        let module = shown(program.path.as_os_str());
+        match ended {
+            Some(0) => {}
+            None | Some(TIME_OUT | KILLED) => {
+                return Err(Error::InvalidArgument(format!(
+                    "exec: {module} is not compiled within {:?} (compiler.timeout)",
+                    limit.timeout
+                )));
+            }
+            Some(status) => return Err(complaint(&module, status, words)),
+        }
+        let (cache, name, size) = (cache.clone(), name.to_owned(), config.cache.size);
+        let code = tokio::task::spawn_blocking(move || keep(&cache, &name, &draft, size)).await;
+        let code = code.map_err(|error| Error::internal("worker", error))?;
+        let code = code.map_err(cannot("keep compiled code"))?;
+        tracing::info!(module, took = ?begun.elapsed(), "compiled");
+        kuasar_daemon::metrics::observe("wasm_compile", begun.elapsed());
+        Ok(code)
+    }
+}
+
+/// 128 + SIGXCPU.
+const TIME_OUT: u32 = 128 + libc::SIGXCPU as u32;
+/// 128 + SIGKILL: the hard limit of processor time.
+const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
+fn keep(cache: &Cache, name: &str, draft: &Draft, size: u64) -> std::io::Result<File> {
+    let code = cache.commit(name, draft)?;
+    cache.shrink(size, name);
+    Ok(code)
+}
+
+/// What is known is opened here; what has to be read first, on another thread.
+async fn find(cache: &Arc<Cache>, name: &str) -> Result<Option<File>> {
+    let wrap = cannot("read compiled code");
+    if let Some(code) = cache.known(name).map_err(&wrap)? {
+        return Ok(Some(code));
+    }
+    let (cache, name) = (cache.clone(), name.to_owned());
+    let work = tokio::task::spawn_blocking(move || cache.get(&name)).await;
+    work.map_err(|error| Error::internal("worker", error))?.map_err(wrap)
+}
+
+fn rewind(mut file: &File) -> std::io::Result<()> {
+    use std::io::Seek;
+    file.rewind()
+}
+
+fn words() -> std::io::Result<OwnedFd> {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    Ok(memfd_create("compiler", MFdFlags::MFD_CLOEXEC)?)
+}
+
+/// What the compiler has said, bounded and in one line: part of it are the module's words.
+fn complaint(module: &str, status: u32, words: OwnedFd) -> Error {
+    let file = File::from(words);
+    let mut text = String::new();
+    if rewind(&file).is_ok() {
+        // What is no text is not shown.
+        let _ = file.take(MAX_WORDS).read_to_string(&mut text);
+    }
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let text = text.trim().trim_start_matches("wasm-worker: ").trim();
+    if text.contains("No space left") {
+        return Error::ResourceExhausted(format!(
+            "{text}: make room where cache.dir is, or set a smaller cache.size"
+        ));
+    }
+    let text = if text.is_empty() { "it has said nothing" } else { text };
+    Error::InvalidArgument(format!("exec: {module} cannot be compiled (status {status}): {text}"))
+}
+
+/// Compiles files into the cache.
+pub async fn precompile(config: &Config, files: &[PathBuf]) -> std::result::Result<(), String> {
+    let program = config.worker_program()?;
+    let out = std::process::Command::new(&program)
+        .arg("version")
+        .output()
+        .map_err(|error| format!("run {}: {error}", program.display()))?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let hello = hello(&text).ok_or_else(|| format!("{} has no version", program.display()))?;
+    let compiler = Compiler::new(Live::new(config.clone()), Arc::new(ByOurselves { program }));
+    for path in files {
+        let wrap = |error: std::io::Error| format!("{}: {error}", path.display());
+        let file = File::open(path).map_err(wrap)?;
+        let mut header = Vec::new();
+        (&file).take(kind::HEADER as u64).read_to_end(&mut header).map_err(wrap)?;
+        let what = kind::detect(&header);
+        let Detected::Wasm(found) = what else {
+            return Err(format!("{}: no module and no component: {what:?}", path.display()));
+        };
+        let begun = Instant::now();
+        let program = Program { file, path: path.clone(), what };
+        compiler.artifact(&hello, program, "").await.map_err(|error| error.chain())?;
+        println!("{}: {found}, {:.1?}", path.display(), begun.elapsed());
+    }
+    Ok(())
+}
+
+/// The worker's words on itself: `engine version (settings)`.
+fn hello(text: &str) -> Option<Hello> {
+    let mut words = text.split_whitespace();
+    let (engine, version) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let settings = words.next()?.strip_prefix('(')?.strip_suffix(')')?.to_owned();
+    Some(Hello { engine, version, settings })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workers_version_is_read() {
+        let hello = hello("wasmtime 48 (00ff)\n").unwrap();
+        assert_eq!((&*hello.engine, &*hello.version, &*hello.settings), ("wasmtime", "48", "00ff"));
+        assert!(super::hello("wasmtime").is_none());
+    }
+
+    #[test]
+    fn a_full_disk_is_not_the_images_fault() {
+        let error = cannot("write")(std::io::Error::from_raw_os_error(libc::ENOSPC));
+        assert!(matches!(error, Error::ResourceExhausted(_)));
+    }
+}

@@ -1,0 +1,259 @@
+//! The configuration file of `wasm-sandboxer`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kuasar_daemon::common::CommonConfig;
+use kuasar_oci::engine::{Limits, Settings};
+use serde::Deserialize;
+
+/// Annotation by which a pod or a container names the port of a component that answers requests;
+/// it counts where the configuration allows it.
+pub const PORT_ANNOTATION: &str = "io.kuasar.wasm.http-port";
+
+/// What `wasm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
+/// are errors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The program that runs WebAssembly: an absolute path, or a name that is looked up beside
+    /// this program, then in `PATH`.
+    pub worker: PathBuf,
+    /// How long a worker may take to be warm.
+    #[serde(with = "kuasar_host::duration")]
+    pub worker_timeout: Duration,
+    /// Runs containers whose entrypoint is no WebAssembly with the built-in OCI engine.
+    pub native_containers: bool,
+    /// Compiled code.
+    pub cache: CacheConfig,
+    /// Compiling.
+    pub compiler: CompilerConfig,
+    /// Components that answer requests.
+    pub http: HttpConfig,
+    /// How long an engine may take.
+    pub engine_timeouts: Limits,
+    /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
+    /// `0s`: never.
+    #[serde(with = "kuasar_host::duration")]
+    pub warm_cgroups: Duration,
+    /// Size of a pod's `/dev/shm` in bytes.
+    pub shm_size: u64,
+    /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
+    pub unprivileged_ports: bool,
+    /// From [`CommonConfig::allowed_annotations`]: whether [`PORT_ANNOTATION`] counts.
+    #[serde(skip)]
+    pub heeds_port: bool,
+}
+
+/// Compiled code.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Its directory, this daemon's alone.
+    pub dir: PathBuf,
+    /// Most bytes in it; what was not used for longest goes first.
+    pub size: u64,
+}
+
+/// Compiling.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CompilerConfig {
+    /// Largest module in bytes.
+    pub max_module: u64,
+    /// Most memory in bytes.
+    pub memory: u64,
+    /// How long one module may take, in time and in processor time.
+    #[serde(with = "kuasar_host::duration")]
+    pub timeout: Duration,
+    /// Modules that are compiled at the same time.
+    pub jobs: usize,
+    /// User and group that the compiler becomes.
+    pub uid: u32,
+}
+
+/// Components that answer requests.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Port where neither annotation, environment nor pod names one.
+    pub port: u16,
+    /// Environment variable of the container that names it; empty for none.
+    pub port_env: String,
+    /// Connections to one component at the same time.
+    pub max_connections: u32,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { dir: "/var/cache/kuasar-wasm".into(), size: 1 << 30 }
+    }
+}
+
+impl Default for CompilerConfig {
+    fn default() -> Self {
+        Self {
+            max_module: 256 << 20,
+            memory: 4 << 30,
+            timeout: Duration::from_secs(60),
+            jobs: 2,
+            uid: 65534,
+        }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self { port: 8080, port_env: "PORT".into(), max_connections: 128 }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            worker: "wasm-worker".into(),
+            worker_timeout: Duration::from_secs(10),
+            native_containers: true,
+            cache: CacheConfig::default(),
+            compiler: CompilerConfig::default(),
+            http: HttpConfig::default(),
+            engine_timeouts: Limits::default(),
+            warm_cgroups: Duration::from_millis(250),
+            shm_size: 64 << 20,
+            unprivileged_ports: true,
+            heeds_port: false,
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file with its drop-ins; without one the defaults.
+    ///
+    /// # Errors
+    /// A text that names file, line and key.
+    pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
+        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
+        let (common, mut own) =
+            loaded.map_err(|error| match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            })?;
+        own.heeds_port = common.heeds(PORT_ANNOTATION);
+        common.check().and_then(|()| own.check()).map_err(|reason| {
+            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
+            format!("{file}{reason}")
+        })?;
+        Ok((common, own))
+    }
+
+    /// What is wrong with it, in words that name the key.
+    pub fn check(&self) -> Result<(), String> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        for (key, value) in [
+            ("worker_timeout", self.worker_timeout),
+            ("compiler.timeout", self.compiler.timeout),
+            ("engine_timeouts.create", self.engine_timeouts.create),
+            ("engine_timeouts.other", self.engine_timeouts.other),
+        ] {
+            if value.is_zero() || value > HOUR {
+                return Err(format!("{key}: more than nothing and at most 1h"));
+            }
+        }
+        if self.warm_cgroups > Duration::from_secs(10) {
+            return Err("warm_cgroups: at most 10s".into());
+        }
+        if self.shm_size < 4096 {
+            return Err(format!("shm_size = {}: at least 4096 bytes", self.shm_size));
+        }
+        if !self.cache.dir.is_absolute() {
+            return Err(format!("cache.dir = {:?}: an absolute path", self.cache.dir));
+        }
+        if self.compiler.memory < 256 << 20 {
+            return Err("compiler.memory: at least 268435456 bytes".into());
+        }
+        if !(1..=64).contains(&self.compiler.jobs) {
+            return Err("compiler.jobs: 1 to 64".into());
+        }
+        if self.compiler.max_module < 8 || self.compiler.max_module > 1 << 30 {
+            return Err("compiler.max_module: 8 to 1073741824 bytes".into());
+        }
+        if self.compiler.uid == 0 {
+            return Err("compiler.uid: not root, modules are not to be trusted".into());
+        }
+        if self.http.port == 0 {
+            return Err("http.port: 1 to 65535".into());
+        }
+        if !(1..=10_000).contains(&self.http.max_connections) {
+            return Err("http.max_connections: 1 to 10000".into());
+        }
+        Ok(())
+    }
+
+    /// What of it is the engines'.
+    pub fn engine_settings(&self) -> Settings {
+        Settings {
+            engines: BTreeMap::new(),
+            timeouts: self.engine_timeouts,
+            warm_cgroups: self.warm_cgroups,
+        }
+    }
+
+    /// The worker's program.
+    ///
+    /// # Errors
+    /// When it is nowhere; the text says what to do.
+    pub fn worker_program(&self) -> Result<PathBuf, String> {
+        let beside = std::env::current_exe().ok();
+        let beside = beside.as_deref().and_then(Path::parent).map(|dir| dir.join(&self.worker));
+        let is_name = self.worker.components().count() == 1;
+        beside
+            .filter(|path| is_name && path.is_file())
+            .or_else(|| kuasar_host::process::find_program(&self.worker))
+            .ok_or_else(|| {
+                format!(
+                    "{} is neither beside this program nor in PATH: install it, or set worker",
+                    self.worker.display()
+                )
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_has_every_default() {
+        let text = include_str!("../../../packaging/wasm-sandboxer.toml");
+        for key in ["worker", "native_containers", "max_module", "port_env", "max_connections"] {
+            assert!(text.contains(&format!("\n#{key} = ")), "{key}");
+        }
+        let switched_on: String = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') => rest,
+                _ => line,
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        let table: toml::Table = switched_on.parse().unwrap();
+        let own = ["cache", "compiler", "http"].map(|key| (key, table[key].clone()));
+        let own: toml::Table =
+            own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let config: Config = own.try_into().unwrap();
+        let (given, default) = (format!("{config:?}"), format!("{:?}", Config::default()));
+        assert_eq!(given, default);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let check = |text: &str| toml::from_str::<Config>(text).unwrap().check().unwrap_err();
+        assert!(check("[compiler]\nuid = 0").contains("compiler.uid"));
+        assert!(check("[compiler]\njobs = 0").contains("compiler.jobs"));
+        assert!(check("[cache]\ndir = 'x'").contains("cache.dir"));
+        assert!(check("[http]\nport = 0").contains("http.port"));
+        assert!(check("worker_timeout = '0s'").contains("worker_timeout"));
+        assert!(toml::from_str::<Config>("wurker = 1").is_err());
+    }
+}

@@ -1,0 +1,154 @@
+//! Which engine makes a container: the worker for WebAssembly, the built-in one for the rest.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use containerd_task::error::{Error, Result};
+use kuasar_host::live::Live;
+use kuasar_oci::engine::BUILTIN;
+use kuasar_oci::payloads::{Candidate, Chosen, Payloads};
+use serde_json::Value;
+use wasm_common::job::Job;
+use wasm_common::kind::{Detected, Kind};
+
+use crate::compile::Compiler;
+use crate::config::{Config, PORT_ANNOTATION};
+use crate::image::{self, Program, shown};
+use crate::worker::Workers;
+use crate::{flavor, spec};
+
+/// Name of the engine.
+pub const WASMTIME: &str = "wasmtime";
+
+/// Chooses for the containers of one pod.
+pub struct Modules {
+    config: Live<Config>,
+    workers: Arc<Workers>,
+    compiler: Arc<Compiler>,
+    /// Port by the pod's annotation.
+    asked_port: Option<u16>,
+    /// The pod's only port.
+    only_port: Option<u16>,
+}
+
+impl Modules {
+    /// With the configuration as it is at each call.
+    pub fn new(
+        config: Live<Config>,
+        workers: Arc<Workers>,
+        compiler: Arc<Compiler>,
+        asked_port: Option<u16>,
+        only_port: Option<u16>,
+    ) -> Self {
+        Self { config, workers, compiler, asked_port, only_port }
+    }
+
+    /// Port on which a component that answers requests is served: by annotation, by environment,
+    /// the pod's only one, or the configuration's.
+    fn port(&self, spec: &Value) -> Result<u16> {
+        let config = self.config.get();
+        let own = spec::annotation(spec, PORT_ANNOTATION).filter(|_| config.heeds_port);
+        if let Some(text) = own {
+            return flavor::port(text).map_err(Error::InvalidArgument);
+        }
+        if let Some(port) = self.asked_port {
+            return Ok(port);
+        }
+        if let Some(text) = spec::variable(spec, &config.http.port_env) {
+            return text.trim().parse().ok().filter(|port| *port != 0).ok_or_else(|| {
+                let name = &config.http.port_env;
+                Error::InvalidArgument(format!("environment {name}={text:.40?} is no port"))
+            });
+        }
+        Ok(self.only_port.unwrap_or(config.http.port))
+    }
+
+    async fn wasm(
+        &self,
+        program: Program,
+        kind: Kind,
+        candidate: &Candidate,
+        spec: &mut Value,
+    ) -> Result<Chosen> {
+        let hello = self.workers.worker().hello().await;
+        let hello = hello.map_err(|error| Error::internal("start the worker", error))?;
+        let port = if kind == Kind::Component { self.port(spec)? } else { 0 };
+        let layers = layers(candidate);
+        let begun = Instant::now();
+        let artifact: OwnedFd = self.compiler.artifact(hello, program, &layers).await?.into();
+        kuasar_daemon::metrics::observe("wasm_artifact", begun.elapsed());
+        let job = Job {
+            artifact: candidate.descriptor,
+            kind,
+            memory: spec::memory_limit(spec),
+            port,
+            connections: self.config.get().http.max_connections,
+        };
+        spec::edit(spec, &job).map_err(Error::InvalidArgument)?;
+        Ok(Chosen { engine: WASMTIME.into(), descriptors: vec![artifact] })
+    }
+}
+
+/// What a rootfs is made of, as far as it can be known: with a file's number and times in it, that
+/// names the file's content.
+fn layers(candidate: &Candidate) -> String {
+    let mut text = String::new();
+    for mount in &candidate.mounts {
+        text.push_str(&mount.source);
+        for option in &mount.options {
+            text.push('\n');
+            text.push_str(option);
+        }
+    }
+    text
+}
+
+#[async_trait]
+impl Payloads for Modules {
+    async fn choose(&self, candidate: &Candidate, spec: &mut Value) -> Result<Chosen> {
+        let native = || Chosen { engine: BUILTIN.into(), descriptors: Vec::new() };
+        let natives = self.config.get().native_containers;
+        // A few system calls in a mounted tree: not worth another thread.
+        let found = image::program(&candidate.rootfs, spec).map_err(Error::InvalidArgument)?;
+        let Some(program) = found else {
+            if natives {
+                // It has the words for what is missing.
+                return Ok(native());
+            }
+            let name = spec.pointer("/process/args/0").and_then(Value::as_str).unwrap_or_default();
+            return Err(Error::InvalidArgument(format!(
+                "exec: {}: no such file or directory",
+                shown(name.as_ref())
+            )));
+        };
+        let name = shown(program.path.as_os_str());
+        match program.what {
+            Detected::Wasm(kind) => self.wasm(program, kind, candidate, spec).await,
+            Detected::Other if natives => Ok(native()),
+            Detected::Other => Err(Error::InvalidArgument(format!(
+                "exec: {name} is no WebAssembly, and native_containers is off: use another \
+                 runtime class for it"
+            ))),
+            Detected::Truncated => Err(Error::InvalidArgument(format!(
+                "exec: {name} is WebAssembly that ends within its header: it is truncated"
+            ))),
+            Detected::Unknown { version, layer } => Err(Error::InvalidArgument(format!(
+                "exec: {name} is WebAssembly of version {version:#x}, layer {layer}: modules of \
+                 version 1 and components of version 0xd are known"
+            ))),
+        }
+    }
+
+    fn check_exec(&self, engine: &str) -> Result<()> {
+        if engine != WASMTIME {
+            return Ok(());
+        }
+        Err(Error::Unimplemented(
+            "a WebAssembly container has no further processes: there is no program in it that \
+             could be executed. Run a native container in the same pod for a shell"
+                .into(),
+        ))
+    }
+}

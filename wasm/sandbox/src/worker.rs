@@ -1,0 +1,277 @@
+//! The warm worker: a process that containers are forked from, and how it is asked for one.
+//!
+//! sandbox-parent starts it, and it is as dispensable as an engine that runs for a moment: when it
+//! or this daemon ends, containers know nothing of it (their parent is sandbox-parent), and the
+//! next container gets a new one.
+//!
+//! [`Workers`] stands between the runtime and sandbox-parent: a command whose program is [`WARM`]
+//! is a fork of the worker, everything else is sandbox-parent's. So containers of WebAssembly and
+//! native ones are made, followed and reaped by the same code.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use kuasar_host::live::Live;
+use kuasar_host::process;
+use kuasar_oci::processes::{Command, Exit, Failure, Processes, Spawned, new_cookie};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use sandbox_parent::client::{Parent, Spawn};
+use tokio::io::AsyncReadExt;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use wasm_common::wire::{self, Hello, Request};
+
+use crate::config::Config;
+
+/// Program that stands for a fork of the warm worker.
+pub const WARM: &str = "(warm)";
+
+/// A worker that runs.
+struct Running {
+    socket: AsyncFd<OwnedFd>,
+    ended: Arc<AtomicBool>,
+}
+
+/// Starts workers, one at a time.
+pub struct Worker {
+    parent: Parent,
+    program: String,
+    config: Live<Config>,
+    running: tokio::sync::Mutex<Option<Arc<Running>>>,
+    hello: OnceLock<Hello>,
+}
+
+impl Worker {
+    /// Runs `program`, a path by which sandbox-parent can execute it.
+    pub fn new(parent: Parent, program: String, config: Live<Config>) -> Self {
+        Self {
+            parent,
+            program,
+            config,
+            running: tokio::sync::Mutex::default(),
+            hello: OnceLock::new(),
+        }
+    }
+
+    /// What the worker says of itself; starts it if there is none.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn hello(&self) -> Result<&Hello, Failure> {
+        if self.hello.get().is_none() {
+            self.running().await?;
+        }
+        self.hello.get().ok_or_else(|| "the worker has said nothing of itself".into())
+    }
+
+    /// The same, of one that has been started.
+    pub fn known(&self) -> Option<&Hello> {
+        self.hello.get()
+    }
+
+    async fn running(&self) -> Result<Arc<Running>, Failure> {
+        let mut slot = self.running.lock().await;
+        if let Some(running) = slot.as_ref().filter(|r| !r.ended.load(Ordering::Acquire)) {
+            return Ok(running.clone());
+        }
+        let (running, hello) = self.start().await?;
+        let running = Arc::new(running);
+        *slot = Some(running.clone());
+        // The program is the same as long as this daemon lives.
+        self.hello.get_or_init(|| hello);
+        Ok(running)
+    }
+
+    async fn start(&self) -> Result<(Running, Hello), Failure> {
+        let limit = self.config.get().worker_timeout;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
+        let cookie = new_cookie();
+        let stderr = std::io::stderr();
+        let command = Spawn {
+            argv: vec![self.program.clone(), "zygote".into()],
+            env: Vec::new(),
+            fds: vec![None, None, Some(stderr.as_fd()), Some(theirs.as_fd())],
+            cookie,
+        };
+        let spawned = self.parent.spawn(command).await?;
+        drop(theirs);
+        let ended = Arc::new(AtomicBool::new(false));
+        let (parent, mark) = (self.parent.clone(), ended.clone());
+        tokio::spawn(async move {
+            let exit = parent.exit_of(cookie).await;
+            mark.store(true, Ordering::Release);
+            if let Ok(exit) = exit {
+                tracing::warn!(status = exit.status, "the warm worker has ended");
+            }
+            parent.acknowledge(cookie).await;
+        });
+        // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+        let socket = unsafe { AsyncFd::register(ours) }?;
+        let hello = tokio::time::timeout(limit, receive(&socket)).await;
+        match hello {
+            Ok(Ok(hello)) => Ok((Running { socket, ended }, hello)),
+            Ok(Err(error)) => Err(format!("the worker has ended at once: {error}").into()),
+            Err(_) => {
+                let _ = process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
+                Err(format!("the worker is not warm within {limit:?}").into())
+            }
+        }
+    }
+
+    /// Sends a request; a worker that has ended meanwhile is replaced once.
+    async fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
+        for last in [false, true] {
+            let running = self.running().await?;
+            loop {
+                let mut ready = running.socket.writable().await?;
+                match wire::send(running.socket.get_ref().as_fd(), request, fds) {
+                    Ok(()) => return Ok(()),
+                    Err(wire::Error::Os(nix::Error::EAGAIN)) => ready.clear_ready(),
+                    Err(wire::Error::Closed) if !last => break,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            running.ended.store(true, Ordering::Release);
+        }
+        Err("the worker ends again and again".into())
+    }
+}
+
+async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Hello, wire::Error> {
+    let mut buffer = Vec::new();
+    loop {
+        let mut ready = socket.readable().await.map_err(|_| wire::Error::Closed)?;
+        match wire::receive(socket.get_ref().as_fd(), &mut buffer) {
+            Ok((hello, _)) => return Ok(hello),
+            Err(wire::Error::Os(nix::Error::EAGAIN)) => ready.clear_ready(),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+type Ending = tokio::sync::watch::Receiver<Option<Exit>>;
+
+/// sandbox-parent, and the worker beside it.
+pub struct Workers {
+    parent: Parent,
+    worker: Worker,
+    /// Forks of the worker that make a container, by cookie.
+    makers: Mutex<HashMap<u64, Ending>>,
+}
+
+impl Workers {
+    /// Both.
+    pub fn new(parent: Parent, worker: Worker) -> Self {
+        Self { parent, worker, makers: Mutex::default() }
+    }
+
+    /// The worker.
+    pub fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    fn makers(&self) -> MutexGuard<'_, HashMap<u64, Ending>> {
+        self.makers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn fork(&self, command: Command<'_>) -> Result<Spawned, Failure> {
+        let (reader, writer) = std::io::pipe()?;
+        let request = Request {
+            // Without the program and the word `oci`.
+            argv: command.argv.into_iter().skip(2).collect(),
+            given: command.fds.iter().map(Option::is_some).collect(),
+        };
+        let mut fds: Vec<BorrowedFd<'_>> = command.fds.iter().flatten().copied().collect();
+        fds.push(writer.as_fd());
+        self.worker.ask(&request, &fds).await?;
+        drop(writer);
+        let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
+        let mut pid = [0; 4];
+        let limit = self.worker.config.get().worker_timeout;
+        tokio::time::timeout(limit, reader.read_exact(&mut pid))
+            .await
+            .map_err(|_| format!("the worker has made no process within {limit:?}"))?
+            .map_err(|error| format!("the worker could not make a process: {error}"))?;
+        let pid = u32::from_le_bytes(pid);
+        let pidfd = process::pidfd_open(pid);
+        let watched = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
+        let (tell, ending) = tokio::sync::watch::channel(None);
+        self.makers().insert(command.cookie, ending);
+        tokio::spawn(async move {
+            let status = status(reader, watched).await;
+            let _ = tell.send(Some(Exit { status, at: SystemTime::now() }));
+        });
+        // One that has ended has no pidfd: what it has said is in the pipe.
+        let pidfd = match pidfd {
+            Ok(pidfd) => pidfd,
+            Err(_) => std::fs::File::open("/dev/null")?.into(),
+        };
+        // The exit of what it leaves behind is only looked for among processes that live: a
+        // container's waits for Start.
+        Ok(Spawned { pid, pidfd, since: u64::MAX })
+    }
+}
+
+/// How a maker has ended: what it says, or 255 when it was killed.
+async fn status(mut reader: pipe::Receiver, pidfd: Option<OwnedFd>) -> u32 {
+    let mut byte = [0];
+    // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
+    let ended = pidfd.and_then(|fd| unsafe { AsyncFd::register(fd) }.ok());
+    let ended = async {
+        match &ended {
+            Some(ended) => drop(ended.readable().await),
+            None => std::future::pending().await,
+        }
+    };
+    let said = tokio::select! {
+        biased;
+        said = reader.read_exact(&mut byte) => said.is_ok(),
+        () = ended => reader.try_read(&mut byte).is_ok_and(|length| length == 1),
+    };
+    if said { u32::from(u8::from_ne_bytes(byte)) } else { 255 }
+}
+
+#[async_trait]
+impl Processes for Workers {
+    async fn spawn(&self, command: Command<'_>) -> Result<Spawned, Failure> {
+        if command.argv.first().is_some_and(|program| program == WARM) {
+            return self.fork(command).await;
+        }
+        Processes::spawn(&self.parent, command).await
+    }
+
+    async fn watch(&self, pid: u32, since: u64, cookie: u64) -> Result<(), Failure> {
+        Processes::watch(&self.parent, pid, since, cookie).await
+    }
+
+    async fn exit_of(&self, cookie: u64) -> Result<Exit, Failure> {
+        let maker = self.makers().get(&cookie).cloned();
+        let Some(mut maker) = maker else {
+            return Processes::exit_of(&self.parent, cookie).await;
+        };
+        let exit = *maker.wait_for(Option::is_some).await?;
+        exit.ok_or_else(|| "it is not known how it has ended".into())
+    }
+
+    async fn acknowledge(&self, cookie: u64) {
+        if self.makers().remove(&cookie).is_none() {
+            Processes::acknowledge(&self.parent, cookie).await;
+        }
+    }
+
+    async fn watched(&self) -> Result<Vec<u64>, Failure> {
+        Processes::watched(&self.parent).await
+    }
+}
+
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Running({})", self.socket.get_ref().as_raw_fd())
+    }
+}

@@ -1,0 +1,142 @@
+//! The warm process that containers are forked from.
+//!
+//! It has one thread, and no other descriptor than its socket and standard error. For each request
+//! it makes one process, as a sibling: its parent, sandbox-parent, is to reap that one, and this
+//! process has nothing to wait for. Memory is shared copy-on-write: an engine that is set up, and
+//! links to everything that WASI offers, cost a container nothing.
+//!
+//! The new process has the layout of memory that all of them have. It is the price of not starting
+//! a program: addresses learned in one container are those of all. What holds a container is the
+//! kernel (namespaces, seccomp, no privileges), not that they are secret.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use wasm_common::wire::{self, Request};
+
+use crate::engine::{Warm, explain, hello_of};
+use crate::random;
+use crate::workload::Wasm;
+
+/// The socket's number.
+const SOCKET: RawFd = 3;
+/// Above every number that a new process's descriptors get.
+const ASIDE: RawFd = 128;
+
+/// Serves requests until the sandboxer's end is closed.
+pub fn run() -> Result<(), String> {
+    // SAFETY: sandbox-parent has put the socket there; it is open as long as this process.
+    let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
+    name("wasm-zygote");
+    // Never dropped: it is in every container until its end.
+    let warm: &'static Warm = Box::leak(Box::new(warm()?));
+    // Touches what the first container would touch.
+    let hello = hello_of(&warm.engine);
+    let send = |error: wire::Error| error.to_string();
+    wire::send(socket, &hello, &[]).map_err(send)?;
+    let mut buffer = Vec::new();
+    loop {
+        let (request, fds) = match wire::receive::<Request>(socket, &mut buffer) {
+            Ok(received) => received,
+            Err(wire::Error::Closed) => return Ok(()),
+            Err(error) => {
+                // The caller sees its pipe end.
+                eprintln!("wasm-worker: a request: {error}");
+                continue;
+            }
+        };
+        if fork() == Some(0) {
+            child(warm, request, fds);
+        }
+        // Otherwise, also when there is no process: the pipe closes with the descriptors.
+    }
+}
+
+fn warm() -> Result<Warm, String> {
+    let random = random::open()?;
+    let warm = Warm::new().map_err(|error| explain(&error))?;
+    Ok(Warm { random, ..warm })
+}
+
+/// What `ps` and `top` call this process; at most 15 bytes of it.
+pub fn name(name: &str) {
+    let bytes: Vec<u8> = name.bytes().filter(|byte| *byte != 0).take(15).collect();
+    if let Ok(text) = std::ffi::CString::new(bytes) {
+        // SAFETY: a valid string, which the kernel copies.
+        unsafe { libc::prctl(libc::PR_SET_NAME, text.as_ptr()) };
+    }
+}
+
+/// A sibling of this process; `Some(0)` in it.
+fn fork() -> Option<libc::c_long> {
+    let flags = libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: as fork(2), with one thread; no handler of the C library has anything to do.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    (pid >= 0).then_some(pid)
+}
+
+/// Becomes what was asked for; never returns.
+fn child(warm: &'static Warm, request: Request, mut fds: Vec<OwnedFd>) -> ! {
+    let status = match fds.pop() {
+        Some(answer) => serve(warm, request, fds, answer),
+        None => 1,
+    };
+    // SAFETY: ends this process without running anything of the zygote's.
+    unsafe { libc::_exit(i32::from(status)) }
+}
+
+fn serve(warm: &'static Warm, request: Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> u8 {
+    let Ok(answer) = place(&request, fds, answer) else { return 1 };
+    // SAFETY: plain calls.
+    let pid = unsafe {
+        libc::setsid();
+        libc::umask(0o022);
+        libc::getpid()
+    };
+    let tell = |bytes: &[u8]| nix::unistd::write(&answer, bytes).is_ok();
+    // Nobody waits any more when it cannot be told.
+    if !tell(&pid.to_le_bytes()) {
+        return 1;
+    }
+    let workload = Box::new(Wasm::new(warm));
+    let status = kuasar_oci::builtin::main_as("wasm-worker", request.argv, Some(workload));
+    tell(&[status]);
+    status
+}
+
+/// Puts descriptors where the request has them, and closes all others; answers the pipe.
+fn place(request: &Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> std::io::Result<OwnedFd> {
+    let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
+    let mut given = fds.into_iter();
+    // First out of the way, so that no one is overwritten before it is used.
+    let mut moved = Vec::new();
+    for wanted in &request.given {
+        let fd = if *wanted { given.next() } else { None };
+        moved.push(aside(fd.as_ref().unwrap_or(&null))?);
+    }
+    let answer = aside(&answer)?;
+    drop((given, null));
+    for (number, fd) in (0..).zip(&moved) {
+        // SAFETY: what has this number is the socket or one of the received descriptors; none of
+        // them is used any more. The owners of the latter have been dropped above.
+        if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    // SAFETY: closes what nobody uses: behind those that were placed, and before those aside.
+    unsafe {
+        let first = libc::c_uint::try_from(moved.len()).unwrap_or(3).max(3);
+        libc::syscall(libc::SYS_close_range, first, ASIDE - 1, 0);
+    }
+    Ok(answer)
+}
+
+/// A duplicate with a high number.
+fn aside(fd: &OwnedFd) -> std::io::Result<OwnedFd> {
+    // SAFETY: duplicates a valid descriptor.
+    let new = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ASIDE) };
+    if new < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
