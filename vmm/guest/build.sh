@@ -80,7 +80,7 @@ product() { case $1 in microvm) echo vmlinux ;; *) echo "vmlinux-$1" ;; esac; }
 
 # what a kernel is made from, as one line
 inputs() {
-  echo "$VERSION $({ fragment "$1"; cat "$SRC/build.sh"; } | sha256sum | cut -c1-16) $(gcc -dumpfullversion) $(ld --version | head -n 1)"
+  echo "$VERSION $({ fragment "$1"; declare -f kernel; } | sha256sum | cut -c1-16) $(gcc -dumpfullversion) $(ld --version | head -n 1)"
 }
 
 made() { [ -s "$G/$(product "$1")" ] && [ "$(cat "$G/$(product "$1").stamp" 2>/dev/null)" = "$(inputs "$1")" ]; }
