@@ -75,9 +75,12 @@ pub fn missing_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<Opti
     Ok((!group.exists()).then(|| path.clone()))
 }
 
-/// Makes the pod's cgroup; answers whether it was made now. Limits are written only then: otherwise
-/// kubelet owns them.
+/// Makes the pod's cgroup where kubelet has not; answers whether it was made now. Limits are written
+/// only then: otherwise kubelet owns them.
 pub fn make_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
+    if missing_cgroup(layout, config)?.is_none() {
+        return Ok(false);
+    }
     let linux = &config.linux;
     let group = layout.group(&linux.cgroup_parent).map_err(host("cgroup_parent"))?;
     if !group.create().map_err(host("make the pod's cgroup"))? {
