@@ -289,8 +289,8 @@ fn a_working_directory_behind_a_link_is_made_inside() {
     for engine in engines::available() {
         let outside = Outside::new();
         let mut bundle = Bundle::new(&["true"]);
-        symlink(&outside.0, bundle.rootfs().join("work")).unwrap();
-        bundle.spec["process"]["cwd"] = json!("/work/a/b");
+        symlink(&outside.0, bundle.rootfs().join("inner")).unwrap();
+        bundle.spec["process"]["cwd"] = json!("/inner/a/b");
         let pod = Direct::run_on("cwd", engine);
         let _ = pod.run_to_end(&bundle);
         outside.untouched(engine);

@@ -220,6 +220,14 @@ pub fn sysctls(
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_pod_without_a_cgroup_parent_has_none_made() {
+        let Ok(layout) = Layout::detect() else { return };
+        let config = PodSandboxConfig::new();
+        assert_eq!(missing_cgroup(&layout, &config).unwrap(), None);
+        assert!(!make_cgroup(&layout, &config).unwrap());
+    }
+
     const POD: Modes =
         Modes { host_network: false, host_ipc: false, host_pid: false, shared_pid: false };
 
