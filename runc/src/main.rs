@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use clap::Parser;
 use kuasar_daemon::args::DaemonArgs;
+use kuasar_daemon::program;
 use kuasar_daemon::resident::Setup;
 
 use crate::config::Config;
@@ -24,17 +25,7 @@ struct Arguments {
     #[command(flatten)]
     daemon: DaemonArgs,
     #[command(subcommand)]
-    command: Option<Command>,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum Command {
-    /// End this directory's sandbox-parent; refused while it keeps pods
-    ShutdownParent {
-        /// End it all the same: pods are lost
-        #[arg(long)]
-        force: bool,
-    },
+    command: Option<program::Command>,
 }
 
 fn main() -> ExitCode {
@@ -45,36 +36,16 @@ fn main() -> ExitCode {
         return kuasar_oci::builtin::main("runc-sandboxer oci", arguments).into();
     }
     kuasar_daemon::memory::tune();
-    match run(Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("runc-sandboxer: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    program::end("runc-sandboxer", run(Arguments::parse()))
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let given = arguments.daemon;
     let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
     let setup = Setup::new("runc", &given, common);
-    if let Some(Command::ShutdownParent { force }) = arguments.command {
-        let limit = setup.common.timeouts.parent;
-        let ended = kuasar_daemon::resident::shutdown_parent(&setup.dir, limit, force);
-        return Ok(kuasar_daemon::memory::runtime()?.block_on(ended)?);
+    if let Some(command) = arguments.command {
+        return Ok(command.run(&setup)?);
     }
-    if let Some(level) = &given.log_level {
-        kuasar_daemon::logging::check(level).map_err(|error| anyhow!(error))?;
-    }
-    if given.check_config {
-        println!("the configuration is good");
-        return Ok(());
-    }
-    let level = given.log_level.as_deref().or(setup.common.log_level.as_deref());
-    let level = kuasar_daemon::logging::init_as(level.unwrap_or("info"), setup.common.log_format)
-        .map_err(|error| anyhow!(error))?;
-    if let Some(point) = kuasar_daemon::failpoint::arm(&setup.dir) {
-        tracing::warn!(point, "a failpoint is armed");
-    }
+    let Some(level) = program::prepare(&given, &setup)? else { return Ok(()) };
     kuasar_daemon::memory::runtime()?.block_on(daemon::run(setup, given, config, level))
 }

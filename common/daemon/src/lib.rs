@@ -4,6 +4,7 @@
 //! | module | its one idea |
 //! |---|---|
 //! | [`args`], [`common`], [`config`] | what an operator can set, and where |
+//! | [`program`] | what `main()` does around the daemon |
 //! | [`resident`] | what a daemon starts in which order, and how it ends |
 //! | [`sockets`] | sockets that sandbox-parent keeps: the pods', and the daemon's own |
 //! | [`tasks`] | the Task servers of all pods |
@@ -19,6 +20,7 @@ pub mod memory;
 pub mod metrics;
 pub mod notify;
 pub mod peer;
+pub mod program;
 pub mod registry;
 pub mod resident;
 pub mod signals;

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use anyhow::anyhow;
 use clap::Parser;
 use kuasar_daemon::args::DaemonArgs;
+use kuasar_daemon::program;
 use kuasar_daemon::resident::Setup;
 
 use crate::config::Config;
@@ -44,12 +45,8 @@ enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// End this directory's sandbox-parent; refused while it keeps pods
-    ShutdownParent {
-        /// End it all the same: pods are lost
-        #[arg(long)]
-        force: bool,
-    },
+    #[command(flatten)]
+    Common(program::Command),
 }
 
 fn main() -> ExitCode {
@@ -60,13 +57,7 @@ fn main() -> ExitCode {
         return kuasar_oci::builtin::main("wasm-sandboxer oci", arguments).into();
     }
     kuasar_daemon::memory::tune();
-    match run(Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("wasm-sandboxer: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    program::end("wasm-sandboxer", run(Arguments::parse()))
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -74,11 +65,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
     let setup = Setup::new("wasm", &given, common);
     match arguments.command {
-        Some(Command::ShutdownParent { force }) => {
-            let limit = setup.common.timeouts.parent;
-            let ended = kuasar_daemon::resident::shutdown_parent(&setup.dir, limit, force);
-            return Ok(kuasar_daemon::memory::runtime()?.block_on(ended)?);
-        }
+        Some(Command::Common(command)) => return Ok(command.run(&setup)?),
         Some(Command::Precompile { files }) => {
             return kuasar_daemon::memory::runtime()?
                 .block_on(compile::precompile(&config, &files))
@@ -86,18 +73,6 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         None => {}
     }
-    if let Some(level) = &given.log_level {
-        kuasar_daemon::logging::check(level).map_err(|error| anyhow!(error))?;
-    }
-    if given.check_config {
-        println!("the configuration is good");
-        return Ok(());
-    }
-    let level = given.log_level.as_deref().or(setup.common.log_level.as_deref());
-    let level = kuasar_daemon::logging::init_as(level.unwrap_or("info"), setup.common.log_format)
-        .map_err(|error| anyhow!(error))?;
-    if let Some(point) = kuasar_daemon::failpoint::arm(&setup.dir) {
-        tracing::warn!(point, "a failpoint is armed");
-    }
+    let Some(level) = program::prepare(&given, &setup)? else { return Ok(()) };
     kuasar_daemon::memory::runtime()?.block_on(daemon::run(setup, given, config, level))
 }
