@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::{SandboxContext, SandboxSpec};
 use containerd_task::runtime::Runtime;
-use kuasar_host::cgroup::{Layout, Warmer, expand_systemd};
+use kuasar_host::cgroup::{Layout, Warmer};
 use kuasar_host::live::Live;
 use kuasar_host::loopback::Gate;
 use kuasar_host::process::{self, Identity};
@@ -19,6 +19,7 @@ use kuasar_host::{namespace, record};
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::{Modes, Pod};
 use kuasar_pod::files::{self, host};
+use kuasar_pod::kernel;
 use kuasar_pod::sandboxer::watch_end;
 use kuasar_pod::{Choice, Flavor, Metrics, PodSettings};
 use serde_json::{Map, Value, json};
@@ -110,22 +111,8 @@ impl Gvisor {
         let text = spec::root(pod, own, hostname).to_string();
         record::write_file(&bundle.join("config.json"), text.as_bytes(), 0o600)
             .map_err(host("write the root container's spec"))?;
-        let record_dir = dir.join("containers").join(ROOT);
-        record::private_dir(&record_dir).map_err(host("make the root container's record"))?;
-        let text = json!({ "cgroup": own.cgroup }).to_string();
-        record::write_file(&record_dir.join("meta.json"), text.as_bytes(), 0o600)
-            .map_err(host("write the root container's record"))
+        kernel::write_record(dir, ROOT, &own.cgroup)
     }
-}
-
-/// Id of a pod's sandbox to gVisor: short, because the path of its control socket may only have
-/// 107 bytes.
-fn short(id: &str) -> String {
-    // FNV-1a: names come from root, and one that is taken is refused.
-    let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
 }
 
 fn own(value: &Value) -> Own {
@@ -165,20 +152,7 @@ impl Flavor for Gvisor {
 
     async fn choose(&self, sandbox: &SandboxSpec) -> Result<Choice> {
         let config = self.config.get();
-        if files::has_userns(&sandbox.config) {
-            return Err(Error::InvalidArgument(
-                "pods with a user namespace do not run on gVisor, which has users of its own: \
-                 hostUsers: true"
-                    .into(),
-            ));
-        }
-        let mut asked = sandbox.config.linux.sysctls.keys();
-        if let Some(name) = asked.find(|name| !config.ignored_sysctls.contains(name)) {
-            return Err(Error::InvalidArgument(format!(
-                "sysctl {name:.100} cannot be set on gVisor: remove it from the pod, or name it \
-                 in ignored_sysctls"
-            )));
-        }
+        kernel::check("gVisor", &sandbox.config, &config.ignored_sysctls)?;
         let (runsc, version) = self.runsc.find().await.map_err(Error::FailedPrecondition)?;
         let modes = Modes::of(&sandbox.config, &sandbox.netns_path);
         let flags = config
@@ -187,12 +161,11 @@ impl Flavor for Gvisor {
         check_platform(&flags.platform)?;
         let parent = &sandbox.config.linux.cgroup_parent;
         let cgroup = match parent.as_str() {
-            "" => format!("/kuasar/{}/sandbox", sandbox.id),
-            parent if config.runsc.systemd_cgroup => {
+            parent if config.runsc.systemd_cgroup && !parent.is_empty() => {
                 let slice = parent.rsplit('/').next().unwrap_or(parent);
                 format!("{slice}:kuasar:{}", sandbox.id)
             }
-            parent => format!("{}/{}", expand_systemd(parent), sandbox.id),
+            _ => kernel::cgroup(sandbox),
         };
         let own = Own {
             runsc,
@@ -200,7 +173,7 @@ impl Flavor for Gvisor {
             args: flags.args,
             network: flags.network,
             platform: flags.platform,
-            id: short(&sandbox.id),
+            id: kernel::short_id(&sandbox.id),
             cgroup,
             sentry: None,
         };
@@ -302,13 +275,6 @@ impl Flavor for Gvisor {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_short_id_is_a_good_name_and_tells_pods_apart() {
-        let (a, b) = (short("pod-a"), short("pod-b"));
-        assert_ne!(a, b);
-        assert!(a.len() == 16 && a.chars().all(|c| c.is_ascii_hexdigit()));
-    }
 
     #[test]
     fn a_missing_platform_is_told_with_what_helps() {

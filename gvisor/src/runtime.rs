@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::{blocking, internal, remove_dir};
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
@@ -92,14 +93,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
-}
-
 fn parent_error(what: &str) -> impl FnOnce(sandbox_parent::client::ParentError) -> Error {
     let what = what.to_owned();
     move |error| Error::internal(what, error)
@@ -113,12 +106,6 @@ fn called(what: impl Into<String>) -> impl FnOnce(CallError) -> Error {
         CallError::Late(_) => Error::DeadlineExceeded(format!("{what}: {error}")),
         other => Error::internal(what, other),
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 fn now(status: u32) -> Exit {
@@ -606,12 +593,7 @@ impl Runtime for Containers {
                 kuasar_host::mount::unmount_below(&rootfs)
                     .map_err(internal("unmount the rootfs"))?;
             }
-            match std::fs::remove_dir_all(&dir) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::internal(format!("remove {}", dir.display()), error))
-                }
-                _ => Ok(()),
-            }
+            remove_dir(&dir)
         })
         .await?;
         if let Some(handle) = handle {

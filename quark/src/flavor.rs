@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{SandboxContext, SandboxSpec};
 use containerd_task::runtime::Runtime;
 use kuasar_forward::GuestError;
-use kuasar_host::cgroup::{Layout, expand_systemd};
+use kuasar_host::cgroup::Layout;
 use kuasar_host::live::Live;
 use kuasar_host::process::Identity;
-use kuasar_host::record;
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::Pod;
 use kuasar_pod::files::{self, host};
+use kuasar_pod::kernel;
 use kuasar_pod::sandboxer::watch_end;
 use kuasar_pod::{Choice, Flavor, Metrics, PodSettings};
 use kuasar_protos::shim::api;
@@ -61,15 +61,6 @@ impl QuarkFlavor {
         Self { config, quark, cgroups }
     }
 
-    /// The record by which the sandbox's processes are found whatever happens.
-    fn write_record(dir: &std::path::Path, own: &Own) -> Result<()> {
-        let dir = dir.join("containers").join(ROOT);
-        record::private_dir(&dir).map_err(host("make the sandbox's record"))?;
-        let text = json!({ "cgroup": own.cgroup }).to_string();
-        record::write_file(&dir.join("meta.json"), text.as_bytes(), 0o600)
-            .map_err(host("write the sandbox's record"))
-    }
-
     /// Waits until the sandbox answers calls: its socket is there earlier.
     async fn serves(&self, dir: &std::path::Path, own: &Own, process: Identity) -> Result<()> {
         let client = self.quark.client(&own.short, engine::gone(process.open()));
@@ -102,23 +93,8 @@ impl QuarkFlavor {
     }
 }
 
-/// Id of a pod's sandbox for its socket: short, because its path may only have 107 bytes.
-fn short(id: &str) -> String {
-    // FNV-1a: names come from root.
-    let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{hash:016x}")
-}
-
 fn own(value: &Value) -> Own {
     serde_json::from_value(value.clone()).unwrap_or_default()
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 fn task(what: &'static str) -> impl FnOnce(containerd_task::error::Error) -> Error {
@@ -144,28 +120,14 @@ impl Flavor for QuarkFlavor {
     }
 
     async fn choose(&self, sandbox: &SandboxSpec) -> Result<Choice> {
-        if files::has_userns(&sandbox.config) {
-            return Err(Error::InvalidArgument(
-                "pods with a user namespace do not run on Quark, which has users of its own: \
-                 hostUsers: true"
-                    .into(),
-            ));
-        }
-        let config = self.config.get();
-        let mut asked = sandbox.config.linux.sysctls.keys();
-        if let Some(name) = asked.find(|name| !config.ignored_sysctls.contains(name)) {
-            return Err(Error::InvalidArgument(format!(
-                "sysctl {name:.100} cannot be set on Quark: remove it from the pod, or name it in \
-                 ignored_sysctls"
-            )));
-        }
+        kernel::check("Quark", &sandbox.config, &self.config.get().ignored_sysctls)?;
         let program = self.quark.find().map_err(Error::FailedPrecondition)?;
-        let parent = &sandbox.config.linux.cgroup_parent;
-        let cgroup = match parent.as_str() {
-            "" => format!("/kuasar/{}/sandbox", sandbox.id),
-            parent => format!("{}/{}", expand_systemd(parent), sandbox.id),
+        let own = Own {
+            program,
+            short: kernel::short_id(&sandbox.id),
+            cgroup: kernel::cgroup(sandbox),
+            process: None,
         };
-        let own = Own { program, short: short(&sandbox.id), cgroup, process: None };
         if std::os::unix::net::UnixStream::connect(self.quark.socket(&own.short)).is_ok() {
             return Err(Error::AlreadyExists(format!("Quark has a sandbox {}", own.short)));
         }
@@ -188,7 +150,7 @@ impl Flavor for QuarkFlavor {
         let cgroup = self.cgroups.group(&own.cgroup).map_err(host("the sandbox's cgroup"))?;
         let (record, group, made) = (own.clone(), cgroup.clone(), tree.clone());
         blocking(move || {
-            Self::write_record(&dir, &record)?;
+            kernel::write_record(&dir, ROOT, &record.cgroup)?;
             group.create().map_err(host("make the sandbox's cgroup"))?;
             made.make(text.as_bytes()).map_err(task("make the pod's tree"))
         })
@@ -263,17 +225,5 @@ impl Flavor for QuarkFlavor {
         info.insert("taskSocket".into(), json!(self.quark.socket(&own.short)));
         info.insert("cgroup".into(), json!(own.cgroup));
         info
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_short_id_is_a_good_name_and_tells_pods_apart() {
-        let (a, b) = (short("pod-a"), short("pod-b"));
-        assert_ne!(a, b);
-        assert!(a.len() == 16 && a.chars().all(|c| c.is_ascii_hexdigit()));
     }
 }

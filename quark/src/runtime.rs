@@ -18,6 +18,7 @@ use std::time::{Instant, SystemTime};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::{blocking, internal, remove_dir};
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
@@ -73,20 +74,6 @@ pub struct Containers {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 fn save(dir: &Path, meta: &Meta) -> Result<()> {
@@ -389,12 +376,7 @@ impl Runtime for Containers {
                 let limit = std::time::Duration::from_secs(5);
                 cgroup.remove(limit).map_err(internal("remove the container's cgroup"))?;
             }
-            match std::fs::remove_dir_all(&dir) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::internal(format!("remove {}", dir.display()), error))
-                }
-                _ => Ok(()),
-            }
+            remove_dir(&dir)
         })
         .await
     }

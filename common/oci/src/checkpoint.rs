@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::engine::Engine;
-use crate::runtime::internal;
+use containerd_task::host::internal;
 
 /// CRIU's configuration file in a container's directory.
 const CONF: &str = "criu.conf";

@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::{blocking, internal};
 use containerd_task::runtime::{AnyMessage, ProcessRef, StatsFlavor};
 use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_host::process;
 
 use crate::engine::{Engine, Engines};
-use crate::runtime::{blocking, internal};
 
 /// How long a cgroup may take to freeze, or to lose its killed processes.
 pub(crate) const CGROUP_DEADLINE: Duration = Duration::from_secs(5);

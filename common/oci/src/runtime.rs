@@ -14,6 +14,7 @@ use std::time::{Instant, SystemTime};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::{blocking, internal, remove_dir};
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
@@ -75,20 +76,6 @@ pub struct Containers {
 }
 
 /// A kuasar-host error as the Task API answers it.
-pub(crate) fn internal(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
-}
-
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
-}
-
 impl Containers {
     /// The containers of `pod`.
     pub fn new(pod: Arc<Pod>, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
@@ -681,15 +668,6 @@ impl Runtime for Containers {
 
     async fn exit_recorded(&self, process: &ProcessRef) {
         self.processes().acknowledge(process.handle).await;
-    }
-}
-
-fn remove_dir(dir: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::internal(format!("remove {}", dir.display()), error))
-        }
-        _ => Ok(()),
     }
 }
 

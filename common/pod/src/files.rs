@@ -75,12 +75,23 @@ pub fn missing_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<Opti
     Ok((!group.exists()).then(|| path.clone()))
 }
 
-/// Makes the pod's cgroup where kubelet has not; answers whether it was made now. Limits are written
-/// only then: otherwise kubelet owns them.
+/// Makes the pod's cgroup where kubelet has not; answers whether it was made now.
+///
+/// # Errors
+/// As [`missing_cgroup`] and [`create_cgroup`].
 pub fn make_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
-    if missing_cgroup(layout, config)?.is_none() {
-        return Ok(false);
+    match missing_cgroup(layout, config)? {
+        Some(_) => create_cgroup(layout, config),
+        None => Ok(false),
     }
+}
+
+/// Makes the pod's cgroup, which is missing; answers whether it was made now. Limits are written
+/// only then: otherwise kubelet owns them.
+///
+/// # Errors
+/// When it cannot be made or limited: what there is of it is to be removed.
+pub fn create_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool> {
     let linux = &config.linux;
     let group = layout.group(&linux.cgroup_parent).map_err(host("cgroup_parent"))?;
     if !group.create().map_err(host("make the pod's cgroup"))? {

@@ -8,6 +8,7 @@
 
 pub mod files;
 pub mod flavor;
+pub mod kernel;
 pub mod observer;
 pub mod sandboxer;
 mod spaces;

@@ -11,13 +11,14 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{
     PodServices, Recovered, SandboxContext, SandboxExit, SandboxSpec, Sandboxer, Started,
 };
+use kuasar_daemon::metrics::timed;
 use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
@@ -27,7 +28,7 @@ use sandbox_parent::client::Parent;
 
 use crate::files::{self, host};
 use crate::flavor::{Choice, Flavor};
-use crate::spaces::{Held, Spaces, Wanted};
+use crate::spaces::{Held, Names, Spaces, Wanted};
 use crate::state::PodState;
 
 /// How long engines that an earlier daemon has started may go on while this one starts.
@@ -109,21 +110,26 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         let _ = tokio::task::spawn_blocking(work).await;
     }
 
+    /// Hostname and sysctls of a pod's namespaces, checked.
+    fn names(&self, spec: &SandboxSpec, modes: Modes) -> Result<Names> {
+        let unprivileged_ports = self.flavor.settings().unprivileged_ports;
+        let hostname = files::hostname(&spec.config, modes)?;
+        let sysctls = files::sysctls(&spec.config, modes, unprivileged_ports)?;
+        Ok(Names { hostname, sysctls })
+    }
+
     /// Makes and keeps a pod's namespaces; nothing for a flavor that has its own.
     async fn make_namespaces(
         &self,
         spec: &SandboxSpec,
         modes: Modes,
         netns: Option<&OwnedFd>,
+        names: &Names,
     ) -> Result<Option<(u32, u64)>> {
-        let settings = self.flavor.settings();
-        let hostname = files::hostname(&spec.config, modes)?;
-        let sysctls = files::sysctls(&spec.config, modes, settings.unprivileged_ports)?;
         if !self.flavor.in_namespaces() {
             return Ok(None);
         }
-        let (id, hostname, sysctls) = (&spec.id, &hostname, &sysctls);
-        self.spaces.make(&Wanted { id, modes, netns, hostname, sysctls }).await
+        self.spaces.make(&Wanted { id: &spec.id, modes, netns, names }).await
     }
 
     /// The namespaces of a pod that an earlier daemon has created: kept, or else made anew.
@@ -141,7 +147,8 @@ impl<F: Flavor> NamespaceSandboxer<F> {
         self.spaces.kill_init(&spec.id).await;
         self.spaces.release(&spec.id).await?;
         let netns = open_netns(&spec.netns_path)?;
-        state.init = self.make_namespaces(spec, modes, netns.as_ref()).await?;
+        let names = self.names(spec, modes)?;
+        state.init = self.make_namespaces(spec, modes, netns.as_ref(), &names).await?;
         self.spaces
             .take(&spec.id)
             .ok_or_else(|| Error::Unavailable("the pod's namespaces were released".into()))
@@ -243,14 +250,6 @@ fn value(state: &PodState) -> Result<serde_json::Value> {
     serde_json::to_value(state).map_err(|error| Error::internal("record the pod", error))
 }
 
-/// Books how long a part of Create takes.
-async fn timed<T>(phase: &'static str, work: impl Future<Output = T>) -> T {
-    let begun = Instant::now();
-    let done = work.await;
-    kuasar_daemon::metrics::observe(phase, begun.elapsed());
-    done
-}
-
 fn open_netns(path: &str) -> Result<Option<OwnedFd>> {
     if path.is_empty() {
         return Ok(None);
@@ -262,20 +261,13 @@ fn open_netns(path: &str) -> Result<Option<OwnedFd>> {
     })
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
-}
-
 #[async_trait]
 impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
     async fn create(&self, ctx: &SandboxContext) -> Result<()> {
         let spec = ctx.spec.clone();
         let modes = Modes::of(&spec.config, &spec.netns_path);
         let netns = open_netns(&spec.netns_path)?;
-        files::hostname(&spec.config, modes)?;
-        files::sysctls(&spec.config, modes, false)?;
+        let names = self.names(&spec, modes)?;
         files::check_userns(&spec.config, &spec.netns_path)?;
         let Choice { engine, own } = self.flavor.choose(&spec).await?;
         let own_cgroup = files::missing_cgroup(&self.cgroups, &spec.config)?;
@@ -291,11 +283,12 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         // All three wait for the kernel, each for another part of it: side by side.
         // The namespaces come first: sandbox-parent is at work while threads start here.
         let (init, cgroup, files) = tokio::join!(
-            timed("pod_namespaces", self.make_namespaces(&spec, modes, netns.as_ref())),
+            timed("pod_namespaces", self.make_namespaces(&spec, modes, netns.as_ref(), &names)),
             timed("pod_cgroup", async {
                 match wanted {
                     true => {
-                        blocking(move || files::make_cgroup(&layout, &spec_of_cgroup.config)).await
+                        blocking(move || files::create_cgroup(&layout, &spec_of_cgroup.config))
+                            .await
                     }
                     false => Ok(false),
                 }

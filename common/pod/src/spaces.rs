@@ -22,8 +22,13 @@ pub(crate) struct Wanted<'a> {
     pub id: &'a str,
     pub modes: Modes,
     pub netns: Option<&'a OwnedFd>,
-    pub hostname: &'a str,
-    pub sysctls: &'a [(String, String)],
+    pub names: &'a Names,
+}
+
+/// What is set in new namespaces.
+pub(crate) struct Names {
+    pub hostname: String,
+    pub sysctls: Vec<(String, String)>,
 }
 
 /// A pod's namespaces, and the init of a shared PID namespace.
@@ -68,13 +73,13 @@ impl Spaces {
     /// FailedPrecondition for a network namespace that cannot be entered, InvalidArgument for a
     /// sysctl that is refused. Whatever was made is released with the pod.
     pub async fn make(&self, wanted: &Wanted<'_>) -> Result<Option<(u32, u64)>> {
-        let Wanted { id, modes, sysctls, .. } = *wanted;
+        let Wanted { id, modes, netns, names: Names { hostname, sysctls } } = *wanted;
         let request = PodNamespaces {
             id,
             ipc: !modes.host_ipc,
-            uts: (!modes.host_network).then_some(wanted.hostname),
+            uts: (!modes.host_network).then_some(hostname.as_str()),
             pid: modes.shared_pid,
-            netns: wanted.netns.map(AsFd::as_fd),
+            netns: netns.map(AsFd::as_fd),
             sysctls: sysctls.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
         };
         let made =

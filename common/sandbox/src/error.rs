@@ -42,6 +42,16 @@ pub enum Error {
     },
 }
 
+/// Runs work that waits for the kernel on a thread for such work.
+///
+/// # Errors
+/// Its own; [`Error::Internal`] when it panicked.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+}
+
 impl Error {
     /// Wraps `source` with what was being done.
     pub fn internal(

@@ -8,6 +8,7 @@
 pub mod error;
 pub mod events;
 pub mod frame;
+pub mod host;
 pub mod journal;
 pub mod runtime;
 mod server;

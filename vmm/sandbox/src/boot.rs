@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::SandboxContext;
 use kuasar_host::cgroup::Cgroup;
 use kuasar_pod::files::host;
@@ -17,7 +17,7 @@ use vmm_common::port;
 use crate::config::{Config, RootImage};
 use crate::guest::service;
 use crate::network::Plan;
-use crate::sandboxer::{CGROUP, Hybrid, PodState, VmmSandboxer, blocking, machine, uds};
+use crate::sandboxer::{CGROUP, Hybrid, PodState, VmmSandboxer, machine, uds};
 use crate::share::ShareTree;
 use crate::template;
 use crate::vmm::{

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::{blocking, remove_dir};
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
@@ -81,12 +82,6 @@ fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
         kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
         other => Error::internal(what, other),
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 /// The streams of a process: which, the guest's kind, our descriptor, the direction.
@@ -354,12 +349,7 @@ impl Runtime for Containers {
         let (share, dir, id) = (self.share.clone(), self.dir(container), container.to_owned());
         blocking(move || {
             share.remove_container(&id)?;
-            match std::fs::remove_dir_all(&dir) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::internal(format!("remove {}", dir.display()), error))
-                }
-                _ => Ok(()),
-            }
+            remove_dir(&dir)
         })
         .await
     }

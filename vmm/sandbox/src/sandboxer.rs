@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{
     PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
 };
@@ -149,12 +149,6 @@ fn task(error: containerd_task::error::Error) -> Error {
         Task::Unimplemented(text) => Error::Unimplemented(text),
         other => Error::internal("the pod's files", other),
     }
-}
-
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 fn state(ctx: &SandboxContext) -> PodState {

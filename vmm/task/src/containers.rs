@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::remove_dir;
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
@@ -233,12 +234,7 @@ impl Runtime for GuestContainers {
         let bundle = bundle(container);
         self.inner()?.delete(container, &bundle).await?;
         self.unmount(container).await?;
-        match std::fs::remove_dir_all(&bundle) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::internal(format!("remove {}", bundle.display()), error))
-            }
-            _ => Ok(()),
-        }
+        remove_dir(&bundle)
     }
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
+use containerd_task::host::blocking;
 use kuasar_host::record;
 use kuasar_oci::processes::Command;
 use ttrpc::Result as Rpc;
@@ -186,12 +187,6 @@ fn resize_shm(bytes: u64) -> Result<()> {
     let data = format!("size={bytes}");
     mount(None::<&str>, "/dev/shm", None::<&str>, flags, Some(data.as_str()))
         .map_err(|error| Error::internal("set the size of /dev/shm", error))
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
 }
 
 #[async_trait]
