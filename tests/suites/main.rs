@@ -11,6 +11,7 @@ mod gvisor;
 mod gvisor_control;
 mod kill9;
 mod lifecycle;
+mod own_kernel;
 mod privileges;
 mod quark;
 mod reload;

@@ -3,51 +3,22 @@
 //! is given is not tried by this. Other suites run on this handler too, with
 //! `KUASAR_HANDLER=kuasar-quark`.
 
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
-use kuasar_tests::{Chosen, bed, cri, inside, leaks, on, switch, task, wait_for, wire};
+use kuasar_tests::{Chosen, inside, leaks, on, switch, task, wait_for, wire};
+
+use crate::own_kernel::*;
 
 const HANDLER: &str = "kuasar-quark";
-/// On a machine with much to do.
-const SOON: Duration = Duration::from_secs(30);
 
 fn quark() -> Option<Chosen> {
     on(HANDLER)
 }
 
-fn info(pod: &Pod) -> serde_json::Value {
-    let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
-    let answer = cri!(pod_sandbox_status, q).unwrap();
-    serde_json::from_str(answer.info.get("quark").unwrap()).unwrap()
-}
-
 fn process(pod: &Pod) -> u32 {
-    info(pod).get("quarkPid").unwrap().as_u64().unwrap() as u32
-}
-
-/// Kills a process; when it is answered, the process has ended.
-fn end(pid: u32) {
-    let kill = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status();
-    assert!(kill.unwrap().success());
-    let stat = PathBuf::from(format!("/proc/{pid}/stat"));
-    wait_for("the process has ended", SOON, || {
-        std::fs::read_to_string(&stat).map_or(true, |text| text.contains(") Z "))
-    });
-}
-
-/// A directory of the pod, mounted at `/go` of its containers.
-fn volume(pod: &Pod) -> (PathBuf, Mount) {
-    let dir = PathBuf::from(&pod.config.log_directory).join("go");
-    std::fs::create_dir_all(&dir).unwrap();
-    let mount = Mount {
-        host_path: dir.to_string_lossy().into_owned(),
-        container_path: "/go".into(),
-        ..Default::default()
-    };
-    (dir, mount)
+    info(pod, "quark").get("quarkPid").unwrap().as_u64().unwrap() as u32
 }
 
 #[test]
@@ -175,91 +146,25 @@ fn kill_9_of_the_daemon_loses_no_container_and_no_line() {
 #[test]
 fn ends_while_the_daemon_is_away_are_told_with_their_codes() {
     let Some(_on) = quark() else { return };
-    let pod = Pod::run(pod_config("q-away"));
-    let (dir, mount) = volume(&pod);
-    let line = "while [ ! -e /go/x ]; do sleep 0.05; done; echo last words; touch /go/y; exit 42";
-    let c = pod.start_with(&["sh", "-c", line], |c| c.mounts = vec![mount.clone()]);
-    let idle = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount]);
-    let (id, wait) = (idle.id.clone(), "while [ ! -e /go/y ]; do sleep 0.05; done; exit 43");
-    let exec = std::thread::spawn(move || {
-        let cmd = ["sh", "-c", wait].map(str::to_owned).to_vec();
-        let q = ExecSyncRequest { container_id: id, cmd, timeout: 60 };
-        cri!(exec_sync, q).unwrap().exit_code
-    });
-    wait_for("the exec runs", SOON, || idle.sh("ps | grep -c 'exit 4[3]' || true") != "0");
-    switch(&["daemon", "kill"], &[]);
-    std::fs::write(dir.join("x"), "").unwrap();
-    wait_for("the container has ended", SOON, || dir.join("y").exists());
-    switch(&["daemon", "start"], &[]);
-    assert_eq!(c.wait(), 42);
-    assert_eq!(c.logged("stdout"), b"last words\n");
-    assert_eq!(exec.join().unwrap(), 43);
+    ends_while_the_daemon_is_away(&Pod::run(pod_config("q-away")));
 }
 
 #[test]
 fn a_container_that_was_created_is_started_by_the_next_daemon() {
     let Some(_on) = quark() else { return };
-    let pod = Pod::run(pod_config("q-created"));
-    let plain = pod.create_with(&["sh", "-c", "echo late; exit 5"], |_| {}).unwrap();
-    let never = pod.create_with(&["sh", "-c", "echo never"], |_| {}).unwrap();
-    switch(&["daemon", "kill"], &[]);
-    switch(&["daemon", "start"], &[]);
-    plain.start().unwrap();
-    assert_eq!(plain.wait(), 5);
-    assert_eq!(plain.logged("stdout"), b"late\n");
-    never.remove().unwrap();
+    created_and_started_by_the_next_daemon(&Pod::run(pod_config("q-created")));
 }
 
 #[test]
 fn a_killed_quark_ends_all_containers_at_once() {
     let Some(_on) = quark() else { return };
-    let before = leaks::snapshot();
-    let pod = Pod::run(pod_config("q-killed"));
-    let all: Vec<Container> = (0..2).map(|_| pod.start(&["sleep", "1000"])).collect();
-    let socket = wire::task_socket(&pod.id);
-    let waits: Vec<_> = all
-        .iter()
-        .map(|c| {
-            let (socket, id) = (socket.clone(), c.id.clone());
-            std::thread::spawn(move || {
-                let q = tasks::WaitRequest { id, ..Default::default() };
-                let answer = task!(&socket, wait, q).unwrap();
-                (answer.exit_status, Instant::now())
-            })
-        })
-        .collect();
-    end(process(&pod));
-    let ended = Instant::now();
-    for wait in waits {
-        let (status, at) = wait.join().unwrap();
-        assert_eq!(status, 137);
-        let late = at.saturating_duration_since(ended);
-        println!("told {late:?} after quark's end");
-        assert!(late < Duration::from_secs(1), "{late:?}");
-    }
-    wait_for("the pod is down", SOON, || pod.state() == PodSandboxState::SandboxNotready as i32);
-    assert!(all.iter().all(|c| c.wait() == 137));
-    pod.remove().unwrap();
-    leaks::assert_none(&before);
+    killed_ends_all_containers_at_once("q-killed", process);
 }
 
 #[test]
 fn a_quark_that_ends_while_the_daemon_is_away_is_found_out() {
     let Some(_on) = quark() else { return };
-    let before = leaks::snapshot();
-    let pod = Pod::run(pod_config("q-both"));
-    let ended = pod.start(&["sh", "-c", "exit 11"]);
-    assert_eq!(ended.wait(), 11);
-    let c = pod.start(&["sleep", "1000"]);
-    let pid = process(&pod);
-    switch(&["daemon", "kill"], &[]);
-    end(pid);
-    switch(&["daemon", "start"], &[]);
-    assert_ne!(c.wait(), 0);
-    assert_eq!(ended.wait(), 11);
-    wait_for("the pod is down", SOON, || pod.state() == PodSandboxState::SandboxNotready as i32);
-    pod.remove().unwrap();
-    leaks::assert_none(&before);
+    an_end_while_the_daemon_is_away_is_found_out("q-both", process);
 }
 
 #[test]
@@ -284,37 +189,10 @@ fn what_quark_cannot_is_refused_in_words() {
     assert!(c.is_running());
 }
 
-/// The daemon's configuration as it was, put back when this is dropped.
-struct Configuration {
-    file: PathBuf,
-    text: String,
-}
-
-impl Configuration {
-    fn read() -> Self {
-        let file = bed().join("etc/kuasar-quark.toml");
-        let text = std::fs::read_to_string(&file).unwrap();
-        Self { file, text }
-    }
-
-    /// The daemon runs with this.
-    fn set(&self, text: &str) {
-        std::fs::write(&self.file, text).unwrap();
-        switch(&["daemon", "stop"], &[]);
-        switch(&["daemon", "start"], &[]);
-    }
-}
-
-impl Drop for Configuration {
-    fn drop(&mut self) {
-        self.set(&self.text);
-    }
-}
-
 #[test]
 fn a_missing_quark_or_kvm_is_told_with_the_remedy() {
     let Some(_on) = quark() else { return };
-    let configuration = Configuration::read();
+    let configuration = Configuration::read("quark");
     let before = leaks::snapshot();
     for (from, to, words) in [
         ("fake-quark", "/no/such/quark", "install Quark, or set quark.path"),
@@ -330,7 +208,7 @@ fn a_missing_quark_or_kvm_is_told_with_the_remedy() {
 #[test]
 fn a_quark_that_fails_hangs_dies_or_lies_fails_the_pod_alone() {
     let Some(_on) = quark() else { return };
-    let configuration = Configuration::read();
+    let configuration = Configuration::read("quark");
     let before = leaks::snapshot();
     for (mode, words) in [
         ("fails", "the fake was told to fail"),
