@@ -22,7 +22,7 @@ use containerd_sandbox::error::{Error, Result};
 use kuasar_forward::{Client, Connect, GuestError, clean};
 use kuasar_host::cgroup::Cgroup;
 use kuasar_host::live::Live;
-use kuasar_host::process::{Identity, find_program, pidfd_signal};
+use kuasar_host::process::{Identity, find_program, pidfd_ended, pidfd_signal};
 use kuasar_pod::files::host;
 use sandbox_parent::client::{Parent, Spawn, SpawnOptions};
 use tokio::io::unix::AsyncFd;
@@ -219,6 +219,10 @@ impl Quark {
         let pidfd = identity.open().ok_or_else(ended)?;
         // Whatever else stands in the file, nothing but what quark has left behind is ours to kill.
         if !start.cgroup.pids().is_ok_and(|pids| pids.contains(&pid)) {
+            // The group no longer lists a process that has ended and waits to be reaped.
+            if pidfd_ended(pidfd.as_fd(), Duration::ZERO).is_ok_and(|gone| gone) {
+                return Err(ended());
+            }
             return Err(Error::internal(
                 "read quark's pid file",
                 format!("process {pid} is none of the sandbox's"),

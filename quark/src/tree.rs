@@ -22,25 +22,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use containerd_task::error::{Error, Result};
+use kuasar_forward::tree::{failed, place, share, show_rootfs};
 use kuasar_host::inside::{self, Want};
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::safe_path::Root;
-use nix::mount::MsFlags;
 use nix::sys::stat::{Mode, SFlag, fstat, mknodat};
 
 /// The tree of one pod.
 #[derive(Debug, Clone)]
 pub struct Tree {
     dir: PathBuf,
-}
-
-fn failed(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        kuasar_host::Error::Unsupported(text) => Error::Unimplemented(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
 }
 
 /// Both ends of a FIFO.
@@ -115,16 +106,7 @@ impl Tree {
             .map_err(failed("make the pod's tree"))?;
         kuasar_host::record::write_file(&path.join("config.json"), spec, 0o600)
             .map_err(failed("write the sandbox's spec"))?;
-        let system = |what: &'static str| move |error: nix::Error| Error::internal(what, error);
-        let none = None::<&str>;
-        nix::mount::mount(Some(&path), &path, none, MsFlags::MS_BIND, none)
-            .map_err(system("mount the pod's tree"))?;
-        // Out of whatever group the host's mount is in, and into one of its own.
-        for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
-            nix::mount::mount(none, &path, none, propagation, none)
-                .map_err(system("share the pod's mounts"))?;
-        }
-        Ok(())
+        share(&path)
     }
 
     /// Unmounts everything of the pod. Idempotent.
@@ -144,27 +126,7 @@ impl Tree {
     /// # Errors
     /// When a mount fails; [`Tree::remove_container`] undoes what was done.
     pub fn add_rootfs(&self, container: &str, mounts: &[Mount], ready: &Path) -> Result<()> {
-        let from = if mounts.is_empty() {
-            ready.to_owned()
-        } else {
-            let staging = self.staging(container);
-            kuasar_host::record::private_dir(&staging).map_err(failed("make a mount point"))?;
-            kuasar_host::mount::mount_all(mounts, &staging).map_err(failed("mount the rootfs"))?;
-            staging
-        };
-        let at = self.container(container)?;
-        let at = at.mkdir_all(Path::new("rootfs"), 0o755).map_err(failed("make a mount point"))?;
-        let flags = tree::Flags { recursive: true, no_devices: true, ..tree::Flags::default() };
-        let copy = tree::copy(&from, flags).map_err(failed("mount the rootfs"))?;
-        tree::set_propagation(&copy, libc::MS_PRIVATE).map_err(failed("mount the rootfs"))?;
-        let at = at.resolve(Path::new(".")).map_err(failed("open a mount point"))?;
-        tree::attach(&copy, at.as_fd()).map_err(failed("mount the rootfs"))?;
-        if !mounts.is_empty() {
-            // The copy is enough.
-            kuasar_host::mount::unmount_below(&self.staging(container))
-                .map_err(failed("unmount the rootfs' first place"))?;
-        }
-        Ok(())
+        show_rootfs(&self.container(container)?, mounts, ready, &self.staging(container))
     }
 
     /// The container's root file system, once it is mounted.
@@ -208,18 +170,7 @@ impl Tree {
         follows: bool,
     ) -> Result<()> {
         let dir = self.container(container)?;
-        let path = Path::new(name);
-        let place = match want(source)? {
-            Want::Directory => dir
-                .mkdir_all(path, 0o755)
-                .and_then(|root| root.resolve(Path::new(".")))
-                .map_err(failed("make a volume's mount point"))?,
-            Want::File => {
-                dir.create_file(path, 0o600).map_err(failed("make a volume's mount point"))?;
-                dir.open_file(path, libc::O_PATH | libc::O_NOFOLLOW)
-                    .map_err(failed("open a volume's mount point"))?
-            }
-        };
+        let place = place(&dir, Path::new(name), want(source)?)?;
         let copy = copy(source, flags, follows)?;
         tree::attach(&copy, place.as_fd()).map_err(failed("show a volume to Quark"))
     }
@@ -313,6 +264,8 @@ impl Tree {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+
+    use nix::mount::MsFlags;
 
     use super::*;
 

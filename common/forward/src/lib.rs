@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`client`] | one connection for all calls: dialled when it is needed, and again after it broke; deadlines; the guest's end |
 //! | [`task`] | the calls of the Task API as a [`containerd_task::runtime::Runtime`] makes them, answers checked |
+//! | [`tree`] | root file systems and volumes, shown to who makes the containers |
 //! | [`stdio`] | bytes between a guest's streams and the engine's, which outlive the daemon |
 //! | [`error`] | why a guest did not do something |
 //!
@@ -20,6 +21,7 @@ pub mod client;
 pub mod error;
 pub mod stdio;
 pub mod task;
+pub mod tree;
 
 pub use client::{Client, Connect, Limits};
 pub use error::{GuestError, Result, clean};

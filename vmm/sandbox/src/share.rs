@@ -21,6 +21,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use containerd_task::error::{Error, Result};
+use kuasar_forward::tree::{failed, place, share as share_mounts, show_rootfs};
+use kuasar_host::inside::Want;
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::safe_path::Root;
 use nix::mount::MsFlags;
@@ -29,24 +31,6 @@ use nix::mount::MsFlags;
 #[derive(Debug, Clone)]
 pub struct ShareTree {
     dir: PathBuf,
-}
-
-fn failed(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        kuasar_host::Error::Unsupported(text) => Error::Unimplemented(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
-}
-
-/// What a bind volume is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VolumeKind {
-    /// A directory.
-    Directory,
-    /// A regular file.
-    File,
 }
 
 impl ShareTree {
@@ -80,13 +64,7 @@ impl ShareTree {
         }
         let system = |what: &'static str| move |error: nix::Error| Error::internal(what, error);
         let none = None::<&str>;
-        nix::mount::mount(Some(&share), &share, none, MsFlags::MS_BIND, none)
-            .map_err(system("mount the pod's share"))?;
-        // Out of whatever group the host's mount is in, and into one of its own.
-        for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
-            nix::mount::mount(none, &share, none, propagation, none)
-                .map_err(system("share the pod's mounts"))?;
-        }
+        share_mounts(&share)?;
         let flags = tree::Flags { read_only: true, ..tree::Flags::default() };
         let view = tree::copy(&share, flags).map_err(failed("copy the pod's share"))?;
         let at = open_dir(&served)?;
@@ -116,27 +94,9 @@ impl ShareTree {
     /// # Errors
     /// When a mount fails; [`ShareTree::remove_container`] undoes what was done.
     pub fn add_rootfs(&self, container: &str, mounts: &[Mount], bundle: &Path) -> Result<()> {
-        let from = if mounts.is_empty() {
-            // The engine has mounted it itself, or it is a plain directory.
-            bundle.join("rootfs")
-        } else {
-            let staging = self.staging(container);
-            kuasar_host::record::private_dir(&staging).map_err(failed("make a mount point"))?;
-            kuasar_host::mount::mount_all(mounts, &staging).map_err(failed("mount the rootfs"))?;
-            staging
-        };
-        let at = self.container(container)?;
-        let at = at.mkdir_all(Path::new("rootfs"), 0o755).map_err(failed("make a mount point"))?;
-        let flags = tree::Flags { recursive: true, no_devices: true, ..tree::Flags::default() };
-        let copy = tree::copy(&from, flags).map_err(failed("show the rootfs to the guest"))?;
-        let at = at.resolve(Path::new(".")).map_err(failed("open a mount point"))?;
-        tree::attach(&copy, at.as_fd()).map_err(failed("show the rootfs to the guest"))?;
-        if !mounts.is_empty() {
-            // The copy is enough.
-            kuasar_host::mount::unmount_below(&self.staging(container))
-                .map_err(failed("unmount the rootfs' first place"))?;
-        }
-        Ok(())
+        // Without mounts the engine has mounted it itself, or it is a plain directory.
+        let ready = bundle.join("rootfs");
+        show_rootfs(&self.container(container)?, mounts, &ready, &self.staging(container))
     }
 
     /// Shows a volume to the guest as the container's `number`-th; `source` is an open file or
@@ -149,22 +109,12 @@ impl ShareTree {
         container: &str,
         number: usize,
         source: &OwnedFd,
-        kind: VolumeKind,
+        kind: Want,
         flags: tree::Flags,
     ) -> Result<String> {
         let dir = self.container(container)?;
         let name = format!("m{number}");
-        let path = Path::new(&name);
-        let at = match kind {
-            VolumeKind::Directory => dir
-                .mkdir_all(path, 0o755)
-                .and_then(|root| root.resolve(Path::new(".")))
-                .map_err(failed("make a volume's mount point"))?,
-            VolumeKind::File => {
-                dir.create_file(path, 0o600).map_err(failed("make a volume's mount point"))?;
-                dir.open_file(path, libc::O_PATH).map_err(failed("open a volume's mount point"))?
-            }
-        };
+        let at = place(&dir, Path::new(&name), kind)?;
         let flags = tree::Flags { no_devices: true, ..flags };
         let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
         tree::attach(&copy, at.as_fd()).map_err(failed("show a volume to the guest"))?;
@@ -291,7 +241,7 @@ mod tests {
             let source = path_fd(&volume);
             let ro = tree::Flags { recursive: true, read_only: true, no_devices: false };
             let rw = tree::Flags { read_only: false, ..ro };
-            let kind = VolumeKind::Directory;
+            let kind = Want::Directory;
             assert_eq!(tree.add_volume("a", 0, &source, kind, ro).unwrap(), "m0");
             tree.add_volume("b", 0, &source, kind, rw).unwrap();
             let served = tree.served();
@@ -303,7 +253,7 @@ mod tests {
             // One file alone.
             let file = path_fd(&volume.join("config"));
             let flags = tree::Flags { recursive: false, ..ro };
-            tree.add_volume("a", 1, &file, VolumeKind::File, flags).unwrap();
+            tree.add_volume("a", 1, &file, Want::File, flags).unwrap();
             assert_eq!(std::fs::read(served.join("a/m1")).unwrap(), b"2");
             assert_eq!(write("a/m1"), Some(libc::EROFS));
             tree.remove_container("a").unwrap();
@@ -323,7 +273,7 @@ mod tests {
             assert!(tree.add_rootfs("c", &[bind(dir)], Path::new("/nowhere")).is_err());
             let source = path_fd(dir);
             let flags = tree::Flags::default();
-            assert!(tree.add_volume("c", 0, &source, VolumeKind::File, flags).is_err());
+            assert!(tree.add_volume("c", 0, &source, Want::File, flags).is_err());
             assert!(!Path::new("/etc/rootfs").exists() && !Path::new("/etc/m0").exists());
             tree.remove().unwrap();
         });

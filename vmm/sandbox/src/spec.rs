@@ -21,11 +21,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use kuasar_host::inside::Want;
 use serde_json::{Map, Value, json};
 use vmm_common::SHARE_PATH;
 use vmm_common::guest::Storage;
-
-use crate::share::VolumeKind;
 
 /// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` of linux/magic.h.
 const TMPFS: i64 = 0x0102_1994;
@@ -67,7 +66,7 @@ pub struct Volume {
     /// What is bound, opened once and for all.
     pub source: OwnedFd,
     /// Directory or file.
-    pub kind: VolumeKind,
+    pub kind: Want,
     /// With what is mounted below.
     pub recursive: bool,
     /// Read-only.
@@ -244,7 +243,7 @@ fn place(
     destination: &str,
     container: &str,
     needs: &mut Needs,
-    volume: impl FnOnce(OwnedFd, VolumeKind) -> Volume,
+    volume: impl FnOnce(OwnedFd, Want) -> Volume,
 ) -> Result<String, Refusal> {
     let path = Path::new(source);
     if !path.is_absolute() {
@@ -269,9 +268,9 @@ fn place(
                 }
                 return Ok(target);
             }
-            VolumeKind::Directory
+            Want::Directory
         }
-        libc::S_IFREG => VolumeKind::File,
+        libc::S_IFREG => Want::File,
         kind => {
             let (what, way_out) = match kind {
                 libc::S_IFSOCK => ("a socket", "the two kernels cannot speak through it: use TCP"),
@@ -470,14 +469,8 @@ mod tests {
         let share = "/run/kuasar/share/c1";
         assert_eq!(sources, ["proc", &format!("{share}/m0"), &format!("{share}/m1"), "/dev/null"]);
         let of = |i: usize| &needs.volumes[i];
-        assert_eq!(
-            (of(0).kind, of(0).recursive, of(0).read_only),
-            (VolumeKind::Directory, true, true)
-        );
-        assert_eq!(
-            (of(1).kind, of(1).recursive, of(1).read_only),
-            (VolumeKind::File, false, false)
-        );
+        assert_eq!((of(0).kind, of(0).recursive, of(0).read_only), (Want::Directory, true, true));
+        assert_eq!((of(1).kind, of(1).recursive, of(1).read_only), (Want::File, false, false));
     }
 
     #[test]
