@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest demo test unit check conformance bench install clean bed
+.PHONY: help build deps fakes guest demo test unit check conformance bench install clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -22,10 +22,14 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
   LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")"
 BUILT := target/static/$(HOST)
 
+# FAKES: what stands for engines that nobody packages; for tests, never installed. Named together with
+# the programs, so that cargo compiles what they share once.
+FAKES ?=
+
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
 	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task \
-	  --target-dir target/static
+	  $(addprefix -p ,$(FAKES)) --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
@@ -35,6 +39,7 @@ build: deps ## all programs, optimised, into target/release
 	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
+	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
 	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
@@ -43,21 +48,28 @@ guest: build ## kernel and image of microVM guests, into target/guest (root; the
 	vmm/guest/build.sh kernel
 	vmm/guest/build.sh image $(GUEST_INIT)
 
-# What stands for engines that nobody packages; for tests, never installed.
-fakes: deps
-	$(STATIC) cargo build --release --target $(HOST) -p fake-quark --target-dir target/static
-	@install -d $(BIN)
-	cp --remove-destination $(BUILT)/release/fake-quark $(BIN)/
+fakes:
+	$(MAKE) build FAKES=fake-quark
 
-bed:
+bed: deps
 	tests/bed/setup.sh
 	@if [ "$$(uname -m)" = x86_64 ]; then tests/bed/vmm.sh; fi
 
 unit: deps ## unit and component tests; need neither root nor containerd
 	cargo test --workspace
 
-test: build fakes bed guest ## everything: unit tests, end-to-end suites on real containerd, critest
+# With the Wasmtime that `build` compiles: a second one, for tests alone, takes minutes.
+test-worker: deps
+	$(STATIC) cargo test --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
+
+test: deps ## everything: unit tests, end-to-end suites on real containerd, critest
+	@# Beside each other: the bed waits for the network, and a linker keeps one processor at a time.
+	$(MAKE) -j2 fakes bed-and-kernel
+	vmm/guest/build.sh image $(GUEST_INIT)
 	tests/run.sh all
+
+bed-and-kernel: bed
+	vmm/guest/build.sh kernel
 
 demo: build bed guest ## a pod on stock runc and on each sandboxer, with timings; cleans up
 	tests/demo.sh
