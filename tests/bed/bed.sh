@@ -61,11 +61,18 @@ kinds() {
   [ ! -x "$B/vmm/libexec/qemu-system-x86_64" ] || [ ! -x "$K/vmm-sandboxer" ] || echo vmm
   [ ! -x "$K/wasm-sandboxer" ] || [ ! -x "$K/wasm-worker" ] || echo wasm
 }
+# The capabilities that the daemon's unit takes from it, so that every suite runs under them.
+taken() {
+  sed -n 's/^CapabilityBoundingSet=~//p' "$TOP/packaging/systemd/kuasar-$KIND.service" |
+    tr 'A-Z ' 'a-z,' | sed 's/cap_/-/g'
+}
 name() { [ "$KIND" = runc ] && echo daemon || echo "daemon-$KIND"; }
 daemon() {
   case $1 in
     spawn) # does not wait until it serves
-      start "$(name)" "kuasar-$KIND.log" "$K/$KIND-sandboxer" --listen "$B/run/kuasar-$KIND.sock" \
+      local without; without=$(taken)
+      start "$(name)" "kuasar-$KIND.log" ${without:+setpriv --bounding-set "$without"} \
+        "$K/$KIND-sandboxer" --listen "$B/run/kuasar-$KIND.sock" \
         --dir "$B/run/kuasar-$KIND" --config "$B/etc/kuasar-$KIND.toml" ${LOG:+--log-level "$LOG"} ;;
     start)
       alive "$(pid_of "$(name)")" && return 0
