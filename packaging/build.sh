@@ -1,7 +1,7 @@
 #!/bin/bash
 # Makes packages of programs that are built already:
 #
-#   build.sh deb|rpm [PACKAGE…]     into target/packages/; all packages unless some are named
+#   build.sh deb|rpm|both [PACKAGE…]     into target/packages/; all packages unless some are named
 #
 # From the environment:
 #   ARCH               machine that the programs are for (default: this one): x86_64, aarch64
@@ -229,11 +229,11 @@ EOF
 }
 
 format=${1:-}
-case $format in
-  deb) command -v dpkg-deb >/dev/null || die "dpkg-deb is not here: deb packages are made on Debian or Ubuntu" ;;
-  rpm) command -v rpmbuild >/dev/null || die "rpmbuild is not here: install the package rpm (Debian) or rpm-build" ;;
-  *) echo "usage: build.sh deb|rpm [PACKAGE…]" >&2; exit 2 ;;
-esac
+case $format in deb | rpm | both) ;; *) echo "usage: build.sh deb|rpm|both [PACKAGE…]" >&2; exit 2 ;; esac
+[ "$format" = rpm ] || command -v dpkg-deb >/dev/null ||
+  die "dpkg-deb is not here: deb packages are made on Debian or Ubuntu"
+[ "$format" = deb ] || command -v rpmbuild >/dev/null ||
+  die "rpmbuild is not here: install the package rpm (Debian) or rpm-build"
 shift
 wanted=("$@")
 # shellcheck disable=SC2206 # a list of words
@@ -248,12 +248,17 @@ for package in "${wanted[@]}"; do
   there "$package" || continue
   right_machine "$package"
   stage "$package" "$STAGE/$package"
-  [ "$format" = rpm ] || deb "$package" "$STAGE/$package"
+  if [ "$format" != rpm ]; then
+    mkdir -p "$STAGE/deb"
+    cp -al "$STAGE/$package" "$STAGE/deb/$package"
+    deb "$package" "$STAGE/deb/$package"
+    rm -rf "$STAGE/deb"
+  fi
   made+=("$package")
 done
-if [ "$format" = rpm ]; then
+if [ "$format" != deb ]; then
   rpm_spec "$STAGE" "${made[@]}" > "$STAGE/kuasar.spec"
   rpmbuild -bb --quiet --target "$ARCH" --define "_topdir $STAGE/rpmbuild" --define "_rpmdir $OUT" \
     --define '_build_name_fmt %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' "$STAGE/kuasar.spec"
 fi
-ls -1 "$OUT"/*-"$VERSION-$RELEASE"*."$format" "$OUT"/*_"$VERSION-${RELEASE}"_*."$format" 2>/dev/null || true
+ls -1 "$OUT"/*-"$VERSION-$RELEASE".*.rpm "$OUT"/*_"$VERSION-${RELEASE}"_*.deb 2>/dev/null || true

@@ -93,7 +93,7 @@ stage() {
     kuasar-common)
       install -d "$root/usr/lib/systemd/system" "$root/etc/kuasar"
       install -m 0644 "$TOP/packaging/systemd/kuasar.target" "$root/usr/lib/systemd/system/"
-      install -m 0644 "$TOP/README.md" "$TOP/CHANGELOG.md" "$doc/"
+      install -m 0644 "$TOP/README.md" "$TOP/CHANGELOG.md" "$TOP"/packaging/monitoring/* "$doc/"
       # A sandboxer's own page is in its own package.
       for page in "$TOP"/docs/*.md; do
         p=$(basename "$page" .md)

@@ -75,6 +75,16 @@ def chosen(expression):
     return parts
 
 
+def named_by_text(package):
+    """The SPDX name of a crate that has only a file."""
+    text = (Path(package["manifest_path"]).parent / package["license_file"]).read_text(errors="replace")
+    for mark, name in (("Apache License\n", "Apache-2.0"), ("Mozilla Public License Version 2.0", "MPL-2.0"),
+                       ("Permission is hereby granted, free of charge", "MIT")):
+        if mark in text:
+            return name
+    sys.exit(f"sbom: {package['name']}: no SPDX name, and its licence is not one that this program knows")
+
+
 def main():
     arguments = argparse.ArgumentParser(description="Bill of materials and licences of a package")
     for name in ("--package", "--version", "--target", "--out"):
@@ -103,9 +113,9 @@ def main():
                      "purl": purl[key], "scope": "required"}
         if package["description"]:
             component["description"] = " ".join(package["description"].split())
-        expression = (package["license"] or "").replace("/", " OR ")
-        component["licenses"] = [{"expression": expression} if expression else {"license": {"name": "see its text"}}]
-        licences |= chosen(expression) if expression else set()
+        expression = (package["license"] or named_by_text(package)).replace("/", " OR ")
+        component["licenses"] = [{"expression": expression}]
+        licences |= chosen(expression)
         if sums.get(key):
             component["hashes"] = [{"alg": "SHA-256", "content": sums[key]}]
         if package["repository"]:
