@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest demo test unit check conformance bench install deb rpm packages clean bed
+.PHONY: help build deps fakes guest demo test unit check conformance bench install deb rpm packages compat clean bed
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -52,6 +52,9 @@ fakes: deps
 bed:
 	tests/bed/setup.sh
 	@if [ "$$(uname -m)" = x86_64 ]; then tests/bed/vmm.sh; fi
+
+compat: build bed ## every version of containerd that we work with, for real; builds them with Go, once
+	tests/compat.sh
 
 packages: build guest ## units, and deb and rpm packages: made, installed, upgraded under a pod, removed
 	tests/run.sh packages

@@ -242,6 +242,10 @@ made=()
 STAGE=$(mktemp -d "${TMPDIR:-/tmp}/kuasar-packages.XXXXXX")
 trap 'rm -rf "$STAGE"' EXIT
 mkdir -p "$OUT"
+METADATA=$STAGE/metadata.json
+export METADATA
+(cd "$TOP" && cargo metadata --locked --format-version 1 --filter-platform "$TARGET") > "$METADATA" ||
+  die "cargo metadata failed: the list of parts is made from it"
 for package in "${wanted[@]}"; do
   case " ${WITHOUT:-} " in *" $package "*) continue ;; esac
   [ -n "$(summary "$package")" ] || die "there is no package $package: $PACKAGES"

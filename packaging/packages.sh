@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by build.sh: what each package is, and what is in it, the same for deb and rpm.
-# Files are taken from BIN (programs), GUEST (kernel and image) and the checkout (TOP).
+# Files are taken from BIN (programs), GUEST (kernel and image) and the checkout (TOP); METADATA is what
+# `cargo metadata` says.
 
 # The packages in the order in which they are made.
 # shellcheck disable=SC2034 # of who sources this
@@ -131,7 +132,7 @@ stage() {
   install -m 0644 "$TOP/LICENSE" "$doc/LICENSE"
   # shellcheck disable=SC2046 # a list of words
   python3 "$TOP/packaging/sbom.py" --package "$package" --version "$VERSION" --target "$TARGET" \
-    --epoch "$SOURCE_DATE_EPOCH" --out "$doc" $([ "$package" != kuasar-guest ] || echo "--kernel $GUEST/vmlinux.stamp") \
+    --epoch "$SOURCE_DATE_EPOCH" --out "$doc" --metadata "$METADATA" $([ "$package" != kuasar-guest ] || echo "--kernel $GUEST/vmlinux.stamp") \
     $(crates "$package")
   # Directories and files are nobody's but root's to write, whatever the builder's umask is.
   find "$root" -type d -exec chmod 0755 {} +

@@ -90,11 +90,13 @@ def main():
     for name in ("--package", "--version", "--target", "--out"):
         arguments.add_argument(name, required=True)
     arguments.add_argument("--epoch", required=True, type=int, help="SOURCE_DATE_EPOCH")
+    arguments.add_argument("--metadata", help="what `cargo metadata` has said, not to ask again")
     arguments.add_argument("--kernel", help="stamp of a guest kernel that is in the package")
     arguments.add_argument("roots", nargs="+", metavar="CRATE[:FLAG]")
     args = arguments.parse_args()
 
-    metadata = json.loads(run("cargo", "metadata", "--locked", "--format-version", "1",
+    metadata = json.loads(Path(args.metadata).read_text() if args.metadata else
+                          run("cargo", "metadata", "--locked", "--format-version", "1",
                               "--filter-platform", args.target))
     of_id = {p["id"]: (p["name"], p["version"]) for p in metadata["packages"]}
     packages = {(p["name"], p["version"]): p for p in metadata["packages"]}

@@ -7,7 +7,8 @@ SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(cd "$SRC/../.." && pwd)
 B=${BED:-$TOP/target/bed}
 K=${KUASAR_BIN_DIR:-$TOP/target/release}
-export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
+# ENGINE is a directory with another containerd, CONTAINERD_CONFIG its configuration: tests/compat.sh.
+export PATH="${ENGINE:+$ENGINE:}$B/bin:$B/root/usr/bin:$K:$PATH"
 export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
 export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_GVISOR_SOCKET=$B/run/kuasar-gvisor.sock
 export KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock KUASAR_QUARK_SOCKET=$B/run/kuasar-quark.sock
@@ -87,7 +88,7 @@ containerd_() {
   case $1 in
     start)
       alive "$(pid_of containerd)" && return 0
-      start containerd containerd.log containerd --config "$B/etc/config.toml"
+      start containerd containerd.log containerd --config "${CONTAINERD_CONFIG:-$B/etc/config.toml}"
       wait_for 60 ctr version
       # CRI answers a little later.
       [ ! -x "$B/bin/crictl" ] || wait_for 60 inside crictl pods ;;
