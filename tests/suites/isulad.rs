@@ -363,15 +363,14 @@ impl Drop for Isulad {
 const SERVE: &str = "cat /etc/hostname /etc/hosts /etc/resolv.conf; echo mine > /dev/shm/mark; \
      echo ready; trap 'echo ended; exit 7' TERM; while :; do sleep 0.1; done";
 
-/// The whole life of a pod with a container and an exec.
-fn life(network: bool) {
+#[test]
+fn a_pod_of_namespaces_lives_as_isulad_drives_it() {
+    let Some(_chosen) = on("kuasar-runc") else { return };
     let before = leaks::snapshot();
     {
         let bundle = Bundle::new(&["sh", "-c", SERVE]);
         let mut isulad = Isulad::run_pod();
-        if network {
-            isulad.set_network_up();
-        }
+        isulad.set_network_up();
         let (dir, mut out, err) = isulad.prepare("c1", &bundle);
         assert_ne!(isulad.create("c1", &dir, &out, &err), 0);
         isulad.start("c1", "").unwrap();
@@ -397,11 +396,9 @@ fn life(network: bool) {
         // iSulad never deletes it: taken off the list, it is gone, and its name is free again.
         assert_eq!(isulad.state("c1", "probe").unwrap_err().code(), Code::NotFound);
         std::fs::remove_file(isulad.dir.0.join("probe")).unwrap();
-        if network {
-            let (status, text) = isulad.exec("c1", "probe", &["cat", "/proc/net/dev"]);
-            assert_eq!(status, 0);
-            assert!(text.contains("eth0"), "the network that came after Start: {text}");
-        }
+        let (status, text) = isulad.exec("c1", "probe", &["cat", "/proc/net/dev"]);
+        assert_eq!(status, 0);
+        assert!(text.contains("eth0"), "the network that came after Start: {text}");
 
         isulad.kill("c1", libc::SIGTERM).unwrap();
         assert_eq!(isulad.wait("c1", ""), 7);
@@ -412,19 +409,6 @@ fn life(network: bool) {
         isulad.remove_pod();
     }
     leaks::assert_none(&before);
-}
-
-#[test]
-fn a_pod_of_namespaces_lives_as_isulad_drives_it() {
-    let Some(_chosen) = on("kuasar-runc") else { return };
-    life(true);
-}
-
-#[test]
-fn a_pod_in_a_machine_lives_as_isulad_drives_it() {
-    let Some(_chosen) = on("kuasar-vmm") else { return };
-    // NICs that come after Start need a machine that can plug them: the bed's cannot.
-    life(false);
 }
 
 #[test]

@@ -349,7 +349,13 @@ impl Task for Service<'_> {
         let task_pid = if q.id == self.server.options.sandbox_id {
             shim_pid
         } else {
-            self.server.container(&q.id)?.process("")?.record().pid
+            match self.server.container(&q.id) {
+                Ok(c) => c.process("")?.record().pid,
+                // containerd 1.7 asks before it creates the container, as a look at the shim:
+                // stock runc's answers that there is no process yet.
+                Err(Error::NotFound(_)) if self.flavor == StatsFlavor::V1 => 0,
+                Err(e) => return Err(e.into()),
+            }
         };
         Ok(api::ConnectResponse { shim_pid, task_pid, version: "3".into(), ..Default::default() })
     }
