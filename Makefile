@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest demo test unit check conformance bench install clean bed bed-and-kernel test-worker
+.PHONY: help build deps fakes guest demo test unit check conformance bench install deb rpm packages compat clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -55,6 +55,12 @@ bed: deps
 	tests/bed/setup.sh
 	@if [ "$$(uname -m)" = x86_64 ]; then tests/bed/vmm.sh; fi
 
+compat: build bed ## every version of containerd that we work with, for real; builds them with Go, once
+	tests/compat.sh
+
+packages: build guest ## units, and deb and rpm packages: made, installed, upgraded under a pod, removed
+	tests/run.sh packages
+
 unit: deps ## unit and component tests; need neither root nor containerd
 	cargo test --workspace
 
@@ -85,7 +91,8 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	cargo clippy --workspace --all-targets --features kuasar-tests/e2e -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --document-private-items
 	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
-	shellcheck -x tests/*.sh tests/bed/*.sh vmm/guest/build.sh .ci/run
+	shellcheck -x tests/*.sh tests/bed/*.sh vmm/guest/build.sh packaging/*.sh .ci/run
+	shellcheck -s sh packaging/deb/*.in tests/packages/fake-systemctl
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
 	target/tools/bin/cargo-deny check
 
@@ -99,14 +106,23 @@ install: build ## programs, unit and (unless there is one) configuration
 	  sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-$$kind.service \
 	    > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
 	  chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-$$kind.service; \
+	  install -D -m 0644 packaging/tmpfiles.d/kuasar-$$kind.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/kuasar-$$kind.conf; \
 	  [ -e $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml ] || \
 	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
 	done
+	install -m 0644 packaging/systemd/kuasar.target $(DESTDIR)$(PREFIX)/lib/systemd/system/
 	@# What microVMs boot, where `make guest` has made it.
 	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
 	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \
 	  install -m 0644 target/guest/vmlinux target/guest/initramfs.cpio $(DESTDIR)$(PREFIX)/share/kuasar/; \
 	else echo "install: no guest for microVM pods: run \`make guest\` first"; fi
+
+deb: build guest ## Debian packages, into target/packages
+	packaging/build.sh deb
+
+rpm: build guest ## RPM packages, into target/packages (needs rpmbuild, which it installs on Debian)
+	@command -v rpmbuild >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm >/dev/null; }
+	packaging/build.sh rpm
 
 clean: ## removes target/
 	cargo clean

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the tests: run.sh all | unit | guest | e2e [NAME] | conformance HANDLER | bench
+# Runs the tests: run.sh all | unit | guest | packages [NAME] | e2e [NAME] | conformance HANDLER | bench
 # Counts what passed, failed and was skipped, and says so in its last line.
 set -euo pipefail
 TOP=$(cd "$(dirname "$0")/.." && pwd)
@@ -43,16 +43,23 @@ conformance() {
   "$TOP/tests/conformance.sh" "$1" 2>&1 | tee -a "$LOG" || extra=1
   "$BED_SH" down
 }
+packages() {
+  "$TOP/tests/packages.sh" "$@" 2>&1 | tee -a "$LOG" || failed=1
+}
 case ${1:-all} in
   all)
     unit
     guest
+    # rpm packages are made and tried where the tool is to be had.
+    command -v rpmbuild >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm; } >/dev/null 2>&1 || true
+    packages
     e2e
     # The handler to which containerd offers all that it offers to stock runc.
     conformance kuasar-runc-v2
     ;;
   unit) unit ;;
   guest) guest ;;
+  packages) shift; packages "$@" ;;
   e2e) shift; e2e "$@" ;;
   conformance) conformance "${2:-kuasar-runc}" ;;
   bench)
@@ -60,7 +67,7 @@ case ${1:-all} in
     cargo run -q --release -p kuasar-tests --features e2e --bin kuasar-bench
     exit 0
     ;;
-  *) echo "usage: run.sh all|unit|guest|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
+  *) echo "usage: run.sh all|unit|guest|packages|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
 esac
 # Ours are those that run a program of this checkout, whatever they call themselves.
 left=

@@ -7,7 +7,8 @@ SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(cd "$SRC/../.." && pwd)
 B=${BED:-$TOP/target/bed}
 K=${KUASAR_BIN_DIR:-$TOP/target/release}
-export PATH="$B/bin:$B/root/usr/bin:$K:$PATH"
+# ENGINE is a directory with another containerd, CONTAINERD_CONFIG its configuration: tests/compat.sh.
+export PATH="${ENGINE:+$ENGINE:}$B/bin:$B/root/usr/bin:$K:$PATH"
 export CONTAINERD_ADDRESS=$B/run/containerd.sock CRI_CONFIG_FILE=$B/etc/crictl.yaml
 export KUASAR_RUNC_SOCKET=$B/run/kuasar-runc.sock KUASAR_GVISOR_SOCKET=$B/run/kuasar-gvisor.sock
 export KUASAR_VMM_SOCKET=$B/run/kuasar-vmm.sock KUASAR_QUARK_SOCKET=$B/run/kuasar-quark.sock
@@ -61,11 +62,18 @@ kinds() {
   [ ! -x "$B/vmm/libexec/qemu-system-x86_64" ] || [ ! -x "$K/vmm-sandboxer" ] || echo vmm
   [ ! -x "$K/wasm-sandboxer" ] || [ ! -x "$K/wasm-worker" ] || echo wasm
 }
+# The capabilities that the daemon's unit takes from it, so that every suite runs under them.
+taken() {
+  sed -n 's/^CapabilityBoundingSet=~//p' "$TOP/packaging/systemd/kuasar-$KIND.service" |
+    tr 'A-Z ' 'a-z,' | sed 's/cap_/-/g'
+}
 name() { [ "$KIND" = runc ] && echo daemon || echo "daemon-$KIND"; }
 daemon() {
   case $1 in
     spawn) # does not wait until it serves
-      start "$(name)" "kuasar-$KIND.log" "$K/$KIND-sandboxer" --listen "$B/run/kuasar-$KIND.sock" \
+      local without; without=$(taken)
+      start "$(name)" "kuasar-$KIND.log" ${without:+setpriv --bounding-set "$without"} \
+        "$K/$KIND-sandboxer" --listen "$B/run/kuasar-$KIND.sock" \
         --dir "$B/run/kuasar-$KIND" --config "$B/etc/kuasar-$KIND.toml" ${LOG:+--log-level "$LOG"} ;;
     start)
       alive "$(pid_of "$(name)")" && return 0
@@ -80,7 +88,7 @@ containerd_() {
   case $1 in
     start)
       alive "$(pid_of containerd)" && return 0
-      start containerd containerd.log containerd --config "$B/etc/config.toml"
+      start containerd containerd.log containerd --config "${CONTAINERD_CONFIG:-$B/etc/config.toml}"
       wait_for 60 ctr version
       # CRI answers a little later.
       [ ! -x "$B/bin/crictl" ] || wait_for 60 inside crictl pods ;;

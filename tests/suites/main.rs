@@ -9,6 +9,7 @@ mod failpoints;
 mod features;
 mod gvisor;
 mod gvisor_control;
+mod isulad;
 mod kill9;
 mod lifecycle;
 mod own_kernel;

@@ -1,6 +1,6 @@
 //! Configuration files.
 //!
-//! A file and the drop-ins `conf.d/*.toml` beside it, in the order of their names, are merged
+//! A file and the drop-ins `<file>.d/*.toml` beside it, in the order of their names, are merged
 //! table by table, the last one wins. A key that nobody knows is an error that names the nearest
 //! one: a misspelt limit must not be silently without effect.
 
@@ -78,7 +78,7 @@ pub fn load_with_common<T: DeserializeOwned>(
 fn read(file: Option<&Path>) -> Result<Vec<(PathBuf, String)>, ConfigError> {
     let Some(file) = file else { return Ok(Vec::new()) };
     let mut paths = vec![file.to_owned()];
-    let drop_ins = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+    let drop_ins = file.with_added_extension("d");
     match std::fs::read_dir(&drop_ins) {
         Ok(entries) => {
             let path = |e: std::io::Result<std::fs::DirEntry>| Some(e.ok()?.path());
@@ -210,11 +210,11 @@ mod tests {
     #[test]
     fn drop_ins_are_merged_table_by_table() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("conf.d")).unwrap();
+        std::fs::create_dir(dir.path().join("c.toml.d")).unwrap();
         let main = dir.path().join("c.toml");
         std::fs::write(&main, "log_level = 'info'\n[engines]\na = '1'\nb = '2'\n").unwrap();
-        std::fs::write(dir.path().join("conf.d/20.toml"), "[engines]\nb = '4'\n").unwrap();
-        std::fs::write(dir.path().join("conf.d/10.toml"), "[engines]\nb = '3'\n").unwrap();
+        std::fs::write(dir.path().join("c.toml.d/20.toml"), "[engines]\nb = '4'\n").unwrap();
+        std::fs::write(dir.path().join("c.toml.d/10.toml"), "[engines]\nb = '3'\n").unwrap();
         let c: Conf = load(Some(&main)).unwrap();
         assert_eq!(c.log_level, "info");
         assert_eq!((c.engines["a"].as_str(), c.engines["b"].as_str()), ("1", "4"));
@@ -241,10 +241,10 @@ mod tests {
     #[test]
     fn shared_settings_stand_beside_a_daemons_own() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("conf.d")).unwrap();
+        std::fs::create_dir(dir.path().join("c.toml.d")).unwrap();
         let main = dir.path().join("c.toml");
         std::fs::write(&main, "shm_size = 1\n[limits]\nmax_connections = 5\n").unwrap();
-        let drop_in = dir.path().join("conf.d/10.toml");
+        let drop_in = dir.path().join("c.toml.d/10.toml");
         std::fs::write(&drop_in, "[timeouts]\nhello = '3s'\n").unwrap();
         let (common, own): (_, Own) = load_with_common(Some(&main)).unwrap();
         assert_eq!(own.shm_size, 1);

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use containerd_sandbox::TaskProbe;
 use containerd_sandbox::error::{Error, Result};
 use containerd_sandbox::sandboxer::SandboxContext;
+use containerd_task::declared::{self, Declared};
 use containerd_task::events::EventSender;
 use containerd_task::journal::FileJournal;
 use containerd_task::runtime::{Keeper, Runtime};
@@ -51,8 +52,32 @@ impl TaskServers {
         let keeper = ParentKeeper::new(self.parent.clone(), ctx.spec.id.clone());
         let (keeper, journal) = (Arc::new(keeper), Arc::new(journal));
         let tasks = Tasks(TaskServer::new(runtime, keeper, journal, self.events.clone(), options));
+        match announced(ctx) {
+            Ok(list) => drop(tasks.0.expect(list)),
+            // Of no use, and no reason to lose the pod's containers.
+            Err(error) => tracing::warn!(sandbox = ctx.spec.id, "ignored: {error}"),
+        }
         self.table().insert(ctx.spec.id.clone(), tasks.clone());
         Ok(tasks)
+    }
+
+    /// Takes over what an Update has announced of the pod's containers, if it has.
+    ///
+    /// # Errors
+    /// InvalidArgument when that cannot be read; what was announced before counts on.
+    pub async fn declare(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
+        let changed = |field: &String| match field.split_once('.') {
+            Some((what, key)) => what == "extensions" && key == declared::EXTENSION,
+            None => field == "extensions",
+        };
+        if !fields.is_empty() && !fields.iter().any(changed) {
+            return Ok(());
+        }
+        let list = announced(ctx)?;
+        if let Some(tasks) = self.get(&ctx.spec.id) {
+            tasks.0.declare(list).await;
+        }
+        Ok(())
     }
 
     /// The server of a pod.
@@ -105,6 +130,12 @@ impl TaskServers {
     pub fn containers(&self) -> usize {
         self.all().iter().map(|tasks| tasks.0.containers().len()).sum()
     }
+}
+
+/// What the engine has announced of the containers of the sandbox in `ctx`.
+fn announced(ctx: &SandboxContext) -> Result<Declared> {
+    let text = ctx.spec.extensions.get(declared::EXTENSION).map(|(_, value)| value.as_slice());
+    Declared::parse(text.unwrap_or_default()).map_err(|e| Error::InvalidArgument(e.to_string()))
 }
 
 /// The Task server of one pod. Cheap to clone.

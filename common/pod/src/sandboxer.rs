@@ -521,6 +521,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
 
     async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
         const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
+        self.servers.declare(ctx, fields).await?;
         let wanted =
             fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
         if !wanted {

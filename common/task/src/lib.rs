@@ -5,6 +5,7 @@
 //! a [`journal::Journal`] remembers them, a [`runtime::Keeper`] keeps descriptors over a restart,
 //! and an [`events::EventSender`] tells containerd.
 
+pub mod declared;
 pub mod error;
 pub mod events;
 pub mod frame;

@@ -21,6 +21,7 @@ use kuasar_ttrpc::Services;
 use protobuf::{EnumOrUnknown, MessageField};
 use tokio::sync::watch;
 
+use crate::declared::Declared;
 use crate::error::{Error, Result};
 use crate::events::{Event, EventSender, timestamp};
 use crate::frame::{self, Decoder, Prefixed};
@@ -133,6 +134,8 @@ pub struct TaskServer {
     pub(crate) options: TaskOptions,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     streams: Arc<Streams>,
+    /// What the engine has announced.
+    declared: Mutex<Arc<Declared>>,
     /// Ids whose create is under way.
     creating: Mutex<std::collections::HashSet<String>>,
     /// Set by [`TaskServer::serve`]; most daemons serve the pod's socket themselves.
@@ -156,6 +159,7 @@ impl TaskServer {
             options,
             containers: Mutex::default(),
             streams: Arc::default(),
+            declared: Mutex::default(),
             creating: Mutex::default(),
             served: std::sync::OnceLock::new(),
         })
@@ -189,6 +193,32 @@ impl TaskServer {
                 tokio::spawn(kuasar_ttrpc::serve(socket, services, std::future::pending()));
             }
         }
+    }
+
+    /// The engine has announced these containers and execs, and no others any more. An exec that it
+    /// has taken off the list is deleted once it has ended: iSulad deletes none itself.
+    pub async fn declare(self: &Arc<Self>, list: Declared) {
+        let before = self.expect(list);
+        let list = self.declared();
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        for c in containers {
+            let gone = |exec: &&String| before.has_exec(&c.id, exec) && !list.has_exec(&c.id, exec);
+            let execs: Vec<String> = lock(&c.processes).keys().filter(gone).cloned().collect();
+            for exec in execs {
+                if let Err(e) = self.delete(&c.id, &exec).await {
+                    tracing::debug!(container = %c.id, %exec, "not deleted yet: {}", e.chain());
+                }
+            }
+        }
+    }
+
+    /// The same before there are containers: after a restart. Answers what was announced before.
+    pub fn expect(&self, list: Declared) -> Arc<Declared> {
+        std::mem::replace(&mut *lock(&self.declared), Arc::new(list))
+    }
+
+    pub(crate) fn declared(&self) -> Arc<Declared> {
+        lock(&self.declared).clone()
     }
 
     /// The streams of this pod's processes, for connections that carry one each.

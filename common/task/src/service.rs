@@ -201,9 +201,9 @@ impl Task for Service<'_> {
                 options: m.options,
             })
             .collect();
-        let stdio =
+        let mut stdio =
             Stdio { stdin: q.stdin, stdout: q.stdout, stderr: q.stderr, terminal: q.terminal };
-        let request = CreateContainer {
+        let mut request = CreateContainer {
             id: q.id,
             bundle: PathBuf::from(q.bundle),
             rootfs,
@@ -211,6 +211,7 @@ impl Task for Service<'_> {
             checkpoint: checkpoint_of(&q.checkpoint, q.options.as_ref()),
             options: q.options.into_option().map(|a| (a.type_url, a.value)),
         };
+        self.server.declared().complete(&mut request, &mut stdio)?;
         let pid = self.server.create(request, stdio).await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
@@ -265,13 +266,20 @@ impl Task for Service<'_> {
     }
 
     async fn exec(&self, _: &TtrpcContext, q: api::ExecProcessRequest) -> Rpc<Empty> {
-        let spec = expect(&q.spec, "spec", PROCESS)?;
-        let spec = String::from_utf8(spec)
-            .ok()
-            .filter(|s| serde_json::from_str::<serde_json::Map<_, _>>(s).is_ok())
-            .ok_or_else(|| Error::InvalidArgument("spec is no OCI process (JSON)".into()))?;
-        let stdio =
-            Stdio { stdin: q.stdin, stdout: q.stdout, stderr: q.stderr, terminal: q.terminal };
+        let announced = self.server.declared().exec(&q.id, &q.exec_id, q.terminal);
+        let (spec, stdio) = match announced.filter(|_| q.spec.is_none()) {
+            Some(announced) => announced,
+            None => {
+                let spec = String::from_utf8(expect(&q.spec, "spec", PROCESS)?)
+                    .ok()
+                    .filter(|s| serde_json::from_str::<serde_json::Map<_, _>>(s).is_ok())
+                    .ok_or_else(|| {
+                        Error::InvalidArgument("spec is no OCI process (JSON)".into())
+                    })?;
+                let (stdin, stdout, stderr) = (q.stdin, q.stdout, q.stderr);
+                (spec, Stdio { stdin, stdout, stderr, terminal: q.terminal })
+            }
+        };
         self.server.exec(&q.id, &q.exec_id, stdio, spec).await?;
         Ok(Empty::new())
     }
@@ -341,7 +349,13 @@ impl Task for Service<'_> {
         let task_pid = if q.id == self.server.options.sandbox_id {
             shim_pid
         } else {
-            self.server.container(&q.id)?.process("")?.record().pid
+            match self.server.container(&q.id) {
+                Ok(c) => c.process("")?.record().pid,
+                // containerd 1.7 asks before it creates the container, as a look at the shim:
+                // stock runc's answers that there is no process yet.
+                Err(Error::NotFound(_)) if self.flavor == StatsFlavor::V1 => 0,
+                Err(e) => return Err(e.into()),
+            }
         };
         Ok(api::ConnectResponse { shim_pid, task_pid, version: "3".into(), ..Default::default() })
     }

@@ -713,6 +713,7 @@ impl Sandboxer for VmmSandboxer {
 
     async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
         const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
+        self.servers.declare(ctx, fields).await?;
         let wanted =
             fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
         if !wanted {

@@ -1,0 +1,121 @@
+#!/bin/bash
+# Every containerd that we say we work with, one after the other, for real: compat.sh [VERSION…].
+# Newer ones than the bed's are Go modules and are built once, into target/bed/engines (minutes each).
+# Writes the table between the marks in docs/compatibility.md. Not part of `make test`.
+#
+# On each, with runc-sandboxer: a pod by the proxy plugin with FIFOs, one with streams, one in shim
+# mode; each with an exec, an exit code, output, and a restart of containerd in the middle. Then
+# containerd is upgraded, from the bed's version to each newer one, under a running pod.
+set -euo pipefail
+TOP=$(cd "$(dirname "$0")/.." && pwd)
+B=${BED:-$TOP/target/bed}
+BED_SH=$TOP/tests/bed/bed.sh
+DOC=$TOP/docs/compatibility.md
+VERSIONS=${*:-bed v2.2.7 v2.3.4 v2.4.0-beta.0}
+HANDLERS="kuasar-runc kuasar-runc-streaming kuasar-runc-shim"
+T=$(mktemp -d "$B/run/compat.XXXXXX")
+trap '"$BED_SH" down >/dev/null 2>&1 || true; rm -rf "$T"' EXIT
+
+# engine VERSION: builds it unless it is there; sets ENGINE, or is false
+engine() {
+  unset ENGINE
+  [ "$1" = bed ] && return 0
+  if [ ! -x "$B/engines/$1/containerd" ]; then
+    command -v go >/dev/null || { echo "compat: no go here: $1 left out" >&2; return 1; }
+    mkdir -p "$B/engines/$1"
+    GOBIN=$B/engines/$1 CGO_ENABLED=0 nice go install -trimpath -ldflags '-s -w' \
+      "github.com/containerd/containerd/v2/cmd/containerd@$1" >"$B/engines/$1.log" 2>&1 ||
+      { tail -n 3 "$B/engines/$1.log" >&2; return 1; }
+  fi
+  export ENGINE=$B/engines/$1
+}
+# Each engine has a store of its own: an older one does not read a newer one's.
+config() {
+  sed "s|^root = .*|root = '$B/var-compat/$1'|" "$B/etc/config.toml" > "$T/config-$1.toml"
+  mkdir -p "$B/var-compat/$1"
+  export CONTAINERD_CONFIG=$T/config-$1.toml
+}
+crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"; }
+version_of() { crictl version | sed -n 's/^RuntimeVersion: *//p'; }
+
+begin() { # HANDLER: a pod with a container that ends with 7 at SIGTERM
+  local handler=$1
+  cat > "$T/pod.json" <<EOF
+{ "metadata": { "name": "compat", "namespace": "compat", "uid": "$handler-$RANDOM", "attempt": 1 }, "hostname": "compat",
+  "log_directory": "$T/logs", "linux": { "security_context": { "namespace_options": { "pid": 1 } } } }
+EOF
+  cat > "$T/container.json" <<EOF
+{ "metadata": { "name": "c" }, "image": { "image": "localhost/busybox:latest" }, "log_path": "$handler.log", "linux": {},
+  "command": ["sh", "-c", "trap 'echo bye; exit 7' TERM; echo begun; while :; do sleep 0.1; done"] }
+EOF
+  rm -f "$T/logs/$handler.log"
+  pod=$(crictl runp --runtime "$handler" "$T/pod.json") || return 1
+  container=$(crictl create "$pod" "$T/container.json" "$T/pod.json") || return 1
+  crictl start "$container" >/dev/null || return 1
+  pid=$(crictl inspect -o go-template --template '{{.info.pid}}' "$container")
+}
+goes_on() { # it is the same process still, and can be worked with
+  [ "$(crictl inspect -o go-template --template '{{.status.state}} {{.info.pid}}' "$container")" = "CONTAINER_RUNNING $pid" ] ||
+    { echo "the container is not what it was"; return 1; }
+  [ "$(crictl exec "$container" hostname)" = compat ] || { echo "no exec"; return 1; }
+}
+finish() { # HANDLER: exit code and output are there, and the pod goes
+  crictl stop --timeout 10 "$container" >/dev/null || return 1
+  [ "$(crictl inspect -o go-template --template '{{.status.exitCode}}' "$container")" = 7 ] || { echo "another exit code"; return 1; }
+  grep -q begun "$T/logs/$1.log" || { echo "no output"; return 1; }
+  grep -q bye "$T/logs/$1.log" || { echo "the last output is lost"; return 1; }
+  crictl rmp -f "$pod" >/dev/null || { echo "the pod cannot be removed"; return 1; }
+}
+again() { "$BED_SH" containerd kill && "$BED_SH" containerd start; }
+life() { begin "$1" && goes_on && again && goes_on && finish "$1"; }
+# upgraded VERSION: from the bed's containerd to this one, with one store
+upgraded() {
+  unset ENGINE
+  config "upgrade-$1"
+  "$BED_SH" up && begin kuasar-runc && "$BED_SH" containerd stop || return 1
+  engine "$1" && "$BED_SH" containerd start && goes_on && finish kuasar-runc
+}
+# What stands in the table for a step: `works`, or the last line that it has said.
+cell() {
+  local said
+  if said=$("$@" 2>&1); then echo works; else
+    echo "compat: $*: $said" >&2
+    echo "**fails**: $(tail -n 1 <<<"$said" | tr '|\n' '/ ' | cut -c1-120)"
+  fi
+  crictl rmp -fa >/dev/null 2>&1 || true
+}
+
+rows=()
+for v in $VERSIONS; do
+  engine "$v" || { rows+=("| $v | could not be built here | | | |"); continue; }
+  config "$v"
+  "$BED_SH" down >/dev/null 2>&1 || true
+  if ! "$BED_SH" up > "$T/up.log" 2>&1; then
+    tail -n 5 "$B/run/containerd.log" >&2
+    rows+=("| $v | does not come up in the bed | | | |")
+    continue
+  fi
+  row="| $(version_of)"
+  for handler in $HANDLERS; do
+    row="$row | $(cell life "$handler")"
+    echo "compat: $v: $handler: ${row##*| }"
+  done
+  "$BED_SH" down >/dev/null
+  if [ "$v" = bed ]; then
+    row="$row | –"
+  else
+    row="$row | $(cell upgraded "$v")"
+    echo "compat: $v: upgrade: ${row##*| }"
+    "$BED_SH" down >/dev/null
+  fi
+  rows+=("$row |")
+done
+{
+  echo "| containerd | proxy plugin, FIFO | proxy plugin, streams | \`sandboxer = \"shim\"\` | upgraded to it from the bed's, under a pod |"
+  echo "|---|---|---|---|---|"
+  printf '%s\n' "${rows[@]}"
+} > "$T/table.md"
+cat "$T/table.md"
+sed -i -e "/^<!-- compat -->/,/^<!-- \/compat -->/{//!d}" -e "/^<!-- compat -->/r $T/table.md" "$DOC"
+rm -rf "$B"/var-compat
+! grep -q '\*\*fails\*\*' "$T/table.md"
