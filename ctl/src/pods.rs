@@ -322,7 +322,7 @@ pub async fn remove_own(client: &Client) -> Result<()> {
     let own = crate::run::owner();
     for sandbox in client.sandboxes().await? {
         if sandbox.labels.get(OWNER) == Some(&own) {
-            end(client, &sandbox.id, 0, true).await?;
+            crate::run::remove_pod(client, &sandbox.id).await?;
         }
     }
     Ok(())
@@ -354,7 +354,7 @@ pub async fn gc(clients: &[Client], args: &GcArgs, format: Format) -> Result<()>
         removed.push(("abandoned pod", pod.client.kind.clone(), pod.sandbox.id.clone()));
         if !args.dry_run {
             let _progress = Progress::new(format!("removing {}", pod.sandbox.id));
-            end(&pod.client, &pod.sandbox.id, 0, true).await?;
+            crate::run::remove_pod(&pod.client, &pod.sandbox.id).await?;
         }
     }
     for left in crate::run::leftovers(args.dry_run)? {

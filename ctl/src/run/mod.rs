@@ -312,19 +312,27 @@ impl PodSpec {
     /// # Errors
     /// The daemon's.
     pub async fn remove(&self, client: &Client) -> Result<()> {
-        pods::end(client, &self.id, 0, true).await?;
-        // The daemon leaves the parent to whoever has named it.
-        if let Ok(layout) = kuasar_host::cgroup::Layout::detect()
-            && let Ok(group) = layout.group(&format!("{CGROUP}/{}", self.id))
-        {
-            let _ = group.remove(Duration::from_secs(2));
-            // The last one takes their parent along: rmdir(2) refuses it while others are there.
-            for dir in layout.group(CGROUP).map(|parent| parent.dirs()).unwrap_or_default() {
-                let _ = std::fs::remove_dir(dir);
-            }
-        }
-        Ok(())
+        remove_pod(client, &self.id).await
     }
+}
+
+/// Removes a pod that a run has made, and the cgroup that was made for it.
+///
+/// # Errors
+/// The daemon's.
+pub async fn remove_pod(client: &Client, id: &str) -> Result<()> {
+    pods::end(client, id, 0, true).await?;
+    // The daemon leaves the parent to whoever has named it.
+    if let Ok(layout) = kuasar_host::cgroup::Layout::detect()
+        && let Ok(group) = layout.group(&format!("{CGROUP}/{id}"))
+    {
+        let _ = group.remove(Duration::from_secs(2));
+        // The last one takes their parent along: rmdir(2) refuses it while others are there.
+        for dir in layout.group(CGROUP).map(|parent| parent.dirs()).unwrap_or_default() {
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+    Ok(())
 }
 
 /// `run`: answers the container's exit code.
