@@ -38,7 +38,7 @@ pub struct Arguments {
     #[arg(long, global = true, value_name = "DIR", default_value = "/run/kuasar-ctl")]
     pub state_dir: PathBuf,
     /// Seconds that a daemon may take to answer a question
-    #[arg(long = "timeout-answer", global = true, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long = "answer-timeout", global = true, value_name = "SECONDS", default_value_t = 10)]
     pub answer: u64,
     /// What to do
     #[command(subcommand)]

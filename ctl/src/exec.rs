@@ -51,10 +51,16 @@ pub fn user(text: &str) -> std::result::Result<(u32, u32), String> {
     Ok((number(uid)?, number(gid)?))
 }
 
-/// A name for an exec or a pod that nobody else has.
+/// A name for an exec or a pod that nobody else has, and that is told from others by its first
+/// characters.
 pub fn unique(prefix: &str) -> String {
+    use sha2::{Digest, Sha256};
+    static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    format!("{prefix}-{:x}-{:x}", std::process::id(), now.as_nanos())
+    let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let digest = Sha256::digest(format!("{} {now:?} {count}", crate::run::owner()));
+    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("{prefix}-{hex}")
 }
 
 /// `exec`: answers the process' exit code.

@@ -213,7 +213,7 @@ impl Default for Limits {
             max_containers: 512,
             max_execs: 1024,
             max_unsent_events: 4096,
-            max_recent_events: 1024,
+            max_recent_events: 256,
             parallel_starts: 32,
             parallel_recoveries: 16,
             max_quarantine: 64,

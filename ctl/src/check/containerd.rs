@@ -218,7 +218,9 @@ fn configuration(
     let config = match config {
         Ok(Some(config)) => config,
         Ok(None) => {
-            return vec![Finding::other(State::Warning, AREA, what, "there is none", fix)];
+            let installed = kuasar_host::process::find_program(Path::new("containerd")).is_some();
+            let state = if installed { State::Warning } else { State::Absent };
+            return vec![Finding::other(state, AREA, what, "there is none", fix)];
         }
         Err(why) => {
             return vec![Finding::other(State::Bad, AREA, what, why, "correct the file")];
