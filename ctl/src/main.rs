@@ -3,11 +3,11 @@
 //! | module | its one idea |
 //! |---|---|
 //! | [`args`] | the command line |
-//! | [`daemons`], [`client`] | which daemons there are, and connections to them |
+//! | [`daemons`], [`mod@client`] | which daemons there are, and connections to them |
 //! | [`pods`] | `ps`, `inspect`, `stop`, `gc`, and how a pod is named |
 //! | [`observe`], [`top`] | `events`, `metrics`, `logs`, `console`, `top` |
 //! | [`process`], [`stdio`], [`exec`] | a process, its streams, signals and end; `exec` |
-//! | [`run`], [`bench`], [`template`] | pods that this program makes itself |
+//! | [`run`], [`mod@bench`], [`template`] | pods that this program makes itself |
 //! | [`check`], [`config`], [`migrate`] | what a host can run, and how its daemons are configured |
 //! | [`output`], [`error`] | what people and programs read, and exit codes |
 

@@ -33,7 +33,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes a value as JSON, indented.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn json(value: &Value) -> Result<()> {
     print(&format!("{value:#}\n"))
 }
@@ -41,7 +41,7 @@ pub fn json(value: &Value) -> Result<()> {
 /// Writes a value as one line of JSON.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn json_line(value: &Value) -> Result<()> {
     print(&format!("{value}\n"))
 }
