@@ -28,7 +28,7 @@ FAKES ?=
 
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
-	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task \
+	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task -p kuasar-ctl \
 	  $(addprefix -p ,$(FAKES)) --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
@@ -38,7 +38,7 @@ build: deps ## all programs, optimised, into target/release
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
 	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
-	  $(BUILT)/parent/sandbox-parent $(BIN)/
+	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
 	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
@@ -96,9 +96,16 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
 	target/tools/bin/cargo-deny check
 
-install: build ## programs, unit and (unless there is one) configuration
+install: build ## programs, manual pages, completions, units and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(BIN)/kuasar-ctl $(DESTDIR)$(PREFIX)/bin/
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
+	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	@# The program runs here: for another architecture its pages are made with the host's own build.
+	$(BIN)/kuasar-ctl man $(DESTDIR)$(PREFIX)/share/man/man1
+	$(BIN)/kuasar-ctl completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kuasar-ctl
+	$(BIN)/kuasar-ctl completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kuasar-ctl
+	$(BIN)/kuasar-ctl completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kuasar-ctl.fish
 	@# An operator's configuration is never replaced.
 	set -e; for kind in $(KINDS); do \
 	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \

@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "proto/transfer.proto",
             "proto/cri.proto",
             "proto/endpoint.proto",
+            "proto/admin.proto",
             "proto/runc_options.proto",
         ])
         .include("proto")

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod checkpoint;
+mod ctl;
 mod engines;
 mod events;
 mod failpoints;

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 /// Most connections to all pods' sockets.
 const MAX_POD_CONNECTIONS: u32 = 60_000;
+/// Most events that are kept.
+const MAX_RECENT_EVENTS: u32 = 65_536;
 /// Most sandboxes.
 const MAX_SANDBOXES: u32 = 4096;
 /// Longest time that calls wait for a daemon.
@@ -113,6 +115,7 @@ impl CommonConfig {
             ("max_containers", l.max_containers),
             ("max_execs", l.max_execs),
             ("max_unsent_events", l.max_unsent_events),
+            ("max_recent_events", l.max_recent_events),
             ("parallel_starts", l.parallel_starts),
             ("parallel_recoveries", l.parallel_recoveries),
         ] {
@@ -120,10 +123,11 @@ impl CommonConfig {
                 return Err(format!("limits.{key} = 0: at least 1 is needed"));
             }
         }
-        // sandbox-parent's tables end there.
+        // sandbox-parent's tables end there, and memory.
         for (key, value, most) in [
             ("max_pod_connections", l.max_pod_connections, MAX_POD_CONNECTIONS),
             ("max_sandboxes", l.max_sandboxes, MAX_SANDBOXES),
+            ("max_recent_events", l.max_recent_events, MAX_RECENT_EVENTS),
         ] {
             if value > most {
                 return Err(format!("limits.{key} = {value}: at most {most}"));
@@ -186,6 +190,8 @@ pub struct Limits {
     pub max_execs: u32,
     /// Events that wait for containerd; beyond, the oldest are dropped and counted.
     pub max_unsent_events: u32,
+    /// Events that are kept for `kuasar-ctl events`; some 300 bytes each.
+    pub max_recent_events: u32,
     /// Sandboxes that are created or started at the same time; others wait their turn.
     pub parallel_starts: u32,
     /// Sandboxes that are taken up at the same time when the daemon starts.
@@ -207,6 +213,7 @@ impl Default for Limits {
             max_containers: 512,
             max_execs: 1024,
             max_unsent_events: 4096,
+            max_recent_events: 256,
             parallel_starts: 32,
             parallel_recoveries: 16,
             max_quarantine: 64,

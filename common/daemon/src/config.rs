@@ -74,6 +74,14 @@ pub fn load_with_common<T: DeserializeOwned>(
     Ok((finish(common, &files)?, finish(own, &files)?))
 }
 
+/// What `file` and the drop-ins beside it say together, unchecked; nothing without a file.
+///
+/// # Errors
+/// See [`ConfigError`]; unknown keys are none here.
+pub fn table(file: Option<&Path>) -> Result<toml::Table, ConfigError> {
+    merged(&read(file)?)
+}
+
 /// Paths and texts, in the order in which they count.
 fn read(file: Option<&Path>) -> Result<Vec<(PathBuf, String)>, ConfigError> {
     let Some(file) = file else { return Ok(Vec::new()) };

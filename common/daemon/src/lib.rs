@@ -7,10 +7,12 @@
 //! | [`program`] | what `main()` does around the daemon |
 //! | [`resident`] | what a daemon starts in which order, and how it ends |
 //! | [`sockets`] | sockets that sandbox-parent keeps: the pods', and the daemon's own |
+//! | [`admin`] | what an operator's tool asks beyond what engines ask |
 //! | [`tasks`] | the Task servers of all pods |
 //! | [`logging`], [`metrics`], [`registry`] | what an operator can see |
 //! | [`notify`], [`signals`], [`peer`], [`memory`], [`failpoint`] | the small things |
 
+pub mod admin;
 pub mod args;
 pub mod common;
 pub mod config;

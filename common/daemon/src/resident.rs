@@ -23,6 +23,7 @@ use containerd_task::events::EventSender;
 use sandbox_parent::client::{Parent, ParentError, ParentOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::admin::{Admin, EventLog};
 use crate::common::CommonConfig;
 use crate::logging::LevelHandle;
 use crate::peer::Allowed;
@@ -212,7 +213,11 @@ pub async fn shutdown_parent(
     })
 }
 
-fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOptions {
+fn controller_options(
+    setup: &Setup,
+    servers: Arc<TaskServers>,
+    recent: Arc<EventLog>,
+) -> ControllerOptions {
     let (l, t) = (&setup.common.limits, &setup.common.timeouts);
     let size = |n: u32| n as usize;
     let allowed = Allowed::with(&setup.common.allowed_uids);
@@ -245,6 +250,7 @@ fn controller_options(setup: &Setup, servers: Arc<TaskServers>) -> ControllerOpt
             crate::metrics::observe(rpc, took);
             REQUESTS.add(&[kind, rpc, &format!("{code:?}")], 1);
         })),
+        changed: Some(Arc::new(move |record| recent.sandbox(record))),
         busy: Some(Arc::new(move |pod| {
             known.get(pod).is_some_and(|tasks| !tasks.server().containers().is_empty())
         })),
@@ -278,10 +284,13 @@ where
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");
     raise_descriptor_limit();
     let unsent = common.limits.max_unsent_events as usize;
+    let recent = Arc::new(EventLog::new(common.limits.max_recent_events as usize));
     let events = match common.events() {
         "" => EventSender::none(),
         path => EventSender::containerd(PathBuf::from(path), unsent),
     };
+    let seen = recent.clone();
+    let events = events.tapped(Arc::new(move |ns, sandbox, event| seen.task(ns, sandbox, event)));
     let tasks = TaskOptions {
         max_containers: common.limits.max_containers as usize,
         max_execs: common.limits.max_execs as usize,
@@ -293,7 +302,7 @@ where
     let parts = Parts { parent: parent.clone(), fresh, servers: servers.clone() };
     let sandboxer = Arc::new(make(&parts).map_err(ResidentError::Sandboxer)?);
     let pods = Arc::new(ParentSockets::new(parent.clone()).await?);
-    let options = controller_options(&setup, servers.clone());
+    let options = controller_options(&setup, servers.clone(), recent.clone());
     let controller = Controller::new(options, sandboxer, pods).map_err(ResidentError::Recovery)?;
     let pump =
         sockets::pump(connections, controller.endpoints(), servers.clone(), common.timeouts.hello);
@@ -318,7 +327,17 @@ where
     crate::memory::trim();
     tokio::spawn(crate::memory::trim_when_idle(QUIET));
     let (ended, shutdown) = tokio::sync::watch::channel(false);
-    let serving = controller.serve_on(listener, shutdown);
+    let admin = crate::admin::services(Admin {
+        kind: setup.kind,
+        setup: setup.clone(),
+        controller: controller.clone(),
+        servers: servers.clone(),
+        parent: parent.pid(),
+        events,
+        recent,
+        started: std::time::SystemTime::now(),
+    });
+    let serving = controller.serve_with(listener, admin, shutdown);
     tokio::pin!(serving);
     let lost = tokio::select! {
         () = stop.wait() => false,

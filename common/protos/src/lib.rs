@@ -21,6 +21,9 @@ mod generated {
     pub mod controller_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/protos/controller_ttrpc.rs"));
     }
+    pub mod admin_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/protos/admin_ttrpc.rs"));
+    }
     pub mod endpoint_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/protos/endpoint_ttrpc.rs"));
     }
@@ -29,6 +32,10 @@ mod generated {
     }
 }
 
+/// `kuasar.admin.v1`: what an operator's tool asks a daemon.
+pub use generated::admin;
+/// `kuasar.admin.v1.Admin` as a ttrpc service and client.
+pub use generated::admin_ttrpc;
 /// `containerd.services.sandbox.v1`: the messages of the sandbox Controller.
 pub use generated::controller;
 /// `containerd.services.sandbox.v1.Controller` as a ttrpc service and client.

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use crate::controller::Core;
 use crate::error::{Error, Result};
 use crate::handle::{HandleSink, SandboxHandle};
+use crate::options::Changed;
 use crate::sandboxer::{SandboxContext, SandboxExit, SandboxSpec};
 use crate::server::turned_on;
 use crate::store::{Phase, Record, Store};
@@ -76,11 +77,16 @@ pub(crate) struct Sandbox {
     died_told: Notify,
     /// Whether a call has named it since this daemon came.
     named: AtomicBool,
+    changed: Option<Changed>,
 }
 
 impl Sandbox {
     /// The sandbox, and the queue for its actor.
-    pub(crate) fn new(record: Record, store: Arc<Store>) -> (Arc<Self>, mpsc::Receiver<Box<Job>>) {
+    pub(crate) fn new(
+        record: Record,
+        store: Arc<Store>,
+        changed: Option<Changed>,
+    ) -> (Arc<Self>, mpsc::Receiver<Box<Job>>) {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let id = record.spec.id.clone();
         let sandbox = Self {
@@ -93,6 +99,7 @@ impl Sandbox {
             died: Mutex::new(None),
             died_told: Notify::new(),
             named: AtomicBool::new(false),
+            changed,
         };
         (Arc::new(sandbox), queue)
     }
@@ -126,8 +133,19 @@ impl Sandbox {
         let mut next = Record::clone(&self.record());
         change(&mut next);
         self.store.write(&next)?;
-        self.current.send_replace(Arc::new(next));
+        self.publish(next);
         Ok(())
+    }
+
+    /// Shows readers a record, and tells of a new phase.
+    fn publish(&self, next: Record) {
+        let next = Arc::new(next);
+        let before = self.current.send_replace(next.clone());
+        if before.phase != next.phase
+            && let Some(changed) = &self.changed
+        {
+            changed(&next);
+        }
     }
 
     fn enter(&self, phase: Phase) -> Result<()> {
@@ -152,7 +170,7 @@ impl Sandbox {
         let mut last = Record::clone(&self.record());
         last.phase = Phase::Removing;
         last.exit.get_or_insert(SandboxExit { status, at: SystemTime::now() });
-        self.current.send_replace(Arc::new(last));
+        self.publish(last);
         Ok(())
     }
 
@@ -469,7 +487,7 @@ impl Actor {
             tracing::error!(sandbox = self.sandbox.id, "cannot record its end: {}", e.chain());
             let mut next = Record::clone(&self.sandbox.record());
             change(&mut next);
-            self.sandbox.current.send_replace(Arc::new(next));
+            self.sandbox.publish(next);
         }
     }
 }

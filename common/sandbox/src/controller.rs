@@ -22,7 +22,7 @@ use crate::endpoint::{Endpoints, PodSockets};
 use crate::error::{Error, Result};
 use crate::info;
 use crate::options::ControllerOptions;
-use crate::sandboxer::{SandboxSpec, Sandboxer};
+use crate::sandboxer::{SandboxSpec, Sandboxer, TemplateJob, TemplateList};
 use crate::store::{Phase, Record, Store};
 use crate::wire::{any, check_id, panic_text, timestamp};
 
@@ -114,7 +114,8 @@ impl Core {
                 "{most} sandboxes exist, the configured limit (max_sandboxes)"
             )));
         }
-        let (sandbox, queue) = Sandbox::new(record, self.store.clone());
+        let (sandbox, queue) =
+            Sandbox::new(record, self.store.clone(), self.options.changed.clone());
         table.insert(id, sandbox.clone());
         Ok(Actor::new(self.clone(), sandbox, queue))
     }
@@ -185,6 +186,44 @@ impl Controller {
     /// Ids and phases of all sandboxes, for metrics and tools.
     pub fn sandboxes(&self) -> Vec<(String, Phase)> {
         self.core.all().iter().map(|s| (s.id.clone(), s.record().phase)).collect()
+    }
+
+    /// Records of all sandboxes, in the order of their ids, for tools.
+    pub fn records(&self) -> Vec<Arc<Record>> {
+        let mut all: Vec<Arc<Record>> = self.core.all().iter().map(|s| s.record()).collect();
+        all.sort_by(|a, b| a.spec.id.cmp(&b.spec.id));
+        all
+    }
+
+    /// Where a sandbox' console log is.
+    ///
+    /// # Errors
+    /// NotFound; Unimplemented where sandboxes have no console.
+    pub async fn console(&self, id: &str) -> Result<std::path::PathBuf> {
+        let ctx = self.core.find(id)?.context(None);
+        self.core.sandboxer.console(&ctx).await
+    }
+
+    /// Saved machines that sandboxes start from.
+    ///
+    /// # Errors
+    /// Unimplemented where there is no such thing; the sandboxer's.
+    pub async fn templates(&self, what: TemplateJob) -> Result<TemplateList> {
+        self.core.sandboxer.templates(what).await
+    }
+
+    /// Names of the records that are set aside because they cannot be read.
+    pub fn quarantined(&self) -> Vec<String> {
+        self.core.store.quarantined()
+    }
+
+    /// Removes what is set aside; answers the names of it.
+    ///
+    /// # Errors
+    /// When something of it stays.
+    pub async fn empty_quarantine(&self) -> Result<Vec<String>> {
+        let store = self.core.store.clone();
+        crate::error::blocking(move || store.empty_quarantine()).await
     }
 
     /// Stops all actors; operations that run have `drain_timeout` to end.

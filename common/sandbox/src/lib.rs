@@ -58,3 +58,4 @@ pub use controller::{Call, Controller};
 pub use endpoint::{Endpoints, PodSockets};
 pub use handle::{HandleSink, SandboxHandle};
 pub use options::{ControllerOptions, TaskProbe};
+pub use wire::ttrpc_error;

@@ -100,7 +100,7 @@ impl Controller {
     }
 
     /// From time to time: removes what nobody came back for, and tries removals again.
-    pub(crate) async fn collect(&self) {
+    pub async fn collect(&self) {
         let _observed = self.observed("Collect");
         for id in self.core.endpoints.opened_before(self.core.options.open_timeout) {
             if self.core.find(&id).is_err() {

@@ -26,6 +26,10 @@ pub struct TaskProbe {
 /// Whether the sandbox with this id has containers.
 pub type Busy = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
+/// Told of every change of a sandbox' phase, and of its removal, with the record after it. Must not
+/// block.
+pub type Changed = Arc<dyn Fn(&crate::store::Record) + Send + Sync>;
+
 /// Looks up a container by id.
 pub type TaskLookup = Arc<dyn Fn(&str) -> Option<TaskProbe> + Send + Sync>;
 
@@ -83,6 +87,8 @@ pub struct ControllerOptions {
     pub observer: Option<Observer>,
     /// Knows the containers, for the shim binary's `delete`.
     pub tasks: Option<TaskLookup>,
+    /// Told of every change of phase, for operators' tools.
+    pub changed: Option<Changed>,
     /// Whether a sandbox has containers; one that has is never removed unasked.
     pub busy: Option<Busy>,
 }
@@ -115,6 +121,7 @@ impl Default for ControllerOptions {
             failpoint: None,
             observer: None,
             tasks: None,
+            changed: None,
             busy: None,
         }
     }

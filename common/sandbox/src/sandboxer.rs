@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use kuasar_protos::cri::PodSandboxConfig;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What a sandbox was created with; never changes afterwards, except by Update.
 #[derive(Debug, Clone)]
@@ -81,6 +81,43 @@ pub enum Recovered {
     Stopped(SandboxExit),
 }
 
+/// What an operator asks of templates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplateJob {
+    /// Which there are.
+    List,
+    /// The same, after one was compared with what is known of it.
+    Verify(String),
+    /// The same, after one was removed.
+    Remove(String),
+}
+
+/// Saved machines, as an operator sees them.
+#[derive(Debug, Clone, Default)]
+pub struct TemplateList {
+    /// Whether sandboxes start from them.
+    pub enabled: bool,
+    /// Where they are.
+    pub dir: PathBuf,
+    /// Each of them.
+    pub templates: Vec<TemplateInfo>,
+}
+
+/// A saved machine.
+#[derive(Debug, Clone)]
+pub struct TemplateInfo {
+    /// Its name: a digest of what it was made from.
+    pub key: String,
+    /// Size on disk, in bytes.
+    pub bytes: u64,
+    /// When it was made.
+    pub made_at: SystemTime,
+    /// Whether its making has ended.
+    pub finished: bool,
+    /// What [`TemplateJob::Verify`] has found.
+    pub problem: Option<String>,
+}
+
 /// The ttrpc services of one pod's socket (Task v2 and v3, runtime Sandbox).
 pub type PodServices = kuasar_ttrpc::Services;
 
@@ -120,6 +157,21 @@ pub trait Sandboxer: Send + Sync + 'static {
 
     /// Applies changed extensions (`fields` as the engine sent them). `ctx.spec` is new already.
     async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()>;
+
+    /// Where the sandbox' console log is; operators may read it.
+    async fn console(&self, _ctx: &SandboxContext) -> Result<PathBuf> {
+        Err(Error::Unimplemented(
+            "sandboxes of this kind have no console: only machines of vmm-sandboxer have one"
+                .into(),
+        ))
+    }
+
+    /// Saved machines that sandboxes start from.
+    async fn templates(&self, _what: TemplateJob) -> Result<TemplateList> {
+        Err(Error::Unimplemented(
+            "sandboxes of this kind start from no templates: only those of vmm-sandboxer do".into(),
+        ))
+    }
 
     /// Platform as Go names it: operating system and architecture.
     fn platform(&self) -> (String, String) {

@@ -60,10 +60,21 @@ impl Controller {
     }
 
     /// Serves on a listener that somebody else made, after [`Controller::recover`].
-    pub async fn serve_on(&self, listener: UnixListener, mut shutdown: watch::Receiver<bool>) {
+    pub async fn serve_on(&self, listener: UnixListener, shutdown: watch::Receiver<bool>) {
+        self.serve_with(listener, Services::default(), shutdown).await;
+    }
+
+    /// The same with further ttrpc services beside those of this crate.
+    pub async fn serve_with(
+        &self,
+        listener: UnixListener,
+        more: Services,
+        mut shutdown: watch::Receiver<bool>,
+    ) {
         let (cut, _) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(self.core.options.max_connections));
-        let ttrpc = ttrpc_service::services(self.clone()).and(open::services(self.clone()));
+        let ttrpc =
+            ttrpc_service::services(self.clone()).and(open::services(self.clone())).and(more);
         let options = &self.core.options;
         let period = options.open_timeout.min(options.unstarted_timeout).min(TICK);
         // A timeout of nothing is allowed; a period of nothing is not.

@@ -264,6 +264,30 @@ impl Store {
             .map_err(|e| Error::internal("cannot write the sandbox' record", e))
     }
 
+    /// Names of the records in quarantine.
+    pub fn quarantined(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.quarantine).into_iter().flatten().flatten();
+        let mut all: Vec<String> =
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        all.sort();
+        all
+    }
+
+    /// Removes what is in quarantine now; answers the names of it.
+    ///
+    /// # Errors
+    /// When something of it cannot be removed.
+    pub fn empty_quarantine(&self) -> Result<Vec<String>> {
+        let root = kuasar_host::safe_path::Root::open(&self.quarantine)
+            .map_err(|e| Error::internal("open the quarantine", e))?;
+        let all = self.quarantined();
+        for name in &all {
+            root.remove_tree(Path::new(name))
+                .map_err(|e| Error::internal(format!("remove {name} from the quarantine"), e))?;
+        }
+        Ok(all)
+    }
+
     /// Removes a sandbox' directory. The record goes first: a directory without one is a
     /// removal that was not finished.
     ///

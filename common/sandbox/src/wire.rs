@@ -61,7 +61,7 @@ pub(crate) fn status(e: &Error) -> tonic::Status {
 }
 
 /// How an error looks to a ttrpc client.
-pub(crate) fn ttrpc_error(e: &Error) -> ttrpc::Error {
+pub fn ttrpc_error(e: &Error) -> ttrpc::Error {
     use ttrpc::Code as C;
     let code = match e {
         Error::NotFound(_) => C::NOT_FOUND,

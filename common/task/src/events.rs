@@ -44,6 +44,11 @@ pub enum Event {
 }
 
 impl Event {
+    /// containerd's topic of it.
+    pub fn topic(&self) -> &'static str {
+        self.encode().0
+    }
+
     fn encode(&self) -> (&'static str, &'static str, Vec<u8>) {
         fn bytes(m: &impl Message) -> Vec<u8> {
             m.write_to_bytes().unwrap_or_default()
@@ -84,9 +89,16 @@ struct Queue {
     dropped: AtomicU64,
 }
 
+/// Sees each event of a sandbox beside the one that it is sent to: namespace, sandbox, event. Must
+/// not block.
+pub type Tap = Arc<dyn Fn(&str, &str, &Event) + Send + Sync>;
+
 /// Takes events; cheap to clone.
 #[derive(Clone)]
-pub struct EventSender(Sink);
+pub struct EventSender {
+    sink: Sink,
+    tap: Option<Tap>,
+}
 
 #[derive(Clone)]
 enum Sink {
@@ -98,7 +110,7 @@ enum Sink {
 impl EventSender {
     /// Events go nowhere: for tests, and for guests whose host publishes.
     pub fn none() -> Self {
-        Self(Sink::Nowhere)
+        Self { sink: Sink::Nowhere, tap: None }
     }
 
     /// Publishes to containerd's ttrpc socket (usually
@@ -111,17 +123,26 @@ impl EventSender {
             dropped: AtomicU64::new(0),
         });
         tokio::spawn(forward(queue.clone(), socket));
-        Self(Sink::Containerd(queue))
+        Self { sink: Sink::Containerd(queue), tap: None }
     }
 
     /// Calls `f` with each event, which must not block.
     pub fn call(f: impl Fn(&Event) + Send + Sync + 'static) -> Self {
-        Self(Sink::Call(Arc::new(f)))
+        Self { sink: Sink::Call(Arc::new(f)), tap: None }
     }
 
-    /// Queues an event.
-    pub fn send(&self, namespace: &str, event: &Event) {
-        let q = match &self.0 {
+    /// The same, seen by `tap` too.
+    #[must_use]
+    pub fn tapped(self, tap: Tap) -> Self {
+        Self { tap: Some(tap), ..self }
+    }
+
+    /// Queues an event of a sandbox.
+    pub fn send(&self, namespace: &str, sandbox: &str, event: &Event) {
+        if let Some(tap) = &self.tap {
+            tap(namespace, sandbox, event);
+        }
+        let q = match &self.sink {
             Sink::Nowhere => return,
             Sink::Call(f) => return f(event),
             Sink::Containerd(queue) => queue,
@@ -148,7 +169,7 @@ impl EventSender {
 
     /// Events dropped because containerd was away for too long.
     pub fn dropped(&self) -> u64 {
-        match &self.0 {
+        match &self.sink {
             Sink::Containerd(queue) => queue.dropped.load(Ordering::Relaxed),
             Sink::Nowhere | Sink::Call(_) => 0,
         }

@@ -250,6 +250,25 @@ impl TaskServer {
         Some((record.pid, record.exit))
     }
 
+    /// What is known of each container, in the order of their ids.
+    pub fn records(&self) -> Vec<ContainerRecord> {
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        let mut all: Vec<_> = containers.iter().map(|c| Self::record_of(c)).collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all
+    }
+
+    fn record_of(c: &Container) -> ContainerRecord {
+        let processes = lock(&c.processes).iter().map(|(k, p)| (k.clone(), p.record())).collect();
+        ContainerRecord {
+            id: c.id.clone(),
+            bundle: c.bundle.clone(),
+            processes,
+            oom_kills: c.oom_published.load(Ordering::Relaxed),
+            other: BTreeMap::new(),
+        }
+    }
+
     /// Handles of all processes, ended or not, that a runtime may still know by them.
     pub fn handles(&self) -> Vec<u64> {
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
@@ -275,18 +294,11 @@ impl TaskServer {
     }
 
     fn save(&self, c: &Container) -> Result<()> {
-        let processes = lock(&c.processes).iter().map(|(k, p)| (k.clone(), p.record())).collect();
-        self.journal.save(&ContainerRecord {
-            id: c.id.clone(),
-            bundle: c.bundle.clone(),
-            processes,
-            oom_kills: c.oom_published.load(Ordering::Relaxed),
-            other: BTreeMap::new(),
-        })
+        self.journal.save(&Self::record_of(c))
     }
 
     fn event(&self, event: &Event) {
-        self.events.send(&self.options.namespace, event);
+        self.events.send(&self.options.namespace, &self.options.sandbox_id, event);
     }
 
     // ---- creation -----------------------------------------------------------------------

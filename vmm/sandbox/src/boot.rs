@@ -27,6 +27,8 @@ use crate::vmm::{
 
 /// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
 const CID: u32 = 3;
+/// A pod's console log, in its state directory.
+pub(crate) const CONSOLE: &str = "console.log";
 /// Characters of a guest's console in an error.
 const CONSOLE_TAIL: usize = 400;
 
@@ -89,10 +91,7 @@ impl VmmSandboxer {
             disks: Vec::new(),
             channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
             entropy: true,
-            console: Console {
-                log: ctx.dir.join("console.log"),
-                limit: config.guest.console_bytes,
-            },
+            console: Console { log: ctx.dir.join(CONSOLE), limit: config.guest.console_bytes },
             netns,
             cgroups: cgroup.entrances(),
         })
@@ -214,7 +213,7 @@ impl VmmSandboxer {
                     state.vm = None;
                     self.save(ctx, state).await?;
                 }
-                let said = last_words(&ctx.dir.join("console.log"));
+                let said = last_words(&ctx.dir.join(CONSOLE));
                 let text = format!("{}; its console: {said:?}", error.chain());
                 return Err(match error {
                     Error::FailedPrecondition(_) => Error::FailedPrecondition(text),

@@ -184,16 +184,19 @@ impl GuestConfig {
         let dirs: Vec<PathBuf> = installed.into_iter().chain(checkout).collect();
         let search = |given: &Option<PathBuf>, key: &str, names: &[&str]| {
             if let Some(path) = given {
-                let missing = || format!("guest.{key}: {} does not exist", path.display());
-                return path.is_file().then(|| path.clone()).ok_or_else(missing);
+                if !path.is_file() {
+                    return Err(format!("guest.{key}: {} does not exist", path.display()));
+                }
+                return readable(key, path.clone());
             }
             let all = dirs.iter().flat_map(|dir| names.iter().map(|name| dir.join(name)));
-            all.into_iter().find(|path| path.is_file()).ok_or_else(|| {
+            let found = all.into_iter().find(|path| path.is_file()).ok_or_else(|| {
                 format!(
                     "no guest {key} is installed: run `make guest`, or set guest.{key} in the \
                      configuration"
                 )
-            })
+            })?;
+            readable(key, found)
         };
         let kernel = search(&self.kernel, "kernel", &["vmlinux"])?;
         let root = match &self.image {
@@ -201,6 +204,17 @@ impl GuestConfig {
             None => RootImage::Initrd(search(&self.initrd, "initrd", &Self::INITRDS)?),
         };
         Ok(Images { kernel, root })
+    }
+}
+
+/// A file that this user can open.
+fn readable(key: &str, path: PathBuf) -> Result<PathBuf, String> {
+    match std::fs::File::open(&path) {
+        Ok(_) => Ok(path),
+        Err(error) => Err(format!(
+            "guest.{key}: {path} cannot be read ({error}): chmod 0644 {path}",
+            path = path.display()
+        )),
     }
 }
 

@@ -39,6 +39,12 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(command) = arguments.command {
         return Ok(command.run(&setup)?);
     }
+    if given.check_config
+        && let Err(missing) = config.guest.find()
+    {
+        // The configuration is good all the same: a guest may be installed later.
+        eprintln!("vmm-sandboxer: warning: {missing}");
+    }
     let Some(level) = program::prepare(&given, &setup)? else { return Ok(()) };
     kuasar_daemon::memory::runtime()?
         .block_on(vmm_sandboxer::daemon::run(setup, given, config, level))

@@ -22,7 +22,8 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{
-    PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started,
+    PodServices, Recovered, SandboxContext, SandboxExit, Sandboxer, Started, TemplateJob,
+    TemplateList,
 };
 use containerd_task::runtime::Keeper;
 use kuasar_daemon::resident::Parts;
@@ -37,6 +38,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
 
+use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork};
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
@@ -700,6 +702,28 @@ impl Sandboxer for VmmSandboxer {
             "sandboxParent": self.parent.pid(),
         });
         Ok(BTreeMap::from([("vmm".to_owned(), text.to_string())]))
+    }
+
+    async fn console(&self, ctx: &SandboxContext) -> Result<PathBuf> {
+        if self.config().guest.console_bytes == 0 {
+            return Err(Error::FailedPrecondition(
+                "no console log is kept: set guest.console_bytes in the configuration".into(),
+            ));
+        }
+        Ok(ctx.dir.join(CONSOLE))
+    }
+
+    async fn templates(&self, what: TemplateJob) -> Result<TemplateList> {
+        let (templates, enabled) = (self.templates.clone(), self.config().template.enabled);
+        blocking(move || {
+            let dir = templates.dir().to_owned();
+            let work = templates.work(&what).map_err(|error| match error {
+                crate::vmm::Error::Invalid(text) => Error::NotFound(text),
+                other => Error::internal("templates", other),
+            });
+            Ok(TemplateList { enabled, dir, templates: work? })
+        })
+        .await
     }
 
     async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use containerd_sandbox::sandboxer::{TemplateInfo, TemplateJob};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::net::UnixStream;
@@ -130,6 +131,11 @@ impl Templates {
     /// Those in `dir`.
     pub fn new(dir: PathBuf) -> Self {
         Self { dir, state: Mutex::default() }
+    }
+
+    /// Where they are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -316,6 +322,52 @@ impl Templates {
         }
     }
 
+    /// What there is, for an operator; digests are not looked at. Blocks.
+    pub fn list(&self) -> Vec<TemplateInfo> {
+        let size = |dir: &Path| -> u64 {
+            let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            files.filter_map(|file| Some(file.metadata().ok()?.len())).sum()
+        };
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let mut all: Vec<TemplateInfo> = entries
+            .filter_map(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let key = name.strip_suffix(UNFINISHED).unwrap_or(&name).to_owned();
+                let (finished, problem) = (key == name, None);
+                let made_at = entry.metadata().ok()?.modified().ok()?;
+                let bytes = size(&entry.path());
+                Some(TemplateInfo { key, bytes, made_at, finished, problem })
+            })
+            .collect();
+        all.sort_by(|a, b| a.key.cmp(&b.key));
+        all
+    }
+
+    /// The same after a [`TemplateJob`]. A damaged template stays: that it is damaged is the answer.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a key that no template has.
+    pub fn work(&self, what: &TemplateJob) -> Result<Vec<TemplateInfo>> {
+        let mut all = self.list();
+        let (TemplateJob::Verify(wanted) | TemplateJob::Remove(wanted)) = what else {
+            return Ok(all);
+        };
+        // From the list, so that nobody names a path.
+        let found = all.iter_mut().find(|one| one.finished && one.key == *wanted);
+        let Some(found) = found else {
+            return Err(Error::Invalid(format!("no template is named {wanted:.80?}")));
+        };
+        let dir = self.path(&found.key);
+        if let TemplateJob::Remove(key) = what {
+            std::fs::remove_dir_all(&dir).map_err(io("remove", &dir))?;
+            all.retain(|one| one.key != *key || !one.finished);
+        } else if let Err(error) = self.check(&dir, wanted) {
+            found.problem = Some(error.chain());
+        }
+        Ok(all)
+    }
+
     /// Removes what a daemon that died in the middle has left.
     pub fn sweep(&self) {
         for entry in std::fs::read_dir(&self.dir).into_iter().flatten().flatten() {
@@ -411,6 +463,19 @@ mod tests {
         let there = |key: &str| templates.path(key).exists();
         assert_eq!(["a", "b", "c"].map(there), [false, true, true]);
         std::fs::create_dir(dir.path().join("d.new")).unwrap();
+        let told = templates.list();
+        let all: Vec<(&str, bool)> = told.iter().map(|t| (t.key.as_str(), t.finished)).collect();
+        assert_eq!(all, [("b", true), ("c", true), ("d", false)]);
+        assert!(told.iter().all(|t| t.finished == (t.bytes > 0)), "{told:?}");
+        let verify = |key: &str| templates.work(&TemplateJob::Verify(key.into()));
+        assert!(verify("b").unwrap().iter().all(|t| t.problem.is_none()));
+        std::fs::write(templates.path("b").join("state"), "x").unwrap();
+        assert!(verify("b").unwrap()[0].problem.is_some() && there("b"));
+        for bad in ["a", "d", "../c", ""] {
+            assert!(verify(bad).is_err(), "{bad}");
+        }
+        assert_eq!(templates.work(&TemplateJob::Remove("b".into())).unwrap().len(), 2);
+        assert!(!there("b"));
         templates.sweep();
         assert!(!dir.path().join("d.new").exists() && there("c"));
     }
