@@ -29,13 +29,16 @@ build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
+	@# It loads libwasmedge, which a static program cannot.
+	cargo build --profile wasm --target $(HOST) -p wasm-worker-wasmedge --target-dir target/dynamic
 	@install -d $(BIN)
+	cp --remove-destination target/dynamic/$(HOST)/wasm/wasm-worker-wasmedge $(BIN)/
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
 	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/parent/sandbox-parent $(BIN)/
-	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
+	for kind in $(KINDS) wasmedge; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
 GUEST_INIT ?= $(BIN)/vmm-task
@@ -79,7 +82,8 @@ check: deps ## format, lints, licences, documentation, shell scripts
 
 install: build ## programs, unit and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(BIN)/wasm-worker-wasmedge \
+	  $(DESTDIR)$(PREFIX)/bin/
 	@# An operator's configuration is never replaced.
 	set -e; for kind in $(KINDS); do \
 	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \
@@ -90,6 +94,8 @@ install: build ## programs, unit and (unless there is one) configuration
 	  [ -e $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml ] || \
 	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
 	done
+	@# A runtime type of its own for pods that run on WasmEdge.
+	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-wasmedge-v1
 	@# What microVMs boot, where `make guest` has made it.
 	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
 	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \
