@@ -33,14 +33,17 @@ build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
 	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
+	@# It loads libwasmedge, which a static program cannot.
+	cargo build --profile wasm --target $(HOST) -p wasm-worker-wasmedge --target-dir target/dynamic
 	@install -d $(BIN)
+	cp --remove-destination target/dynamic/$(HOST)/wasm/wasm-worker-wasmedge $(BIN)/
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
 	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
-	for kind in $(KINDS); do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
+	for kind in $(KINDS) wasmedge; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
 GUEST_INIT ?= $(BIN)/vmm-task
@@ -98,7 +101,8 @@ check: deps ## format, lints, licences, documentation, shell scripts
 
 install: build ## programs, manual pages, completions, units and (unless there is one) configuration
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system $(DESTDIR)/etc/kuasar
-	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(BIN)/kuasar-ctl $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 $(BIN)/sandbox-parent $(BIN)/wasm-worker $(BIN)/wasm-worker-wasmedge $(BIN)/kuasar-ctl \
+	  $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	@# The program runs here: for another architecture its pages are made with the host's own build.
@@ -118,6 +122,8 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
 	done
 	install -m 0644 packaging/systemd/kuasar.target $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	@# A runtime type of its own for pods that run on WasmEdge.
+	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-wasmedge-v1
 	@# What microVMs boot, where `make guest` has made it.
 	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
 	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \

@@ -123,6 +123,30 @@ part_runsc() {
   "$B/bin/runsc" --version >/dev/null || { echo "bed: runsc does not run here: left out"; rm -f "$B/bin/runsc"; }
 }
 
+# WasmEdge's library with what it needs: of forky, like the glibc that it wants.
+part_wasmedge() {
+  local d lib
+  mkdir -p "$B/debs/wasmedge"
+  (
+    cd "$B/debs/wasmedge"
+    rm -f ./*.deb
+    APT_CONFIG=$B/apt/apt.conf apt-get download -qq {libwasmedge0,wasmedge,libllvm21,libfmt11,libspdlog1.15,libstdc++6,libgcc-s1,libzstd1,zlib1g,libedit2,libffi8,libtinfo6,libxml2-16,libz3-4,libbsd0,libmd0}/forky
+  )
+  rm -rf "$B/wasmedge"
+  for d in "$B"/debs/wasmedge/*.deb; do dpkg -x "$d" "$B/wasmedge"; done
+  rm -rf "$B/wasmedge/usr/share" "$B/debs/wasmedge"
+  # It has a path of its own, which would count in place of the program's.
+  patchelf --remove-rpath "$B/wasmedge/usr/lib/$(gcc -dumpmachine)"/libLLVM.so.*
+  # All in one place: the loader drops further ones for libraries of libraries.
+  lib=$B/rt/usr/lib/$(gcc -dumpmachine)
+  ln -sf "$lib"/*.so.* "$B/wasmedge/usr/lib/$(gcc -dumpmachine)/"
+  # The compiler of shared objects, for images that bring their own code.
+  cp "$B/wasmedge/usr/bin/wasmedge" "$B/bin/wasmedge"
+  patchelf --set-interpreter "$(echo "$lib"/ld-linux*.so.*)" --force-rpath \
+    --set-rpath "$B/wasmedge/usr/lib/$(gcc -dumpmachine)" "$B/bin/wasmedge"
+  "$B/bin/wasmedge" --version >/dev/null || { echo "bed: WasmEdge does not run here: left out"; rm -rf "$B/wasmedge" "$B/bin/wasmedge"; }
+}
+
 part_config() {
   local r="plugins.'io.containerd.cri.v1.runtime'" name type sandboxer io
   echo 'server = "http://127.0.0.1:5055"' > "$B/certs/_default/hosts.toml"
@@ -198,6 +222,7 @@ kuasar-gvisor io.containerd.kuasar-gvisor.v1 kuasar-gvisor fifo
 kuasar-gvisor-streaming io.containerd.kuasar-gvisor.v1 kuasar-gvisor streaming
 kuasar-wasm io.containerd.kuasar-wasm.v1 kuasar-wasm fifo
 kuasar-wasm-streaming io.containerd.kuasar-wasm.v1 kuasar-wasm streaming
+kuasar-wasmedge io.containerd.kuasar-wasmedge.v1 kuasar-wasm fifo
 kuasar-quark io.containerd.kuasar-quark.v1 kuasar-quark fifo
 kuasar-quark-streaming io.containerd.kuasar-quark.v1 kuasar-quark streaming
 EOF
@@ -245,7 +270,14 @@ EOF
   cat > "$B/etc/kuasar-wasm.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"
 metrics_listen = "$B/run/kuasar-wasm-metrics.sock"
-allowed_annotations = ["io.kuasar.wasm.http-port"]
+allowed_annotations = ["io.kuasar.wasm.http-port", "io.kuasar.wasm.engine", "io.kuasar.wasm.fuel", "io.kuasar.wasm.time-budget"]
+max_threads = 16
+[runtimes]
+"io.containerd.kuasar-wasmedge.v1" = "wasmedge"
+[wasmedge]
+worker = "$B/bin/wasm-worker-wasmedge"
+library = "libwasmedge.so.0"
+image_code = true
 [timeouts]
 unstarted = "6s"
 [cache]
@@ -265,7 +297,7 @@ kvm = "/dev/null"
 EOF
 }
 
-PARTS="packages lists engines criu busybox images critools runsc config"
+PARTS="packages lists engines criu busybox images critools runsc wasmedge config"
 all=1
 for p in $PARTS; do made "$p" || all=0; done
 [ "$all" = 1 ] && exit 0
@@ -280,6 +312,7 @@ make_part lists
 make_part busybox
 make_part images
 make_part runsc
-make_part config
 wait "$engines"
+make_part wasmedge
+make_part config
 wait "$go"

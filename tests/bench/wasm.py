@@ -2,13 +2,15 @@
 """Containers of WebAssembly: the daemon's share of Create and Start, memory, requests per second.
 
 Run inside the test bed, which has to be up, after the suite `wasm` has imported its image:
-tests/bed/bed.sh run tests/bench/wasm.py [ROUNDS]
+tests/bed/bed.sh run env WASMTIME=PATH tests/bench/wasm.py [ROUNDS]
 Times of Create and Start are the daemon's own (metrics), without CRI and the client. The module is in
 the cache. Memory is private dirty memory of an idle container's process. Requests come from one client
 with one connection that is kept open, so they are a bound of latency rather than of throughput.
-Stock runc's figures are of a container of busybox in the same bed, in turns with ours.
+Stock runc's figures are of a container of busybox in the same bed, in turns with ours. With WASMTIME set to
+the `wasmtime` program of the same version, the same component is served by `wasmtime serve`, in turns with
+ours, on one processor each; without it that part is skipped.
 """
-import json, os, socket, statistics, subprocess, sys, tempfile, time
+import json, os, shutil, socket, statistics, subprocess, sys, tempfile, time
 
 BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
 BED = os.path.abspath(BED)
@@ -92,6 +94,23 @@ def requests(ip, port, seconds):
     return done / seconds
 
 
+def answers(ip, port):
+    """Waits until a server answers."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return requests(ip, port, 0.01)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+def confine(pid, processors):
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), processors)
+
+
 def row(name, values):
     values = sorted(values)
     print(f"{name:34} median {statistics.median(values):8.2f}  p95 {values[int(len(values) * 0.95) - 1]:8.2f}")
@@ -114,18 +133,48 @@ try:
         c, took = container(top, *pods["runc"], "localhost/busybox:latest", ["sleep", "1000"], i)
         stock.append(took)
         run("crictl", "rm", "-f", c)
+    row_of_share = [s["task_create"] + s["task_start"] for s in spent]
     print("milliseconds")
     row("stock: crictl start", stock)
     row("ours: crictl start", ours)
     for name in PHASES:
         row(f"ours: {name}", [s[name] for s in spent])
+    row("ours: our share, Create and Start", row_of_share)
     print("kB of an idle container")
     for kind in ("Private_Dirty", "Anonymous", "Pss", "Rss"):
         row(kind, [m[kind] for m in idle])
     c, _ = container(top, path, sandbox, "localhost/wasm:latest", ["/http.wasm"], "http")
     ip = json.loads(run("crictl", "inspectp", sandbox))["status"]["network"]["ip"]
-    time.sleep(0.5)
-    print(f"requests per second, one connection: {requests(ip, 8080, 3):.0f}")
+    answers(ip, 8080)
+    rates = {"ours": []}
+    wasmtime = os.environ.get("WASMTIME", "")
+    served = None
+    if shutil.which(wasmtime):
+        # The program that the suite has made.
+        served = subprocess.Popen([wasmtime, "serve", "--addr", "127.0.0.1:18080", "-Scli",
+                                   f"{BED}/run/wasm/files/http.wasm"], stdout=subprocess.DEVNULL)
+        rates["wasmtime serve"] = []
+    else:
+        print("skipped: WASMTIME names no program to compare requests per second with")
+    try:
+        processor = {max(os.sched_getaffinity(0))}
+        confine(pid_of(c), processor)
+        if served:
+            answers("127.0.0.1", 18080)
+            confine(served.pid, processor)
+        for _ in range(3):
+            rates["ours"].append(requests(ip, 8080, 3))
+            if served:
+                rates["wasmtime serve"].append(requests("127.0.0.1", 18080, 3))
+    finally:
+        if served:
+            served.kill()
+            served.wait()
+    for name, values in rates.items():
+        print(f"requests per second, one connection, one processor: {name}: {statistics.median(values):.0f}")
+    if served:
+        ratio = statistics.median(rates["ours"]) / statistics.median(rates["wasmtime serve"])
+        print(f"ours / wasmtime serve: {ratio:.2f}")
 finally:
     for _, sandbox in pods.values():
         run("crictl", "rmp", "-f", sandbox)

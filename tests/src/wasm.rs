@@ -84,6 +84,20 @@ fn strings(sizes: &str, get: &str) -> String {
     )
 }
 
+/// A module with threads, which do `thread`, and a beginning.
+fn threads(thread: &str, start: &str) -> Vec<u8> {
+    let text = format!(
+        r#"(module
+          (import "wasi_snapshot_preview1" "proc_exit" (func $proc_exit (param i32)))
+          (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+          (import "env" "memory" (memory 1 16 shared))
+          (export "memory" (memory 0))
+          (func (export "wasi_thread_start") (param $id i32) (param $argument i32) {thread})
+          (func (export "_start") {start}))"#
+    );
+    wat::parse_str(text).unwrap()
+}
+
 /// A component whose `run` is this body.
 fn command(body: &str) -> Vec<u8> {
     let text = format!(
@@ -146,7 +160,68 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
           (local.set $n (i32.add (local.get $n) (i32.const 1)))
           (br_if $more (i32.lt_u (local.get $n) (i32.const 16384))))
         (call $proc_exit (i32.const 3)))"#;
+    let simd = r#"
+      (func (export "_start")
+        (call $proc_exit (i32x4.extract_lane 2
+          (i32x4.add (v128.const i32x4 1 2 3 4) (v128.const i32x4 10 20 30 40)))))"#;
+    // Sends a line to port 9000 of the pod, by what WasmEdge adds to preview 1.
+    let socket = r#"
+      (import "wasi_snapshot_preview1" "sock_open" (func $open (param i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "sock_connect" (func $connect (param i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "sock_send" (func $send (param i32 i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "proc_exit" (func $proc_exit (param i32)))
+      (memory (export "memory") 1)
+      (data (i32.const 64) "\7f\00\00\01") (data (i32.const 128) "hello over a socket\n")
+      (func $check (param i32) (if (local.get 0) (then (call $proc_exit (local.get 0)))))
+      (func (export "_start")
+        (call $check (call $open (i32.const 1) (i32.const 2) (i32.const 0)))
+        (i32.store (i32.const 16) (i32.const 64)) (i32.store (i32.const 20) (i32.const 4))
+        (call $check (call $connect (i32.load (i32.const 0)) (i32.const 16) (i32.const 9000)))
+        (i32.store (i32.const 32) (i32.const 128)) (i32.store (i32.const 36) (i32.const 20))
+        (call $check (call $send (i32.load (i32.const 0)) (i32.const 32) (i32.const 1) (i32.const 0) (i32.const 40))))"#;
     let mut all = BTreeMap::from([
+        ("simd.wasm", module(simd)),
+        ("socket.wasm", wat::parse_str(format!("(module {socket})")).unwrap()),
+        // Four threads, whose arguments are summed up.
+        (
+            "threads.wasm",
+            threads(
+                r#"(drop (i32.atomic.rmw.add (i32.const 64) (local.get $argument)))
+                   (drop (i32.atomic.rmw.add (i32.const 68) (i32.const 1)))
+                   (drop (memory.atomic.notify (i32.const 68) (i32.const 1)))"#,
+                r#"(local $n i32)
+                   (loop $more
+                     (local.set $n (i32.add (local.get $n) (i32.const 1)))
+                     (if (i32.lt_s (call $spawn (local.get $n)) (i32.const 0)) (then (call $proc_exit (i32.const 99))))
+                     (br_if $more (i32.lt_u (local.get $n) (i32.const 4))))
+                   (loop $wait
+                     (local.set $n (i32.atomic.load (i32.const 68)))
+                     (if (i32.lt_u (local.get $n) (i32.const 4)) (then
+                       (drop (memory.atomic.wait32 (i32.const 68) (local.get $n) (i64.const 1000000000)))
+                       (br $wait))))
+                   (call $proc_exit (i32.atomic.load (i32.const 64)))"#,
+            ),
+        ),
+        // As many threads as there can be; says how many.
+        (
+            "many-threads.wasm",
+            threads(
+                r#"(drop (memory.atomic.wait32 (i32.const 64) (i32.const 0) (i64.const -1)))"#,
+                r#"(local $n i32)
+                   (loop $more
+                     (if (i32.ge_s (call $spawn (i32.const 0)) (i32.const 0)) (then
+                       (local.set $n (i32.add (local.get $n) (i32.const 1)))
+                       (br_if $more (i32.lt_u (local.get $n) (i32.const 200))))))
+                   (call $proc_exit (local.get $n))"#,
+            ),
+        ),
+        (
+            "thread-trap.wasm",
+            threads(
+                "unreachable",
+                r#"(drop (call $spawn (i32.const 0))) (loop $forever (br $forever))"#,
+            ),
+        ),
         ("hello.wasm", module(hello)),
         ("args.wasm", module(&strings("args_sizes", "args"))),
         ("env.wasm", module(&strings("environ_sizes", "environ"))),
@@ -162,6 +237,14 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
             module(r#"(func (export "_start") (drop (i32.load (i32.const 0x7fffffff))))"#),
         ),
         ("spin.wasm", module(r#"(func (export "_start") (loop $l (br $l)))"#)),
+        // With something to do after each call, so that it cannot become a loop.
+        (
+            "deep.wasm",
+            module(
+                r#"(func $f (export "_start") (call $f)
+                  (i32.store (i32.const 512) (i32.add (i32.load (i32.const 512)) (i32.const 1))))"#,
+            ),
+        ),
         ("recurse.wasm", module(r#"(func $f (export "_start") (call $f))"#)),
         (
             "start.wasm",
@@ -231,6 +314,15 @@ pub fn import() {
         std::fs::create_dir_all(&files).unwrap();
         for (name, bytes) in programs() {
             std::fs::write(files.join(name), bytes).unwrap();
+        }
+        // Where there is WasmEdge: native code that its own compiler has made.
+        let compiler = crate::bed().join("bin/wasmedge");
+        if compiler.exists() {
+            for name in ["exit7", "sleep"] {
+                let path = |kind: &str| files.join(name).with_extension(kind);
+                let (from, to) = (path("wasm"), path("so"));
+                run(&compiler, &["compile", from.to_str().unwrap(), to.to_str().unwrap()]);
+            }
         }
         let tar = dir.join("image.tar");
         run(

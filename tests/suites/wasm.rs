@@ -4,15 +4,37 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{Chosen, bed, cri, daemon_pid, inside, leaks, on, switch, wait_for, wasm};
+use kuasar_tests::{Chosen, bed, cri, daemon_pid, inside, leaks, on, skip, switch, wait_for, wasm};
 
 const HANDLER: &str = "kuasar-wasm";
+const EDGE: &str = "kuasar-wasmedge";
 const SOON: Duration = Duration::from_secs(30);
 
 fn handler() -> Option<Chosen> {
     let chosen = on(HANDLER)?;
     wasm::import();
     Some(chosen)
+}
+
+/// WasmEdge in place of Wasmtime, where the bed has it.
+fn edge() -> Option<Chosen> {
+    let chosen = on(EDGE)?;
+    if !bed().join("bin/wasm-worker-wasmedge").exists() {
+        skip("no WasmEdge in the test bed");
+        return None;
+    }
+    wasm::import();
+    Some(chosen)
+}
+
+/// Tries the same with each engine that there is.
+fn with_engines(test: impl Fn(&'static str)) {
+    if let Some(_on) = handler() {
+        test("wasmtime");
+    }
+    if let Some(_on) = edge() {
+        test("wasmedge");
+    }
 }
 
 fn image(config: &mut ContainerConfig) {
@@ -68,14 +90,26 @@ fn limited(bytes: i64) -> impl FnOnce(&mut ContainerConfig) {
 
 #[test]
 fn a_module_runs_and_leaves_nothing() {
-    let Some(_on) = handler() else { return };
+    with_engines(a_module_runs_and_leaves_nothing_with);
+}
+
+fn a_module_runs_and_leaves_nothing_with(engine: &str) {
     let before = leaks::snapshot();
     let pod = Pod::run(pod_config("wasm-life"));
     let c = start(&pod, &["/hello.wasm"]);
     assert_eq!(c.wait(), 0);
     assert_eq!(text(&c, "stdout"), "hello from wasm\n");
     assert_eq!(text(&c, "stderr"), "problem\n");
-    assert_eq!(info(&pod)["engine"]["name"], "wasmtime");
+    // Which module runs, and how.
+    let runs = start(&pod, &["/sleep.wasm"]);
+    let info = info(&pod);
+    assert_eq!(info["engine"]["name"], engine);
+    let module = &info["modules"][&runs.id];
+    assert_eq!((&module["path"], &module["form"]), (&"/sleep.wasm".into(), &"compiled".into()));
+    assert!(module["digest"].as_str().unwrap().starts_with("sha256:"), "{module}");
+    runs.stop(10).unwrap();
+    runs.wait();
+    runs.remove().unwrap();
     c.remove().unwrap();
     pod.stop();
     pod.remove().unwrap();
@@ -96,6 +130,7 @@ fn exit_codes_are_the_programs_and_a_trap_is_134_with_its_reason() {
         ("/divide.wasm", "divide by zero"),
         ("/outside.wasm", "out of bounds"),
         ("/recurse.wasm", "call stack exhausted"),
+        ("/deep.wasm", "call stack exhausted"),
         ("/component-trap.wasm", "unreachable"),
     ] {
         let c = start(&pod, &[program]);
@@ -116,7 +151,10 @@ fn a_component_of_wasi_0_2_prints() {
 
 #[test]
 fn arguments_environment_and_entrypoint_are_the_containers() {
-    let Some(_on) = handler() else { return };
+    with_engines(arguments_environment_and_entrypoint_are_the_containers_with);
+}
+
+fn arguments_environment_and_entrypoint_are_the_containers_with(_engine: &str) {
     let pod = Pod::run(pod_config("wasm-args"));
     let c = pod.start_with(&["/args.wasm", "one", "two words"], image);
     assert_eq!(c.wait(), 0);
@@ -142,7 +180,10 @@ fn arguments_environment_and_entrypoint_are_the_containers() {
 
 #[test]
 fn files_and_volumes_are_the_containers_and_read_only_is_read_only() {
-    let Some(_on) = handler() else { return };
+    with_engines(files_and_volumes_are_the_containers_and_read_only_is_read_only_with);
+}
+
+fn files_and_volumes_are_the_containers_and_read_only_is_read_only_with(_engine: &str) {
     let pod = Pod::run(pod_config("wasm-files"));
     let c = start(&pod, &["/hostname.wasm"]);
     assert_eq!(c.wait(), 0);
@@ -289,7 +330,10 @@ fn memory_is_bounded_by_the_container() {
 
 #[test]
 fn containers_do_not_share_their_random_numbers() {
-    let Some(_on) = handler() else { return };
+    with_engines(containers_do_not_share_their_random_numbers_with);
+}
+
+fn containers_do_not_share_their_random_numbers_with(_engine: &str) {
     let pod = Pod::run(pod_config("wasm-random"));
     let numbers = |_| {
         let c = start(&pod, &["/random.wasm"]);
@@ -533,4 +577,242 @@ fn a_container_has_a_terminal() {
     });
     assert_eq!(c.wait(), 0);
     wait_for("its output is there", SOON, || text(&c, "stdout").contains("hello from wasm"));
+}
+
+#[test]
+fn exit_codes_and_traps_are_the_same_with_wasmedge() {
+    let Some(_on) = edge() else { return };
+    let pod = Pod::run(pod_config("wasmedge-exit"));
+    // It takes any code of preview 1, whose last byte counts.
+    for (program, code) in [("/exit7.wasm", 7), ("/exit263.wasm", 7)] {
+        assert_eq!(start(&pod, &[program]).wait(), code, "{program}");
+    }
+    for (program, reason) in [
+        ("/trap.wasm", "unreachable"),
+        ("/divide.wasm", "divide by zero"),
+        ("/outside.wasm", "out of bounds"),
+    ] {
+        let c = start(&pod, &[program]);
+        assert_eq!(c.wait(), 134, "{program}");
+        let said = text(&c, "stderr");
+        assert!(said.contains(reason), "{program}: {said}");
+    }
+    // The stack is the process's own: the kernel ends it.
+    let code = start(&pod, &["/deep.wasm"]).wait();
+    assert!(matches!(code, 134 | 139), "{code}");
+}
+
+#[test]
+fn wasmedge_is_confined_ended_and_bounded_like_wasmtime() {
+    let Some(_on) = edge() else { return };
+    let pod = Pod::run(pod_config("wasmedge-inside"));
+    assert_eq!(start(&pod, &["/proc.wasm"]).wait(), 44);
+    let code = start(&pod, &["/escape.wasm"]).wait();
+    assert!(matches!(code, 44 | 63 | 76), "{code}");
+    let c = start(&pod, &["/sleep.wasm"]);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", c.pid())).unwrap();
+    for (field, value) in [("CapBnd", "0000000000000000"), ("NoNewPrivs", "1"), ("Seccomp", "2")] {
+        let line = status.lines().find(|line| line.starts_with(&format!("{field}:"))).unwrap();
+        assert!(line.ends_with(value), "{line}");
+    }
+    for program in ["/sleep.wasm", "/spin.wasm", "/start.wasm"] {
+        let c = start(&pod, &[program]);
+        c.stop(20).unwrap();
+        assert_eq!(c.wait(), 143, "{program}");
+    }
+    let c = pod.start_with(&["/grow.wasm"], limited(64 << 20));
+    assert_eq!(c.wait(), 63);
+    let message = {
+        let c = pod.create_with(&["/four.wasm"], limited(64 << 20)).unwrap();
+        c.start().unwrap_err().to_string()
+    };
+    assert!(message.contains("linear memory") && message.contains("67108864"), "{message}");
+}
+
+#[test]
+fn what_wasmedge_cannot_run_is_explained_and_leaves_nothing() {
+    let Some(_on) = edge() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("wasmedge-bad"));
+    for (program, words) in [
+        ("/header.wasm", "truncated"),
+        ("/truncated.wasm", "cannot be compiled"),
+        ("/print.wasm", "engine wasmtime"),
+        ("/import.wasm", "no_such_thing"),
+        ("/library.wasm", "_start"),
+        ("/outside-link.wasm", "no such file"),
+    ] {
+        let message = fails(&pod, &[program]);
+        assert!(message.contains(words), "{program}: {message}");
+    }
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn wasmedge_has_sockets_in_the_pods_network() {
+    let Some(_on) = edge() else { return };
+    let pod = Pod::run(pod_config("wasmedge-socket"));
+    let listens = start(&pod, &["/bin/busybox", "nc", "-l", "-p", "9000"]);
+    let sent = || start(&pod, &["/socket.wasm"]).wait() == 0;
+    wait_for("it is sent", SOON, sent);
+    assert_eq!(listens.wait(), 0);
+    assert_eq!(text(&listens, "stdout"), "hello over a socket\n");
+}
+
+#[test]
+fn a_shared_object_of_wasmedges_compiler_runs() {
+    let Some(_on) = edge() else { return };
+    let pod = Pod::run(pod_config("wasmedge-shared"));
+    let c = start(&pod, &["/exit7.so"]);
+    assert_eq!(c.wait(), 7, "{}", text(&c, "stderr"));
+    let c = start(&pod, &["/sleep.so"]);
+    assert_eq!(info(&pod)["modules"][&c.id]["form"], "shared");
+    c.stop(10).unwrap();
+    assert_eq!(c.wait(), 143);
+}
+
+#[test]
+fn a_pod_chooses_its_engine_by_annotation() {
+    let Some(_on) = edge() else { return };
+    drop(_on);
+    let Some(_on) = handler() else { return };
+    let mut config = pod_config("wasm-engine");
+    config.annotations = annotations(&[("io.kuasar.wasm.engine", "wasmedge")]);
+    let pod = Pod::run(config.clone());
+    assert_eq!(info(&pod)["engine"]["name"], "wasmedge");
+    assert_eq!(start(&pod, &["/exit7.wasm"]).wait(), 7);
+    config.metadata.as_mut().unwrap().uid = format!("engine-{}", unique());
+    config.annotations = annotations(&[("io.kuasar.wasm.engine", "v8")]);
+    let q = RunPodSandboxRequest { config: Some(config), runtime_handler: HANDLER.into() };
+    let error = cri!(run_pod_sandbox, q).unwrap_err().to_string();
+    assert!(error.contains("wasmtime and wasmedge"), "{error}");
+}
+
+#[test]
+fn budgets_end_a_program_with_152_and_the_reason() {
+    with_engines(|engine| {
+        for (name, value, programs, words) in [
+            ("io.kuasar.wasm.fuel", "20000000", &["/spin.wasm"][..], "fuel is used up"),
+            ("io.kuasar.wasm.time-budget", "500ms", &["/spin.wasm", "/sleep.wasm"][..], "budget"),
+        ] {
+            let mut config = pod_config("wasm-budget");
+            config.annotations = annotations(&[(name, value)]);
+            let pod = Pod::run(config);
+            for program in programs {
+                let c = start(&pod, &[program]);
+                assert_eq!(c.wait(), 152, "{engine} {name} {program}");
+                let said = text(&c, "stderr");
+                assert!(said.contains(words), "{engine} {name} {program}: {said}");
+            }
+            // What stays within it is as ever.
+            assert_eq!(start(&pod, &["/exit7.wasm"]).wait(), 7, "{engine} {name}");
+        }
+    });
+}
+
+#[test]
+fn a_program_that_can_be_interrupted_ends_on_term() {
+    let Some(_on) = handler() else { return };
+    let mut config = pod_config("wasm-epoch");
+    // A budget that is not used up has its code compiled so that it can be.
+    config.annotations = annotations(&[("io.kuasar.wasm.time-budget", "10m")]);
+    let pod = Pod::run(config);
+    for (program, words) in [("/spin.wasm", "ended by SIGTERM"), ("/sleep.wasm", "")] {
+        let c = start(&pod, &[program]);
+        let begun = Instant::now();
+        c.stop(20).unwrap();
+        assert_eq!(c.wait(), 143, "{program}");
+        assert!(begun.elapsed() < Duration::from_secs(10), "{program}");
+        assert!(text(&c, "stderr").contains(words), "{program}: {}", text(&c, "stderr"));
+    }
+}
+
+#[test]
+fn simd_is_there() {
+    with_engines(|engine| {
+        let pod = Pod::run(pod_config("wasm-simd"));
+        assert_eq!(start(&pod, &["/simd.wasm"]).wait(), 33, "{engine}");
+    });
+}
+
+#[test]
+fn threads_share_memory_and_are_bounded() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-threads"));
+    let c = start(&pod, &["/threads.wasm"]);
+    assert_eq!(c.wait(), 10, "{}", text(&c, "stderr"));
+    // max_threads of the bed's configuration.
+    assert_eq!(start(&pod, &["/many-threads.wasm"]).wait(), 16);
+    let c = start(&pod, &["/thread-trap.wasm"]);
+    assert_eq!(c.wait(), 134);
+    assert!(text(&c, "stderr").contains("unreachable"));
+}
+
+#[test]
+fn a_paused_program_stands_still() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-pause"));
+    let c = start(&pod, &["/spin.wasm"]);
+    // Processor time in ticks: fields 14 and 15 of proc_pid_stat(5), 12 and 13 behind the name.
+    let spent = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", c.pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let task = |verb: &str| {
+        let ctr = bed().join("root/usr/bin/ctr");
+        let socket = bed().join("run/containerd.sock");
+        let out = inside(&[
+            ctr.to_str().unwrap(),
+            "-a",
+            socket.to_str().unwrap(),
+            "-n",
+            "k8s.io",
+            "tasks",
+            verb,
+            &c.id,
+        ]);
+        assert!(out.status.success(), "{verb}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    task("pause");
+    let before = spent();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(spent() <= before + 1, "a paused program goes on");
+    task("resume");
+    wait_for("it goes on", SOON, || spent() > before + 2);
+}
+
+/// Runs a program in the bed; answers what it has printed.
+fn tool(words: &[&str]) -> String {
+    let out = inside(words);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(out.status.success(), "{words:?}: {}", text(&out.stderr));
+    text(&out.stdout)
+}
+
+#[test]
+fn an_oci_artifact_runs_as_the_image_that_is_made_of_it() {
+    let Some(_on) = handler() else { return };
+    let name = "localhost/wasm-artifact:latest";
+    let files = bed().join("run/wasm");
+    let path = |name: &str| files.join(name).to_str().unwrap().to_owned();
+    let (artifact, archive) = (path("artifact.tar"), path("of-artifact.tar"));
+    let script = kuasar_tests::top().join("tests/bed/wasmartifact.py");
+    let module = path("files/hello.wasm");
+    tool(&["python3", script.to_str().unwrap(), name, &module, &artifact]);
+    let program = kuasar_tests::programs().join("wasm-sandboxer");
+    let program = program.to_str().unwrap();
+    let said = tool(&[program, "image-of-artifact", &artifact, &archive, "--name", name]);
+    assert!(said.contains("module /hello.wasm"), "{said}");
+    let ctr = bed().join("root/usr/bin/ctr");
+    let socket = bed().join("run/containerd.sock");
+    let (ctr, socket) = (ctr.to_str().unwrap(), socket.to_str().unwrap());
+    tool(&[ctr, "-a", socket, "-n", "k8s.io", "images", "import", &archive]);
+    let pod = Pod::run(pod_config("wasm-artifact"));
+    let c = pod.start_with(&[], |config| {
+        config.image = Some(ImageSpec { image: name.into(), ..Default::default() });
+    });
+    assert_eq!(c.wait(), 0);
+    assert_eq!(text(&c, "stdout"), "hello from wasm\n");
 }

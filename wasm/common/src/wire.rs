@@ -1,6 +1,6 @@
 //! How the sandboxer asks a warm worker for a process: packets over a pair of sockets.
 //!
-//! 1. The worker sends one [`Hello`] when it is warm.
+//! 1. The worker sends one [`Greeting`]: a [`Hello`] when it is warm, or why it cannot be.
 //! 2. The sandboxer sends a [`Request`]: arguments, and descriptors beside it. The last descriptor
 //!    is the writing end of a pipe.
 //! 3. The new process writes its pid (four bytes, little endian) to the pipe, and at its end its
@@ -30,6 +30,9 @@ pub struct Hello {
     /// Stands for the engine's version and everything that compiled code depends on.
     pub settings: String,
 }
+
+/// First packet of a worker; the error is for people who install things.
+pub type Greeting = std::result::Result<Hello, String>;
 
 /// A process is wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

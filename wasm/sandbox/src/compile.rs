@@ -4,7 +4,7 @@
 //! A module that several containers want at the same time is compiled once. Nobody else waits for
 //! it: the compiler is another process, and the digest of a module is made on a thread of its own.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,14 +19,17 @@ use kuasar_host::process;
 use kuasar_oci::processes::{Failure, new_cookie};
 use sandbox_parent::client::{Parent, Spawn};
 use tokio::sync::Semaphore;
+use wasm_common::job::Budget;
 use wasm_common::kind::{self, Detected};
 use wasm_common::wire::Hello;
+use wasm_image::{Program, shown};
 
 use crate::cache::{Cache, Draft};
-use crate::config::Config;
-use crate::image::{Program, shown};
+use crate::config::{Config, Interruption};
 use crate::verify::{Identity, Sum, digest, hex};
 
+/// What code is called that neither counts nor can be interrupted.
+const PLAIN: &str = "plain";
 /// Most digests of modules that are remembered.
 const MAX_SUMS: usize = 4096;
 /// Most characters of a compiler's complaint.
@@ -35,12 +38,13 @@ const MAX_WORDS: u64 = 2000;
 /// Runs the compiler.
 #[async_trait]
 pub trait Run: Send + Sync {
-    /// Runs it with these standard streams and limits; answers its exit status, or `None` when it
-    /// did not end within `patience` and was killed.
+    /// Runs that of `engine` with these standard streams and words behind `compile`; answers its
+    /// exit status, or `None` when it did not end within `patience` and was killed.
     async fn run(
         &self,
+        engine: &str,
         streams: [BorrowedFd<'_>; 3],
-        limits: String,
+        words: Vec<String>,
         patience: Duration,
     ) -> std::result::Result<Option<u32>, Failure>;
 }
@@ -49,20 +53,24 @@ pub trait Run: Send + Sync {
 pub struct ByParent {
     /// sandbox-parent.
     pub parent: Parent,
-    /// Path by which it can execute the worker.
-    pub program: String,
+    /// By engine: path by which it can execute the worker, or why there is none.
+    pub programs: BTreeMap<&'static str, std::result::Result<String, String>>,
 }
 
 #[async_trait]
 impl Run for ByParent {
     async fn run(
         &self,
+        engine: &str,
         streams: [BorrowedFd<'_>; 3],
-        limits: String,
+        words: Vec<String>,
         patience: Duration,
     ) -> std::result::Result<Option<u32>, Failure> {
         let cookie = new_cookie();
-        let argv = vec![self.program.clone(), "compile".into(), limits];
+        let program = self.programs.get(engine).cloned();
+        let program = program.unwrap_or_else(|| Err(format!("there is no engine {engine:?}")))?;
+        let mut argv = vec![program, "compile".into()];
+        argv.extend(words);
         let fds = streams.map(Some).to_vec();
         let spawned = self.parent.spawn(Spawn { argv, env: Vec::new(), fds, cookie }).await?;
         let ended = tokio::time::timeout(patience, self.parent.exit_of(cookie)).await;
@@ -81,6 +89,7 @@ impl Run for ByParent {
 
 /// As a child of this process, for the command line.
 struct ByOurselves {
+    engine: String,
     program: PathBuf,
 }
 
@@ -88,14 +97,17 @@ struct ByOurselves {
 impl Run for ByOurselves {
     async fn run(
         &self,
+        engine: &str,
         streams: [BorrowedFd<'_>; 3],
-        limits: String,
+        words: Vec<String>,
         patience: Duration,
     ) -> std::result::Result<Option<u32>, Failure> {
+        debug_assert_eq!(engine, self.engine, "one engine at a time");
         let [stdin, stdout, stderr] =
             streams.map(|stream| stream.try_clone_to_owned().map(std::process::Stdio::from));
         let mut child = tokio::process::Command::new(&self.program)
-            .args(["compile", &limits])
+            .arg("compile")
+            .args(words)
             .env_clear()
             .stdin(stdin?)
             .stdout(stdout?)
@@ -167,13 +179,42 @@ impl Compiler {
         Ok(slot.insert(Arc::new(cache)).clone())
     }
 
-    /// Code for a program of an image whose rootfs is made of `layers`.
+    /// Code of one variant for a program of an image whose rootfs is made of `layers`, and the
+    /// module's digest.
     ///
     /// # Errors
     /// When it cannot be compiled: `InvalidArgument` says what is wrong with it.
-    pub async fn artifact(&self, hello: &Hello, program: Program, layers: &str) -> Result<File> {
-        let sum = self.sum(&program, layers).await?;
-        let name = format!("{}-{}-{}-{}", hex(&sum), hello.engine, hello.version, hello.settings);
+    pub async fn artifact(
+        &self,
+        hello: &Hello,
+        program: Program,
+        layers: &str,
+        variant: &str,
+    ) -> Result<(File, String)> {
+        let sum = hex(&self.sum(&program, layers).await?);
+        let code = self.code(hello, program, &sum, variant).await?;
+        Ok((code, sum))
+    }
+
+    /// The digest of a program that is not compiled.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is too large.
+    pub async fn digest(&self, program: &Program, layers: &str) -> Result<String> {
+        Ok(hex(&self.sum(program, layers).await?))
+    }
+
+    async fn code(
+        &self,
+        hello: &Hello,
+        program: Program,
+        sum: &str,
+        variant: &str,
+    ) -> Result<File> {
+        let mut name = format!("{sum}-{}-{}-{}", hello.engine, hello.version, hello.settings);
+        if variant != PLAIN {
+            name = format!("{name}-{variant}");
+        }
         let cache = self.cache()?;
         if let Some(code) = find(&cache, &name).await? {
             return Ok(code);
@@ -183,7 +224,7 @@ impl Compiler {
             let _turn = flight.lock().await;
             match find(&cache, &name).await? {
                 Some(code) => Ok(code),
-                None => self.compile(&cache, &name, program).await,
+                None => self.compile(&cache, &name, program, &hello.engine, variant).await,
             }
         };
         let mut flights = lock(&self.flights);
@@ -223,7 +264,14 @@ impl Compiler {
         Ok(sum)
     }
 
-    async fn compile(&self, cache: &Arc<Cache>, name: &str, program: Program) -> Result<File> {
+    async fn compile(
+        &self,
+        cache: &Arc<Cache>,
+        name: &str,
+        program: Program,
+        engine: &str,
+        variant: &str,
+    ) -> Result<File> {
         let config = self.config.get();
         let limit = &config.compiler;
         let _job = self.jobs.acquire().await.map_err(|e| Error::internal("compiler", e))?;
@@ -233,7 +281,9 @@ impl Compiler {
         let limits = format!("{},{},{}", limit.memory, limit.timeout.as_secs().max(1), limit.uid);
         let streams = [program.file.as_fd(), draft.file.as_fd(), words.as_fd()];
         rewind(&program.file).map_err(cannot("read the module"))?;
-        let ended = self.run.run(streams, limits, limit.timeout).await;
+        let mut arguments = vec![limits, variant.to_owned()];
+        arguments.extend(config.worker_words(engine));
+        let ended = self.run.run(engine, streams, arguments, limit.timeout).await;
         let ended = ended.map_err(|error| Error::internal("run the compiler", error))?;
         let module = shown(program.path.as_os_str());
         match ended {
@@ -297,7 +347,8 @@ fn complaint(module: &str, status: u32, words: OwnedFd) -> Error {
         let _ = file.take(MAX_WORDS).read_to_string(&mut text);
     }
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let text = text.trim().trim_start_matches("wasm-worker: ").trim();
+    let text = text.trim().trim_start_matches("wasm-worker: ");
+    let text = text.trim_start_matches("wasm-worker-wasmedge: ").trim();
     if text.contains("No space left") {
         return Error::ResourceExhausted(format!(
             "{text}: make room where cache.dir is, or set a smaller cache.size"
@@ -307,16 +358,26 @@ fn complaint(module: &str, status: u32, words: OwnedFd) -> Error {
     Error::InvalidArgument(format!("exec: {module} cannot be compiled (status {status}): {text}"))
 }
 
-/// Compiles files into the cache.
-pub async fn precompile(config: &Config, files: &[PathBuf]) -> std::result::Result<(), String> {
-    let program = config.worker_program()?;
+/// Compiles files into the cache, for one engine.
+pub async fn precompile(
+    config: &Config,
+    engine: &str,
+    files: &[PathBuf],
+) -> std::result::Result<(), String> {
+    let program = config.worker_program(engine)?;
     let out = std::process::Command::new(&program)
         .arg("version")
+        .args(config.worker_words(engine))
         .output()
         .map_err(|error| format!("run {}: {error}", program.display()))?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    let hello = hello(&text).ok_or_else(|| format!("{} has no version", program.display()))?;
-    let compiler = Compiler::new(Live::new(config.clone()), Arc::new(ByOurselves { program }));
+    let hello = hello(&text).ok_or_else(|| {
+        let reason = String::from_utf8_lossy(&out.stderr);
+        format!("{} has no version: {}", program.display(), reason.trim())
+    })?;
+    let run = Arc::new(ByOurselves { engine: engine.to_owned(), program });
+    let compiler = Compiler::new(Live::new(config.clone()), run);
+    let variant = Budget::default().variant(config.interruption == Interruption::Epoch);
     for path in files {
         let wrap = |error: std::io::Error| format!("{}: {error}", path.display());
         let file = File::open(path).map_err(wrap)?;
@@ -327,8 +388,9 @@ pub async fn precompile(config: &Config, files: &[PathBuf]) -> std::result::Resu
             return Err(format!("{}: no module and no component: {what:?}", path.display()));
         };
         let begun = Instant::now();
-        let program = Program { file, path: path.clone(), what };
-        compiler.artifact(&hello, program, "").await.map_err(|error| error.chain())?;
+        let program = Program { file, path: path.clone(), what, shared: false };
+        let made = compiler.artifact(&hello, program, "", variant).await;
+        made.map_err(|error| error.chain())?;
         println!("{}: {found}, {:.1?}", path.display(), begun.elapsed());
     }
     Ok(())

@@ -11,12 +11,28 @@ use serde::Deserialize;
 /// Annotation by which a pod or a container names the port of a component that answers requests;
 /// it counts where the configuration allows it.
 pub const PORT_ANNOTATION: &str = "io.kuasar.wasm.http-port";
+/// Annotation by which a pod chooses its engine.
+pub const ENGINE_ANNOTATION: &str = "io.kuasar.wasm.engine";
+/// Annotation by which a pod or a container bounds what its program may do, in fuel.
+pub const FUEL_ANNOTATION: &str = "io.kuasar.wasm.fuel";
+/// Annotation by which a pod or a container bounds how long its program may run.
+pub const TIME_ANNOTATION: &str = "io.kuasar.wasm.time-budget";
+/// Name of the engine that is built in.
+pub const WASMTIME: &str = "wasmtime";
+/// Name of the engine that is loaded at run time.
+pub const WASMEDGE: &str = "wasmedge";
+/// Names of all engines.
+pub const ENGINES: [&str; 2] = [WASMTIME, WASMEDGE];
 
 /// What `wasm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
 /// are errors.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Engine of pods that choose none: `wasmtime` or `wasmedge`.
+    pub engine: String,
+    /// Engine by `runtime_type` of the runtime handler.
+    pub runtimes: BTreeMap<String, String>,
     /// The program that runs WebAssembly: an absolute path, or a name that is looked up beside
     /// this program, then in `PATH`.
     pub worker: PathBuf,
@@ -31,6 +47,13 @@ pub struct Config {
     pub compiler: CompilerConfig,
     /// Components that answer requests.
     pub http: HttpConfig,
+    /// How programs end on a signal: with their process (`process`), or as if they had trapped
+    /// (`epoch`), which takes code that asks in each loop whether it is to.
+    pub interruption: Interruption,
+    /// Most threads of one program beside its first.
+    pub max_threads: u32,
+    /// The engine WasmEdge.
+    pub wasmedge: WasmEdgeConfig,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
     /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
@@ -41,9 +64,47 @@ pub struct Config {
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
     pub unprivileged_ports: bool,
-    /// From [`CommonConfig::allowed_annotations`]: whether [`PORT_ANNOTATION`] counts.
+    /// From [`CommonConfig::allowed_annotations`]: which of ours count.
     #[serde(skip)]
-    pub heeds_port: bool,
+    pub heeds: Vec<&'static str>,
+}
+
+/// How programs end on a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Interruption {
+    /// With their process.
+    Process,
+    /// By Wasmtime's epoch.
+    Epoch,
+}
+
+/// The engine WasmEdge.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WasmEdgeConfig {
+    /// The program that runs it: as [`Config::worker`].
+    pub worker: PathBuf,
+    /// WasmEdge's library: a soname, or an absolute path.
+    pub library: String,
+    /// Directory of plugins that are loaded; empty for none.
+    pub plugins: String,
+    /// Compiles modules; otherwise they are interpreted.
+    pub compile: bool,
+    /// Runs shared objects that images have, compiled by `wasmedge compile`: native code.
+    pub image_code: bool,
+}
+
+impl Default for WasmEdgeConfig {
+    fn default() -> Self {
+        Self {
+            worker: "wasm-worker-wasmedge".into(),
+            library: "libwasmedge.so.0".into(),
+            plugins: String::new(),
+            compile: true,
+            image_code: false,
+        }
+    }
 }
 
 /// Compiled code.
@@ -112,17 +173,22 @@ impl Default for HttpConfig {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            engine: WASMTIME.into(),
+            runtimes: BTreeMap::new(),
             worker: "wasm-worker".into(),
             worker_timeout: Duration::from_secs(10),
             native_containers: true,
             cache: CacheConfig::default(),
             compiler: CompilerConfig::default(),
             http: HttpConfig::default(),
+            interruption: Interruption::Process,
+            max_threads: 64,
+            wasmedge: WasmEdgeConfig::default(),
             engine_timeouts: Limits::default(),
             warm_cgroups: Duration::from_millis(250),
             shm_size: 64 << 20,
             unprivileged_ports: true,
-            heeds_port: false,
+            heeds: Vec::new(),
         }
     }
 }
@@ -139,7 +205,10 @@ impl Config {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),
             })?;
-        own.heeds_port = common.heeds(PORT_ANNOTATION);
+        own.heeds = [PORT_ANNOTATION, ENGINE_ANNOTATION, FUEL_ANNOTATION, TIME_ANNOTATION]
+            .into_iter()
+            .filter(|name| common.heeds(name))
+            .collect();
         common.check().and_then(|()| own.check()).map_err(|reason| {
             let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
             format!("{file}{reason}")
@@ -159,6 +228,22 @@ impl Config {
             if value.is_zero() || value > HOUR {
                 return Err(format!("{key}: more than nothing and at most 1h"));
             }
+        }
+        let engines =
+            self.runtimes.iter().map(|(kind, engine)| (format!("runtimes.{kind}"), engine));
+        for (key, engine) in engines.chain([("engine".to_owned(), &self.engine)]) {
+            if !ENGINES.contains(&engine.as_str()) {
+                return Err(format!("{key} = {engine:?}: one of {}", ENGINES.join(", ")));
+            }
+        }
+        if self.max_threads > 4096 {
+            return Err("max_threads: at most 4096".into());
+        }
+        if self.wasmedge.library.is_empty() {
+            return Err("wasmedge.library: a soname or a path".into());
+        }
+        if !self.wasmedge.plugins.is_empty() && !self.wasmedge.plugins.starts_with('/') {
+            return Err("wasmedge.plugins: an absolute path, or \"\" for none".into());
         }
         if self.warm_cgroups > Duration::from_secs(10) {
             return Err("warm_cgroups: at most 10s".into());
@@ -199,23 +284,42 @@ impl Config {
         }
     }
 
-    /// The worker's program.
+    /// Whether one of our annotations counts.
+    pub fn heeds(&self, annotation: &str) -> bool {
+        self.heeds.contains(&annotation)
+    }
+
+    /// The worker's program of an engine.
     ///
     /// # Errors
     /// When it is nowhere; the text says what to do.
-    pub fn worker_program(&self) -> Result<PathBuf, String> {
+    pub fn worker_program(&self, engine: &str) -> Result<PathBuf, String> {
+        let edge = engine == WASMEDGE;
+        let (key, worker) = if edge {
+            ("wasmedge.worker", &self.wasmedge.worker)
+        } else {
+            ("worker", &self.worker)
+        };
         let beside = std::env::current_exe().ok();
-        let beside = beside.as_deref().and_then(Path::parent).map(|dir| dir.join(&self.worker));
-        let is_name = self.worker.components().count() == 1;
+        let beside = beside.as_deref().and_then(Path::parent).map(|dir| dir.join(worker));
+        let is_name = worker.components().count() == 1;
         beside
             .filter(|path| is_name && path.is_file())
-            .or_else(|| kuasar_host::process::find_program(&self.worker))
+            .or_else(|| kuasar_host::process::find_program(worker))
             .ok_or_else(|| {
                 format!(
-                    "{} is neither beside this program nor in PATH: install it, or set worker",
-                    self.worker.display()
+                    "{} is neither beside this program nor in PATH: install it, or set {key}",
+                    worker.display()
                 )
             })
+    }
+
+    /// What an engine's worker gets behind its other arguments.
+    pub fn worker_words(&self, engine: &str) -> Vec<String> {
+        if engine != WASMEDGE {
+            return Vec::new();
+        }
+        vec![self.wasmedge.library.clone(), self.wasmedge.plugins.clone()]
     }
 }
 
@@ -226,7 +330,15 @@ mod tests {
     #[test]
     fn the_shipped_file_has_every_default() {
         let text = include_str!("../../../packaging/wasm-sandboxer.toml");
-        for key in ["worker", "native_containers", "max_module", "port_env", "max_connections"] {
+        for key in [
+            "worker",
+            "native_containers",
+            "max_module",
+            "port_env",
+            "max_connections",
+            "interruption",
+            "image_code",
+        ] {
             assert!(text.contains(&format!("\n#{key} = ")), "{key}");
         }
         let switched_on: String = text
@@ -238,7 +350,7 @@ mod tests {
             .flat_map(|line| [line, "\n"])
             .collect();
         let table: toml::Table = switched_on.parse().unwrap();
-        let own = ["cache", "compiler", "http"].map(|key| (key, table[key].clone()));
+        let own = ["cache", "compiler", "http", "wasmedge"].map(|key| (key, table[key].clone()));
         let own: toml::Table =
             own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         let config: Config = own.try_into().unwrap();
@@ -253,6 +365,9 @@ mod tests {
         assert!(check("[compiler]\njobs = 0").contains("compiler.jobs"));
         assert!(check("[cache]\ndir = 'x'").contains("cache.dir"));
         assert!(check("[http]\nport = 0").contains("http.port"));
+        assert!(check("engine = 'v8'").contains("wasmtime, wasmedge"));
+        assert!(check("[runtimes]\nx = 'v8'").contains("runtimes.x"));
+        assert!(check("[wasmedge]\nplugins = 'x'").contains("wasmedge.plugins"));
         assert!(check("worker_timeout = '0s'").contains("worker_timeout"));
         assert!(toml::from_str::<Config>("wurker = 1").is_err());
     }

@@ -15,9 +15,8 @@ use kuasar_oci::selfexe::SelfExe;
 use kuasar_pod::{Metrics, NamespaceSandboxer};
 
 use crate::compile::{ByParent, Compiler};
-use crate::config::Config;
+use crate::config::{Config, ENGINES, WASMEDGE, WASMTIME};
 use crate::flavor::Wasm;
-use crate::payloads::WASMTIME;
 use crate::worker::{self, Worker, Workers};
 
 /// Runs the daemon until it is told to end.
@@ -29,9 +28,26 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let exe =
         SelfExe::open("wasm-sandboxer").context("make an unwritable handle of this program")?;
-    let program = config.worker_program().map_err(|error| anyhow::anyhow!(error))?;
-    let worker = SelfExe::of(&program, "wasm-worker")
-        .with_context(|| format!("make an unwritable handle of {}", program.display()))?;
+    // Held until nobody can ask for them.
+    let mut handles = vec![exe];
+    let mut programs = BTreeMap::new();
+    for engine in ENGINES {
+        let program = match config.worker_program(engine) {
+            Ok(program) => {
+                let handle = SelfExe::of(&program, "wasm-worker").with_context(|| {
+                    format!("make an unwritable handle of {}", program.display())
+                })?;
+                let path = handle.path();
+                handles.push(handle);
+                Ok(path)
+            }
+            // Nothing works without this one.
+            Err(error) if engine == WASMTIME => return Err(anyhow::anyhow!(error)),
+            Err(error) => Err(error),
+        };
+        programs.insert(engine, program);
+    }
+    say_what_is_missing(&config, programs.get(WASMEDGE));
     let cgroups = Arc::new(Layout::detect()?);
     let dir = setup.dir.clone();
     let settings = Live::new(config.engine_settings());
@@ -42,19 +58,22 @@ pub async fn run(
         let kept = kept.map_err(|_| anyhow::anyhow!("the state directory is not UTF-8"))?;
         let engine =
             |program: String| vec![program, "oci".into(), "--seccomp-cache".into(), kept.clone()];
-        let builtin = engine(exe.path());
-        let warm = engine(worker::WARM.into());
-        let program = worker.path();
+        let own = handles.first().map(SelfExe::path).unwrap_or_default();
+        let builtin = engine(own);
+        let relatives = ENGINES.map(|name| (name.to_owned(), engine(worker::warm(name))));
         move |parts: &resident::Parts| {
-            let worker = Worker::new(parts.parent.clone(), program.clone(), config.clone());
-            let workers = Arc::new(Workers::new(parts.parent.clone(), worker));
+            let worker = |(engine, program): (&&'static str, &Result<String, String>)| {
+                Worker::new(parts.parent.clone(), engine, program.clone(), config.clone())
+            };
+            let all = programs.iter().map(worker).collect();
+            let workers = Arc::new(Workers::new(parts.parent.clone(), all));
             let engines = Arc::new(Engines::new(Backend {
                 builtin: Some(builtin),
-                relatives: BTreeMap::from([(WASMTIME.to_owned(), warm)]),
+                relatives: BTreeMap::from(relatives),
                 observer: Arc::new(Metrics("wasm")),
                 ..Backend::new(workers.clone(), settings)
             }));
-            let run = Arc::new(ByParent { parent: parts.parent.clone(), program });
+            let run = Arc::new(ByParent { parent: parts.parent.clone(), programs });
             let compiler = Arc::new(Compiler::new(config.clone(), run));
             let flavor = Wasm::new(config, engines, workers, compiler, cgroups.clone());
             Ok(NamespaceSandboxer::new(flavor, parts, cgroups, dir))
@@ -69,7 +88,39 @@ pub async fn run(
         Ok(CommonConfig { log_level, ..common })
     };
     resident::run(setup, level, make, reload).await?;
-    // Hold the programs that sandbox-parent runs until nobody can ask for them.
-    drop((exe, worker));
+    drop(handles);
     Ok(())
+}
+
+/// Has the log say at the start whether WasmEdge can run. Whoever wants it is told again: it may be
+/// installed while we run.
+fn say_what_is_missing(config: &Config, program: Option<&Result<String, String>>) {
+    let program = match program {
+        Some(Ok(program)) => program.clone(),
+        Some(Err(reason)) => {
+            tracing::warn!(reason, "WasmEdge cannot run: pods that choose it will fail");
+            return;
+        }
+        None => return,
+    };
+    let words = config.worker_words(WASMEDGE);
+    tokio::spawn(async move {
+        let mut command = tokio::process::Command::new(program);
+        command.arg("version").args(words).env_clear().kill_on_drop(true);
+        let limit = std::time::Duration::from_secs(30);
+        match tokio::time::timeout(limit, command.output()).await {
+            Ok(Ok(out)) if out.status.success() => {
+                let version = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+                tracing::info!(version, "WasmEdge is here");
+            }
+            Ok(Ok(out)) => {
+                let reason = String::from_utf8_lossy(&out.stderr).trim().to_owned();
+                tracing::warn!(reason, "WasmEdge cannot run: pods that choose it will fail");
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "WasmEdge cannot run: pods that choose it will fail");
+            }
+            Err(_) => tracing::warn!("WasmEdge does not answer: pods that choose it may fail"),
+        }
+    });
 }

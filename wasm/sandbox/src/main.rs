@@ -4,12 +4,12 @@
 //! native containers beside them ([`kuasar_oci::builtin`]), and the operator's commands. What runs
 //! WebAssembly is another program, `wasm-worker`: the daemon carries no compiler.
 
+mod artifact;
 mod cache;
 mod compile;
 mod config;
 mod daemon;
 mod flavor;
-mod image;
 mod payloads;
 mod profile;
 mod spec;
@@ -41,9 +41,23 @@ struct Arguments {
 enum Command {
     /// Compile modules or components into the cache, so that their first containers start at once
     Precompile {
+        /// Engine: wasmtime or wasmedge. Default: the configuration's
+        #[arg(long)]
+        engine: Option<String>,
         /// Modules or components
         #[arg(required = true)]
         files: Vec<PathBuf>,
+    },
+    /// Make an ordinary image of an OCI artifact whose layer is WebAssembly, which containerd does
+    /// not unpack
+    ImageOfArtifact {
+        /// Archive of the artifact: an OCI image layout in a tar file
+        from: PathBuf,
+        /// Archive to write, for `ctr images import`
+        to: PathBuf,
+        /// Name of the image
+        #[arg(long)]
+        name: String,
     },
     #[command(flatten)]
     Common(program::Command),
@@ -66,10 +80,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let setup = Setup::new("wasm", &given, common);
     match arguments.command {
         Some(Command::Common(command)) => return Ok(command.run(&setup)?),
-        Some(Command::Precompile { files }) => {
+        Some(Command::Precompile { engine, files }) => {
+            let engine = engine.unwrap_or_else(|| config.engine.clone());
             return kuasar_daemon::memory::runtime()?
-                .block_on(compile::precompile(&config, &files))
+                .block_on(compile::precompile(&config, &engine, &files))
                 .map_err(|error| anyhow!(error));
+        }
+        Some(Command::ImageOfArtifact { from, to, name }) => {
+            let max = config.compiler.max_module;
+            let made = artifact::convert(&from, &to, &name, max).map_err(|e| anyhow!(e))?;
+            println!("{made}");
+            return Ok(());
         }
         None => {}
     }

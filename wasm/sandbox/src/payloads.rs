@@ -10,27 +10,34 @@ use kuasar_host::live::Live;
 use kuasar_oci::engine::BUILTIN;
 use kuasar_oci::payloads::{Candidate, Chosen, Payloads};
 use serde_json::Value;
-use wasm_common::job::Job;
+use wasm_common::job::{Budget, Form, Job};
 use wasm_common::kind::{Detected, Kind};
+use wasm_image::{self as image, Program, shown};
 
 use crate::compile::Compiler;
-use crate::config::{Config, PORT_ANNOTATION};
-use crate::image::{self, Program, shown};
+use crate::config::{Config, ENGINES, Interruption, PORT_ANNOTATION, WASMEDGE};
 use crate::worker::Workers;
 use crate::{flavor, spec};
 
-/// Name of the engine.
-pub const WASMTIME: &str = "wasmtime";
+/// What a pod has asked for.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// Its engine.
+    pub engine: String,
+    /// What its programs may spend.
+    pub budget: Budget,
+    /// Port by annotation.
+    pub port: Option<u16>,
+    /// Its only port.
+    pub only_port: Option<u16>,
+}
 
 /// Chooses for the containers of one pod.
 pub struct Modules {
     config: Live<Config>,
     workers: Arc<Workers>,
     compiler: Arc<Compiler>,
-    /// Port by the pod's annotation.
-    asked_port: Option<u16>,
-    /// The pod's only port.
-    only_port: Option<u16>,
+    asked: Asked,
 }
 
 impl Modules {
@@ -39,21 +46,20 @@ impl Modules {
         config: Live<Config>,
         workers: Arc<Workers>,
         compiler: Arc<Compiler>,
-        asked_port: Option<u16>,
-        only_port: Option<u16>,
+        asked: Asked,
     ) -> Self {
-        Self { config, workers, compiler, asked_port, only_port }
+        Self { config, workers, compiler, asked }
     }
 
     /// Port on which a component that answers requests is served: by annotation, by environment,
     /// the pod's only one, or the configuration's.
     fn port(&self, spec: &Value) -> Result<u16> {
         let config = self.config.get();
-        let own = spec::annotation(spec, PORT_ANNOTATION).filter(|_| config.heeds_port);
+        let own = spec::annotation(spec, PORT_ANNOTATION).filter(|_| config.heeds(PORT_ANNOTATION));
         if let Some(text) = own {
             return flavor::port(text).map_err(Error::InvalidArgument);
         }
-        if let Some(port) = self.asked_port {
+        if let Some(port) = self.asked.port {
             return Ok(port);
         }
         if let Some(text) = spec::variable(spec, &config.http.port_env) {
@@ -62,7 +68,7 @@ impl Modules {
                 Error::InvalidArgument(format!("environment {name}={text:.40?} is no port"))
             });
         }
-        Ok(self.only_port.unwrap_or(config.http.port))
+        Ok(self.asked.only_port.unwrap_or(config.http.port))
     }
 
     async fn wasm(
@@ -72,22 +78,77 @@ impl Modules {
         candidate: &Candidate,
         spec: &mut Value,
     ) -> Result<Chosen> {
-        let hello = self.workers.worker().hello().await;
+        let config = self.config.get();
+        let engine = self.asked.engine.as_str();
+        let worker = self.workers.worker(engine);
+        let worker = worker.map_err(|error| Error::internal("choose the engine", error))?;
+        let hello = worker.hello().await;
         let hello = hello.map_err(|error| Error::internal("start the worker", error))?;
+        let edge = engine == WASMEDGE;
+        if edge && kind == Kind::Component {
+            return Err(Error::InvalidArgument(format!(
+                "exec: {} is a component, and components do not run on WasmEdge here: use the \
+                 engine wasmtime for it",
+                shown(program.path.as_os_str())
+            )));
+        }
         let port = if kind == Kind::Component { self.port(spec)? } else { 0 };
+        let of = |name: &str| spec::annotation(spec, name);
+        let budget = flavor::budget(&config, of, self.asked.budget);
+        let budget = budget.map_err(Error::InvalidArgument)?;
+        // WasmEdge's code is always ended with its process.
+        let variant = if edge {
+            Budget { time: 0, ..budget }.variant(false)
+        } else {
+            budget.variant(config.interruption == Interruption::Epoch)
+        };
+        let path = program.path.to_string_lossy().into_owned();
         let layers = layers(candidate);
         let begun = Instant::now();
-        let artifact: OwnedFd = self.compiler.artifact(hello, program, &layers).await?.into();
+        let (form, artifact, digest): (_, OwnedFd, _) = if program.shared {
+            let digest = self.compiler.digest(&program, &layers).await?;
+            (Form::Shared, program.file.into(), digest)
+        } else if edge && !config.wasmedge.compile {
+            let digest = self.compiler.digest(&program, &layers).await?;
+            (Form::Module, program.file.into(), digest)
+        } else {
+            let made = self.compiler.artifact(hello, program, &layers, variant).await?;
+            (Form::Compiled, made.0.into(), made.1)
+        };
         kuasar_daemon::metrics::observe("wasm_artifact", begun.elapsed());
         let job = Job {
             artifact: candidate.descriptor,
+            form,
+            path,
+            digest,
             kind,
             memory: spec::memory_limit(spec),
             port,
-            connections: self.config.get().http.max_connections,
+            connections: config.http.max_connections,
+            budget,
+            variant: variant.to_owned(),
+            threads: config.max_threads,
         };
         spec::edit(spec, &job).map_err(Error::InvalidArgument)?;
-        Ok(Chosen { engine: WASMTIME.into(), descriptors: vec![artifact] })
+        Ok(Chosen { engine: engine.to_owned(), descriptors: vec![artifact] })
+    }
+
+    /// A shared object that WasmEdge's compiler has made and the image brings: only where the
+    /// operator has said that images may.
+    async fn shared(
+        &self,
+        program: Program,
+        candidate: &Candidate,
+        spec: &mut Value,
+    ) -> Result<Chosen> {
+        if !self.config.get().wasmedge.image_code {
+            return Err(Error::InvalidArgument(format!(
+                "exec: {} is a shared object, which is native code of the image: it runs where \
+                 wasmedge.image_code is on; the module that it was made of runs without",
+                shown(program.path.as_os_str())
+            )));
+        }
+        self.wasm(program, Kind::Module, candidate, spec).await
     }
 }
 
@@ -124,6 +185,9 @@ impl Payloads for Modules {
             )));
         };
         let name = shown(program.path.as_os_str());
+        if program.shared && self.asked.engine == WASMEDGE {
+            return self.shared(program, candidate, spec).await;
+        }
         match program.what {
             Detected::Wasm(kind) => self.wasm(program, kind, candidate, spec).await,
             Detected::Other if natives => Ok(native()),
@@ -142,7 +206,7 @@ impl Payloads for Modules {
     }
 
     fn check_exec(&self, engine: &str) -> Result<()> {
-        if engine != WASMTIME {
+        if !ENGINES.contains(&engine) {
             return Ok(());
         }
         Err(Error::Unimplemented(

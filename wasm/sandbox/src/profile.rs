@@ -38,6 +38,7 @@ const ALLOWED: &[&str] = &[
     "sched_getaffinity",
     "sched_yield",
     "set_robust_list",
+    "setitimer",
     "sigaltstack",
     "tgkill",
     "time",

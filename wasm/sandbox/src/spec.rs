@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     fn job() -> Job {
-        Job { artifact: 5, kind: Kind::Module, memory: 0, port: 80, connections: 1 }
+        Job { artifact: 5, port: 80, connections: 1, ..Job::of(Kind::Module) }
     }
 
     fn spec() -> Value {

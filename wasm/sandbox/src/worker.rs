@@ -4,8 +4,8 @@
 //! or this daemon ends, containers know nothing of it (their parent is sandbox-parent), and the
 //! next container gets a new one.
 //!
-//! [`Workers`] stands between the runtime and sandbox-parent: a command whose program is [`WARM`]
-//! is a fork of the worker, everything else is sandbox-parent's. So containers of WebAssembly and
+//! [`Workers`] stands between the runtime and sandbox-parent: a command whose program is
+//! [`warm`] is a fork of an engine's worker, everything else is sandbox-parent's. So containers of WebAssembly and
 //! native ones are made, followed and reaped by the same code.
 
 use std::collections::HashMap;
@@ -27,8 +27,13 @@ use wasm_common::wire::{self, Hello, Request};
 
 use crate::config::Config;
 
-/// Program that stands for a fork of the warm worker.
-pub const WARM: &str = "(warm)";
+/// Programs that stand for a fork of an engine's warm worker begin so; its name follows.
+const WARM: &str = "(warm) ";
+
+/// The program that stands for a fork of the warm worker of `engine`.
+pub fn warm(engine: &str) -> String {
+    format!("{WARM}{engine}")
+}
 
 /// A worker that runs.
 struct Running {
@@ -36,20 +41,29 @@ struct Running {
     ended: Arc<AtomicBool>,
 }
 
-/// Starts workers, one at a time.
+/// Starts workers of one engine, one at a time.
 pub struct Worker {
     parent: Parent,
-    program: String,
+    engine: &'static str,
+    /// By which path sandbox-parent can execute it, or why there is none.
+    program: Result<String, String>,
     config: Live<Config>,
     running: tokio::sync::Mutex<Option<Arc<Running>>>,
     hello: OnceLock<Hello>,
 }
 
 impl Worker {
-    /// Runs `program`, a path by which sandbox-parent can execute it.
-    pub fn new(parent: Parent, program: String, config: Live<Config>) -> Self {
+    /// Runs `program`, a path by which sandbox-parent can execute it, or the reason why there is
+    /// none.
+    pub fn new(
+        parent: Parent,
+        engine: &'static str,
+        program: Result<String, String>,
+        config: Live<Config>,
+    ) -> Self {
         Self {
             parent,
+            engine,
             program,
             config,
             running: tokio::sync::Mutex::default(),
@@ -87,14 +101,17 @@ impl Worker {
     }
 
     async fn start(&self) -> Result<(Running, Hello), Failure> {
-        let limit = self.config.get().worker_timeout;
+        let config = self.config.get();
+        let limit = config.worker_timeout;
+        let mut argv = vec![self.program.clone()?, "zygote".into()];
+        argv.extend(config.worker_words(self.engine));
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
         let cookie = new_cookie();
         let stderr = std::io::stderr();
         let command = Spawn {
-            argv: vec![self.program.clone(), "zygote".into()],
+            argv,
             env: Vec::new(),
             fds: vec![None, None, Some(stderr.as_fd()), Some(theirs.as_fd())],
             cookie,
@@ -115,7 +132,8 @@ impl Worker {
         let socket = unsafe { AsyncFd::register(ours) }?;
         let hello = tokio::time::timeout(limit, receive(&socket)).await;
         match hello {
-            Ok(Ok(hello)) => Ok((Running { socket, ended }, hello)),
+            Ok(Ok(Ok(hello))) => Ok((Running { socket, ended }, hello)),
+            Ok(Ok(Err(reason))) => Err(reason.into()),
             Ok(Err(error)) => Err(format!("the worker has ended at once: {error}").into()),
             Err(_) => {
                 let _ = process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
@@ -143,12 +161,12 @@ impl Worker {
     }
 }
 
-async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Hello, wire::Error> {
+async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<wire::Greeting, wire::Error> {
     let mut buffer = Vec::new();
     loop {
         let mut ready = socket.readable().await.map_err(|_| wire::Error::Closed)?;
         match wire::receive(socket.get_ref().as_fd(), &mut buffer) {
-            Ok((hello, _)) => return Ok(hello),
+            Ok((greeting, _)) => return Ok(greeting),
             Err(wire::Error::Os(nix::Error::EAGAIN)) => ready.clear_ready(),
             Err(error) => return Err(error),
         }
@@ -157,30 +175,34 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<Hello, wire::Error> {
 
 type Ending = tokio::sync::watch::Receiver<Option<Exit>>;
 
-/// sandbox-parent, and the worker beside it.
+/// sandbox-parent, and the workers beside it.
 pub struct Workers {
     parent: Parent,
-    worker: Worker,
+    workers: Vec<Worker>,
     /// Forks of the worker that make a container, by cookie.
     makers: Mutex<HashMap<u64, Ending>>,
 }
 
 impl Workers {
     /// Both.
-    pub fn new(parent: Parent, worker: Worker) -> Self {
-        Self { parent, worker, makers: Mutex::default() }
+    pub fn new(parent: Parent, workers: Vec<Worker>) -> Self {
+        Self { parent, workers, makers: Mutex::default() }
     }
 
-    /// The worker.
-    pub fn worker(&self) -> &Worker {
-        &self.worker
+    /// The worker of an engine.
+    ///
+    /// # Errors
+    /// When there is no such engine.
+    pub fn worker(&self, engine: &str) -> Result<&Worker, Failure> {
+        let found = self.workers.iter().find(|worker| worker.engine == engine);
+        found.ok_or_else(|| format!("there is no engine {engine:?}").into())
     }
 
     fn makers(&self) -> MutexGuard<'_, HashMap<u64, Ending>> {
         self.makers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn fork(&self, command: Command<'_>) -> Result<Spawned, Failure> {
+    async fn fork(&self, worker: &Worker, command: Command<'_>) -> Result<Spawned, Failure> {
         let (reader, writer) = std::io::pipe()?;
         let request = Request {
             // Without the program and the word `oci`.
@@ -189,11 +211,11 @@ impl Workers {
         };
         let mut fds: Vec<BorrowedFd<'_>> = command.fds.iter().flatten().copied().collect();
         fds.push(writer.as_fd());
-        self.worker.ask(&request, &fds).await?;
+        worker.ask(&request, &fds).await?;
         drop(writer);
         let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
         let mut pid = [0; 4];
-        let limit = self.worker.config.get().worker_timeout;
+        let limit = worker.config.get().worker_timeout;
         tokio::time::timeout(limit, reader.read_exact(&mut pid))
             .await
             .map_err(|_| format!("the worker has made no process within {limit:?}"))?
@@ -240,8 +262,9 @@ async fn status(mut reader: pipe::Receiver, pidfd: Option<OwnedFd>) -> u32 {
 #[async_trait]
 impl Processes for Workers {
     async fn spawn(&self, command: Command<'_>) -> Result<Spawned, Failure> {
-        if command.argv.first().is_some_and(|program| program == WARM) {
-            return self.fork(command).await;
+        let engine = command.argv.first().and_then(|program| program.strip_prefix(WARM));
+        if let Some(worker) = engine.map(|engine| self.worker(engine)).transpose()? {
+            return self.fork(worker, command).await;
         }
         Processes::spawn(&self.parent, command).await
     }

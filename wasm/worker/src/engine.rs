@@ -2,12 +2,17 @@
 
 use std::hash::{Hash, Hasher};
 
+use kuasar_oci::builtin::workload::Workload;
+use wasm_common::kind::{Detected, Kind, detect};
 use wasm_common::wire::Hello;
+use wasm_process::zygote;
 use wasmtime::component::Linker as ComponentLinker;
 use wasmtime::{Config, Engine, Linker, PoolingAllocationConfig};
 
 use crate::code::Pages;
+use crate::random;
 use crate::state::{Component, Module};
+use crate::workload::Wasm;
 
 /// Version of Wasmtime that this program is built with.
 const VERSION: &str = wasmtime_version();
@@ -22,10 +27,40 @@ pub fn explain(error: &wasmtime::Error) -> String {
     format!("{error:#}")
 }
 
+/// What can be asked of compiled code: that it counts what it does, that it can be interrupted.
+/// Either costs time in each loop, so that only those pay who want it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Variant {
+    /// Counts fuel.
+    pub fuel: bool,
+    /// Asks for the epoch.
+    pub epoch: bool,
+}
+
+impl Variant {
+    /// By [`wasm_common::job::Budget::variant`].
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "plain" => Ok(Self::default()),
+            "fuel" => Ok(Self { fuel: true, epoch: false }),
+            "epoch" => Ok(Self { fuel: false, epoch: true }),
+            "fuel+epoch" => Ok(Self { fuel: true, epoch: true }),
+            other => Err(format!("{other:.20?} is no variant of compiled code")),
+        }
+    }
+}
+
 /// Settings for compiling and running alike. What changes compiled code is part of
-/// [`hello`]'s settings by the engine's own account.
-fn config() -> Config {
+/// [`hello`]'s settings by the engine's own account, but for the variant.
+fn config(variant: Variant) -> Config {
     let mut config = Config::new();
+    config.consume_fuel(variant.fuel);
+    config.epoch_interruption(variant.epoch);
+    // Of modules with threads: see `threads`.
+    config.shared_memory(true);
     // Nothing in here unwinds through compiled code, and registering tables costs time per module.
     config.native_unwind_info(false);
     config.wasm_backtrace_details(wasmtime::WasmBacktraceDetails::Disable);
@@ -34,12 +69,26 @@ fn config() -> Config {
 }
 
 /// An engine for one instance in a process of its own.
-pub fn single() -> wasmtime::Result<Engine> {
-    Engine::new(&config())
+pub fn single(variant: Variant) -> wasmtime::Result<Engine> {
+    Engine::new(&config(variant))
+}
+
+/// Code for a module.
+///
+/// # Errors
+/// What is wrong with the module.
+pub fn compile(module: &[u8], variant: &str) -> Result<Vec<u8>, String> {
+    let engine = single(Variant::parse(variant)?).map_err(|error| explain(&error))?;
+    let code = match detect(module) {
+        Detected::Wasm(Kind::Module) => engine.precompile_module(module),
+        Detected::Wasm(Kind::Component) => engine.precompile_component(module),
+        other => return Err(format!("not a module: {other:?}")),
+    };
+    code.map_err(|error| explain(&error))
 }
 
 /// An engine for an instance per request: memory and tables come from a pool, `instances` of them.
-pub fn pooled(instances: u32, memory: u64) -> wasmtime::Result<Engine> {
+pub fn pooled(variant: Variant, instances: u32, memory: u64) -> wasmtime::Result<Engine> {
     let mut pool = PoolingAllocationConfig::default();
     pool.total_component_instances(instances)
         .total_core_instances(instances.saturating_mul(4))
@@ -52,7 +101,7 @@ pub fn pooled(instances: u32, memory: u64) -> wasmtime::Result<Engine> {
     if memory > 0 {
         pool.max_memory_size(usize::try_from(memory.min(4 << 30)).unwrap_or(usize::MAX));
     }
-    let mut config = config();
+    let mut config = config(variant);
     config.allocation_strategy(pool);
     Engine::new(&config)
 }
@@ -71,12 +120,35 @@ pub struct Warm {
 
 impl Warm {
     /// Sets it up.
-    pub fn new() -> wasmtime::Result<Self> {
-        let engine = single()?;
+    ///
+    /// # Errors
+    /// The engine's, in one line.
+    pub fn new() -> Result<Self, String> {
+        let random = random::open()?;
+        let warm = Self::of(Variant::default()).map_err(|error| explain(&error))?;
+        Ok(Self { random, ..warm })
+    }
+
+    /// The same for code of one variant.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn of(variant: Variant) -> wasmtime::Result<Self> {
+        let engine = single(variant)?;
         let mut modules = Linker::new(&engine);
         wasmtime_wasi::p1::add_to_linker_async(&mut modules, |state: &mut Module| &mut state.wasi)?;
         let components = components(&engine)?;
         Ok(Self { engine, random: None, modules, components })
+    }
+}
+
+impl zygote::Engine for Warm {
+    fn hello(&self) -> Hello {
+        hello_of(&self.engine)
+    }
+
+    fn workload(&'static self) -> Box<dyn Workload> {
+        Box::new(Wasm::new(self))
     }
 }
 
@@ -90,7 +162,7 @@ pub fn components(engine: &Engine) -> wasmtime::Result<ComponentLinker<Component
 
 /// What the zygote says first.
 pub fn hello() -> Result<Hello, String> {
-    let engine = single().map_err(|error| explain(&error))?;
+    let engine = single(Variant::default()).map_err(|error| explain(&error))?;
     Ok(hello_of(&engine))
 }
 

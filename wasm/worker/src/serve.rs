@@ -20,6 +20,7 @@ use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use crate::state::{Component, World};
+use crate::workload::Bounds;
 
 /// A component and where it is served.
 pub struct Server {
@@ -38,14 +39,14 @@ impl Server {
 struct Shared {
     pre: ProxyPre<Component>,
     world: World,
-    memory: u64,
+    bounds: Bounds,
 }
 
 /// Serves until the process is ended.
-pub async fn run(server: Server, world: World, memory: u64) -> wasmtime::Result<()> {
+pub async fn run(server: Server, world: World, bounds: Bounds) -> wasmtime::Result<()> {
     let listener = listen(server.port).await?;
     let slots = Arc::new(Semaphore::new(usize::try_from(server.connections)?));
-    let shared = Arc::new(Shared { pre: server.pre, world, memory });
+    let shared = Arc::new(Shared { pre: server.pre, world, bounds });
     loop {
         let slot = slots.clone().acquire_owned().await?;
         let stream = match listener.accept().await {
@@ -112,9 +113,10 @@ async fn handle(
     shared: Arc<Shared>,
     request: Request<hyper::body::Incoming>,
 ) -> wasmtime::Result<Response<HyperOutgoingBody>> {
-    let state = Component::new(shared.world.context()?.build(), shared.memory);
+    let state = Component::new(shared.world.context()?.build(), shared.bounds.memory);
     let mut store = Store::new(shared.pre.engine(), state);
     store.limiter(|state| &mut state.limits);
+    shared.bounds.hold(&mut store)?;
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
     let out = store.data_mut().http().new_response_outparam(sender)?;

@@ -1,5 +1,7 @@
 //! What the host's functions find of their instance.
 
+use std::sync::Arc;
+
 use wasmtime::{StoreLimits, StoreLimitsBuilder};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
@@ -7,12 +9,16 @@ use wasmtime_wasi_http::{
     Error, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
 };
 
+use crate::threads::Threads;
+
 /// Of a core module.
 pub struct Module {
     /// WASI preview 1.
     pub wasi: WasiP1Ctx,
     /// Bounds of its memory.
     pub limits: StoreLimits,
+    /// Makes its threads, where it has any.
+    pub threads: Option<Arc<Threads>>,
 }
 
 /// Of a component.

@@ -6,33 +6,33 @@
 //! unknown, more memory than the container has. After Start [`Wasm::run`] has only to instantiate
 //! and to call.
 //!
-//! A container is a process, so that ends it what ends a process: SIGKILL, and SIGTERM by a
-//! handler (as the first process of a PID namespace it would not be ended without one).
+//! How it is ended, see [`wasm_process::container`]: code that was compiled for it is interrupted
+//! by the epoch and traps; for other code the process ends where it is.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use kuasar_oci::builtin::workload::{Container, Workload};
-use wasm_common::job::{self, Job};
+use wasm_common::job::{Budget, Form, Job};
 use wasm_common::kind::Kind;
+use wasm_process::container::{self, SPENT, TRAPPED, close_others, exit, on_signals, say};
+use wasm_process::zygote;
 use wasmtime::component::{self, InstancePre as ComponentPre};
-use wasmtime::{InstancePre, ResourcesRequired, Store};
+use wasmtime::{Engine, InstancePre, ResourcesRequired, Store, Trap};
 use wasmtime_wasi::I32Exit;
 use wasmtime_wasi::p2::bindings::CommandPre;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
-use crate::engine::{self, Warm, explain};
+use crate::code;
+use crate::engine::{self, Variant, Warm, explain};
 use crate::serve::{self, Server};
 use crate::state::{Component, Module, World, limits};
-use crate::{code, zygote};
+use crate::threads::{self, Threads};
 
-/// What a trap is answered with: 128 + SIGABRT, as a program that ends itself.
-const TRAPPED: i32 = 134;
 /// Bytes of a page of linear memory.
 const PAGE: u64 = 65536;
-/// Signals that end a program that does not handle them, and that people send for that.
-const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
 /// A container's program.
 pub struct Wasm {
@@ -44,11 +44,39 @@ struct Ready {
     runtime: tokio::runtime::Runtime,
     program: Program,
     world: World,
-    memory: u64,
+    bounds: Bounds,
+}
+
+/// What holds a store.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Most bytes of one linear memory; 0 for no bound.
+    pub memory: u64,
+    /// What the program may spend.
+    pub budget: Budget,
+    /// How its code was compiled.
+    pub variant: Variant,
+}
+
+impl Bounds {
+    /// Holds a new store.
+    ///
+    /// # Errors
+    /// When its code does not count.
+    pub fn hold<T>(&self, store: &mut Store<T>) -> wasmtime::Result<()> {
+        if self.variant.fuel {
+            store.set_fuel(self.budget.fuel)?;
+        }
+        if self.variant.epoch {
+            // The first tick is the end.
+            store.set_epoch_deadline(1);
+        }
+        Ok(())
+    }
 }
 
 enum Program {
-    Module(Box<InstancePre<Module>>),
+    Module(Box<(InstancePre<Module>, Option<Arc<Threads>>)>),
     Command(Box<CommandPre<Component>>),
     Server(Box<Server>),
 }
@@ -62,25 +90,25 @@ impl Wasm {
 
 impl Workload for Wasm {
     fn prepare(&mut self, container: &Container<'_>) -> Result<(), String> {
-        let text = container.annotations.and_then(|all| all.get(job::ANNOTATION));
-        let job = Job::from_json(text.ok_or("the spec has no job for this engine")?)?;
+        let job = container::job(container)?;
         let mut keep: Vec<i32> = container.kept.iter().map(AsRawFd::as_raw_fd).collect();
         keep.push(job.artifact);
         keep.extend(self.warm.random);
-        close_others(&mut keep);
-        if job.artifact < 3 {
-            return Err(format!("descriptor {} is no artifact", job.artifact));
+        close_others(keep);
+        if job.artifact < 3 || job.form != Form::Compiled {
+            return Err(format!("descriptor {} is no compiled code", job.artifact));
         }
         // SAFETY: the sandboxer has passed it on under this number, for nobody else.
         let artifact = unsafe { File::from_raw_fd(job.artifact) };
-        end_by_signals();
+        let variant = Variant::parse(&job.variant)?;
+        if variant != Variant::default() {
+            // What is warm runs code that neither counts nor can be interrupted.
+            let random = self.warm.random;
+            let warm = Warm::of(variant).map_err(|error| explain(&error))?;
+            self.warm = Box::leak(Box::new(Warm { random, ..warm }));
+        }
         let program = container.args.first().and_then(|path| path.rsplit('/').next());
         zygote::name(program.unwrap_or("wasm"));
-        let program = self.load(&job, artifact)?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| format!("event loop: {error}"))?;
         let world = World {
             args: container.args.to_vec(),
             env: container
@@ -91,19 +119,37 @@ impl Workload for Wasm {
                 .collect(),
             cwd: container.cwd.to_owned(),
         };
-        self.ready = Some(Ready { runtime, program, world, memory: job.memory });
+        let bounds = Bounds { memory: job.memory, budget: job.budget, variant };
+        let (program, engine) = self.load(&job, artifact, &world, bounds)?;
+        let interrupt = move || engine.increment_epoch();
+        on_signals(variant.epoch.then(|| Box::new(interrupt) as Box<dyn Fn() + Send + Sync>));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| format!("event loop: {error}"))?;
+        self.ready = Some(Ready { runtime, program, world, bounds });
         Ok(())
     }
 
     fn run(self: Box<Self>) -> String {
         let Some(ready) = self.ready else { return "not prepared".into() };
-        let code = ready.runtime.block_on(run(ready.program, ready.world, ready.memory));
+        if ready.bounds.budget.time > 0 {
+            container::end_after(Duration::from_millis(ready.bounds.budget.time));
+        }
+        let code = ready.runtime.block_on(run(ready.program, ready.world, ready.bounds));
         exit(code)
     }
 }
 
 impl Wasm {
-    fn load(&self, job: &Job, artifact: File) -> Result<Program, String> {
+    /// The program, and the engine that it runs in.
+    fn load(
+        &self,
+        job: &Job,
+        artifact: File,
+        world: &World,
+        bounds: Bounds,
+    ) -> Result<(Program, Engine), String> {
         let theirs = |error: wasmtime::Error| format!("exec: {}", explain(&error));
         match job.kind {
             Kind::Module => {
@@ -117,8 +163,14 @@ impl Wasm {
                             .into());
                     }
                 }
+                let engine = self.warm.engine.clone();
+                if threads::wanted(&module) {
+                    let made = Threads::link(self.warm, &module, world, bounds, job.threads);
+                    let (pre, threads) = made.map_err(theirs)?;
+                    return Ok((Program::Module(Box::new((pre, Some(threads)))), engine));
+                }
                 let pre = self.warm.modules.instantiate_pre(&module).map_err(theirs)?;
-                Ok(Program::Module(Box::new(pre)))
+                Ok((Program::Module(Box::new((pre, None))), engine))
             }
             Kind::Component => {
                 let component = code::component(&self.warm.engine, &artifact).map_err(theirs)?;
@@ -129,18 +181,20 @@ impl Wasm {
                     Some(Exports::Run) => {
                         let pre = self.pre(&component)?;
                         let pre = CommandPre::new(pre).map_err(theirs)?;
-                        Ok(Program::Command(Box::new(pre)))
+                        Ok((Program::Command(Box::new(pre)), self.warm.engine.clone()))
                     }
                     Some(Exports::Handler) => {
                         drop(component);
-                        let engine = engine::pooled(job.connections.max(1), job.memory)
-                            .map_err(|error| explain(&error))?;
+                        let engine =
+                            engine::pooled(bounds.variant, job.connections.max(1), job.memory);
+                        let engine = engine.map_err(|error| explain(&error))?;
                         let linker = engine::components(&engine).map_err(|e| explain(&e))?;
                         let component = code::component(&engine, &artifact).map_err(theirs)?;
                         let pre = linker.instantiate_pre(&component).map_err(theirs)?;
                         let pre = ProxyPre::new(pre).map_err(theirs)?;
                         let (port, connections) = (job.port, job.connections.max(1));
-                        Ok(Program::Server(Box::new(Server::new(pre, port, connections))))
+                        let server = Server::new(pre, port, connections);
+                        Ok((Program::Server(Box::new(server)), engine))
                     }
                     None => Err("exec: the component exports neither wasi:cli/run@0.2 nor \
                                  wasi:http/incoming-handler@0.2: its world is unknown here"
@@ -191,84 +245,69 @@ fn fits(required: &ResourcesRequired, memory: u64) -> Result<(), String> {
     Ok(())
 }
 
-async fn run(program: Program, world: World, memory: u64) -> i32 {
+async fn run(program: Program, world: World, bounds: Bounds) -> i32 {
     let result = match program {
-        Program::Module(pre) => module(&pre, &world, memory).await,
-        Program::Command(pre) => command(&pre, &world, memory).await,
-        Program::Server(server) => serve::run(*server, world, memory).await,
+        Program::Module(module) => run_module(*module, &world, bounds).await,
+        Program::Command(pre) => command(&pre, &world, bounds).await,
+        Program::Server(server) => serve::run(*server, world, bounds).await,
     };
-    let Err(error) = result else { return 0 };
+    match result {
+        Ok(()) => 0,
+        Err(error) => code_of(&error),
+    }
+}
+
+/// The exit code of a program that was ended by this, after the container's log was told why.
+pub fn code_of(error: &wasmtime::Error) -> i32 {
     if let Some(I32Exit(code)) = error.downcast_ref::<I32Exit>() {
         // As exit(2) does it.
         return code & 0xff;
     }
-    say(&error);
-    TRAPPED
+    match (error.downcast_ref::<Trap>(), container::asked()) {
+        (Some(Trap::Interrupt), Some(signal)) => {
+            let (code, words) = container::ended_by(signal);
+            say(words);
+            code
+        }
+        (Some(Trap::OutOfFuel), _) => {
+            say(&format!("its fuel is used up: {error:?}"));
+            SPENT
+        }
+        _ => {
+            say(&format!("{error:?}"));
+            TRAPPED
+        }
+    }
 }
 
-async fn module(pre: &InstancePre<Module>, world: &World, memory: u64) -> wasmtime::Result<()> {
+async fn run_module(
+    (pre, threads): (InstancePre<Module>, Option<Arc<Threads>>),
+    world: &World,
+    bounds: Bounds,
+) -> wasmtime::Result<()> {
     let wasi = world.context()?.build_p1();
-    let mut store = Store::new(pre.module().engine(), Module { wasi, limits: limits(memory) });
+    let state = Module { wasi, limits: limits(bounds.memory), threads };
+    let mut store = Store::new(pre.module().engine(), state);
     store.limiter(|state| &mut state.limits);
+    bounds.hold(&mut store)?;
     let instance = pre.instantiate_async(&mut store).await?;
     let start = instance.get_typed_func::<(), ()>(&mut store, "_start")?;
     start.call_async(&mut store, ()).await
 }
 
-async fn command(pre: &CommandPre<Component>, world: &World, memory: u64) -> wasmtime::Result<()> {
-    let state = Component::new(world.context()?.build(), memory);
+async fn command(
+    pre: &CommandPre<Component>,
+    world: &World,
+    bounds: Bounds,
+) -> wasmtime::Result<()> {
+    let state = Component::new(world.context()?.build(), bounds.memory);
     let mut store = Store::new(pre.engine(), state);
     store.limiter(|state| &mut state.limits);
+    bounds.hold(&mut store)?;
     let instance = pre.instantiate_async(&mut store).await?;
     match instance.wasi_cli_run().call_run(&mut store).await? {
         Ok(()) => Ok(()),
         // The program itself says that it has failed, and no more.
         Err(()) => Err(I32Exit(1).into()),
-    }
-}
-
-/// Tells the container's log why its program was ended.
-fn say(error: &wasmtime::Error) {
-    // Nobody is left to tell when it cannot be written.
-    let _ = writeln!(std::io::stderr(), "Error: {error:?}");
-}
-
-/// Ends the process with what was written.
-fn exit(code: i32) -> ! {
-    let _ = std::io::stdout().flush();
-    // SAFETY: nothing has to be undone that the end of the process does not undo.
-    unsafe { libc::_exit(code) }
-}
-
-/// Closes every descriptor from 3 on that is not in `keep`.
-fn close_others(keep: &mut Vec<i32>) {
-    keep.retain(|fd| *fd >= 3);
-    keep.sort_unstable();
-    keep.dedup();
-    let mut first = 3;
-    for fd in keep.iter() {
-        if *fd > first {
-            close_range(first, *fd - 1);
-        }
-        first = fd + 1;
-    }
-    close_range(first, i32::MAX);
-}
-
-fn close_range(first: i32, last: i32) {
-    // SAFETY: what is closed belongs to the process that made this one, and is used by nobody here.
-    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-}
-
-extern "C" fn ended(signal: libc::c_int) {
-    // SAFETY: async-signal-safe; what was written is in the kernel's hands.
-    unsafe { libc::_exit(128 + signal) }
-}
-
-fn end_by_signals() {
-    for signal in ENDING {
-        let handler = ended as extern "C" fn(libc::c_int);
-        // SAFETY: the handler does nothing but to end the process.
-        unsafe { libc::signal(signal, handler as usize) };
     }
 }

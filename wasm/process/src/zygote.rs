@@ -11,28 +11,45 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use wasm_common::wire::{self, Request};
+use kuasar_oci::builtin::workload::Workload;
+use wasm_common::wire::{self, Hello, Request};
 
-use crate::engine::{Warm, explain, hello_of};
-use crate::random;
-use crate::workload::Wasm;
+/// An engine that is set up: every container has it in its memory.
+pub trait Engine {
+    /// What it says of itself. Touches what the first container would touch.
+    fn hello(&self) -> Hello;
+
+    /// What runs in one container.
+    fn workload(&'static self) -> Box<dyn Workload>;
+}
 
 /// The socket's number.
 const SOCKET: RawFd = 3;
 /// Above every number that a new process's descriptors get.
 const ASIDE: RawFd = 128;
 
-/// Serves requests until the sandboxer's end is closed.
-pub fn run() -> Result<(), String> {
+/// Sets the engine up by `make`, and serves requests until the sandboxer's end is closed. `program`
+/// is what messages call it.
+///
+/// # Errors
+/// When the engine cannot be set up (the sandboxer is told, too), or the sandboxer not be told.
+pub fn run<E: Engine + 'static>(
+    program: &'static str,
+    make: impl FnOnce() -> Result<E, String>,
+) -> Result<(), String> {
     // SAFETY: sandbox-parent has put the socket there; it is open as long as this process.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     name("wasm-zygote");
-    // Never dropped: it is in every container until its end.
-    let warm: &'static Warm = Box::leak(Box::new(warm()?));
-    // Touches what the first container would touch.
-    let hello = hello_of(&warm.engine);
     let send = |error: wire::Error| error.to_string();
-    wire::send(socket, &hello, &[]).map_err(send)?;
+    // Never dropped: it is in every container until its end.
+    let engine: &'static E = match make() {
+        Ok(engine) => Box::leak(Box::new(engine)),
+        Err(reason) => {
+            wire::send(socket, &wire::Greeting::Err(reason.clone()), &[]).map_err(send)?;
+            return Err(reason);
+        }
+    };
+    wire::send(socket, &wire::Greeting::Ok(engine.hello()), &[]).map_err(send)?;
     let mut buffer = Vec::new();
     loop {
         let (request, fds) = match wire::receive::<Request>(socket, &mut buffer) {
@@ -40,21 +57,15 @@ pub fn run() -> Result<(), String> {
             Err(wire::Error::Closed) => return Ok(()),
             Err(error) => {
                 // The caller sees its pipe end.
-                eprintln!("wasm-worker: a request: {error}");
+                eprintln!("{program}: a request: {error}");
                 continue;
             }
         };
         if fork() == Some(0) {
-            child(warm, request, fds);
+            child(program, engine, request, fds);
         }
         // Otherwise, also when there is no process: the pipe closes with the descriptors.
     }
-}
-
-fn warm() -> Result<Warm, String> {
-    let random = random::open()?;
-    let warm = Warm::new().map_err(|error| explain(&error))?;
-    Ok(Warm { random, ..warm })
 }
 
 /// What `ps` and `top` call this process; at most 15 bytes of it.
@@ -75,16 +86,27 @@ fn fork() -> Option<libc::c_long> {
 }
 
 /// Becomes what was asked for; never returns.
-fn child(warm: &'static Warm, request: Request, mut fds: Vec<OwnedFd>) -> ! {
+fn child<E: Engine>(
+    program: &'static str,
+    engine: &'static E,
+    request: Request,
+    mut fds: Vec<OwnedFd>,
+) -> ! {
     let status = match fds.pop() {
-        Some(answer) => serve(warm, request, fds, answer),
+        Some(answer) => serve(program, engine, request, fds, answer),
         None => 1,
     };
     // SAFETY: ends this process without running anything of the zygote's.
     unsafe { libc::_exit(i32::from(status)) }
 }
 
-fn serve(warm: &'static Warm, request: Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> u8 {
+fn serve<E: Engine>(
+    program: &'static str,
+    engine: &'static E,
+    request: Request,
+    fds: Vec<OwnedFd>,
+    answer: OwnedFd,
+) -> u8 {
     let Ok(answer) = place(&request, fds, answer) else { return 1 };
     // SAFETY: plain calls.
     let pid = unsafe {
@@ -97,8 +119,8 @@ fn serve(warm: &'static Warm, request: Request, fds: Vec<OwnedFd>, answer: Owned
     if !tell(&pid.to_le_bytes()) {
         return 1;
     }
-    let workload = Box::new(Wasm::new(warm));
-    let status = kuasar_oci::builtin::main_as("wasm-worker", request.argv, Some(workload));
+    let workload = Some(engine.workload());
+    let status = kuasar_oci::builtin::main_as(program, request.argv, workload);
     tell(&[status]);
     status
 }

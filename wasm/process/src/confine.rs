@@ -2,18 +2,17 @@
 //!
 //! A module comes from an image, and the compiler is large. So whatever it can be made to do, it
 //! can do with two descriptors alone: no file system, no network, no other process, no privileges,
-//! a bound on time and memory, and the few system calls that computing takes.
+//! a bound on time and memory, and the few system calls that computing takes. A compiler that works
+//! through files and threads gets an empty file system of its own ([`Needs::Scratch`]), and the
+//! calls for those.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 
-use libseccomp::{ScmpAction, ScmpFilterContext, ScmpSyscall};
+use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::sched::CloneFlags;
 use nix::sys::resource::{Resource, setrlimit};
-use wasm_common::kind::{Detected, Kind, detect};
-
-use crate::engine::{explain, single};
 
 /// What compiling takes from the kernel: memory, time, the two descriptors, and to end.
 const ALLOWED: [&str; 26] = [
@@ -44,22 +43,66 @@ const ALLOWED: [&str; 26] = [
     "write",
     "writev",
 ];
+/// What files of its own and threads take beside.
+const SCRATCH: [&str; 31] = [
+    "access",
+    "clock_nanosleep",
+    "dup",
+    "faccessat",
+    "faccessat2",
+    "fallocate",
+    "fcntl",
+    "fdatasync",
+    "fsync",
+    "ftruncate",
+    "getcwd",
+    "getdents64",
+    "getrusage",
+    "ioctl",
+    "newfstatat",
+    "openat",
+    "pread64",
+    "prlimit64",
+    "pwrite64",
+    "readlink",
+    "rename",
+    "restart_syscall",
+    "rseq",
+    "sched_yield",
+    "set_robust_list",
+    "stat",
+    "statfs",
+    "fstatfs",
+    "umask",
+    "uname",
+    "unlink",
+];
 /// Everything that is new for this process alone.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWNET)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
 
+/// What a compiler works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Memory alone.
+    Memory,
+    /// An empty directory, which is `/`, and threads.
+    Scratch,
+}
+
 /// `BYTES,SECONDS,UID`: most memory, most processor time, and who to be.
 #[derive(Debug, PartialEq, Eq)]
-struct Limits {
+pub struct Limits {
     memory: u64,
     seconds: u64,
     uid: u32,
 }
 
 impl Limits {
-    fn parse(text: &str) -> Option<Self> {
+    /// From the text that the sandboxer passes on.
+    pub fn parse(text: &str) -> Option<Self> {
         let (memory, rest) = text.split_once(',')?;
         let (seconds, uid) = rest.split_once(',')?;
         Some(Self {
@@ -70,36 +113,41 @@ impl Limits {
     }
 }
 
-/// Reads the module, gives everything up, compiles.
-pub fn run(limits: &str) -> Result<(), String> {
+/// Gives everything up, reads the module from standard input, has it compiled, and writes the
+/// code to standard output.
+///
+/// # Errors
+/// The compiler's, or what has kept this process from giving something up.
+pub fn run(
+    limits: &str,
+    needs: Needs,
+    compile: impl FnOnce(&[u8]) -> Result<Vec<u8>, String>,
+) -> Result<(), String> {
     let limits = Limits::parse(limits).ok_or("limits are BYTES,SECONDS,UID")?;
     // Standard output of std would buffer by lines. Not later: nothing can be duplicated then.
     let out = std::io::stdout().as_fd().try_clone_to_owned();
     let mut out = out.map(File::from).map_err(|error| format!("standard output: {error}"))?;
-    confine(&limits)?;
+    confine(&limits, needs)?;
     let mut module = Vec::new();
     std::io::stdin()
         .lock()
         .read_to_end(&mut module)
         .map_err(|error| format!("read the module: {error}"))?;
-    let engine = single().map_err(|error| explain(&error))?;
-    let code = match detect(&module) {
-        Detected::Wasm(Kind::Module) => engine.precompile_module(&module),
-        Detected::Wasm(Kind::Component) => engine.precompile_component(&module),
-        other => return Err(format!("not a module: {other:?}")),
-    };
-    let code = code.map_err(|error| explain(&error))?;
+    let code = compile(&module)?;
     out.write_all(&code).map_err(|error| format!("write the compiled code: {error}"))
 }
 
-fn confine(limits: &Limits) -> Result<(), String> {
+fn confine(limits: &Limits, needs: Needs) -> Result<(), String> {
     let wrap = |what: &'static str| move |error: nix::Error| format!("{what}: {error}");
     setrlimit(Resource::RLIMIT_AS, limits.memory, limits.memory).map_err(wrap("limit memory"))?;
     setrlimit(Resource::RLIMIT_CPU, limits.seconds, limits.seconds).map_err(wrap("limit time"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(wrap("limit cores"))?;
-    setrlimit(Resource::RLIMIT_NPROC, 0, 0).map_err(wrap("limit processes"))?;
+    if needs == Needs::Memory {
+        // It counts threads, too: those of all processes of this user.
+        setrlimit(Resource::RLIMIT_NPROC, 0, 0).map_err(wrap("limit processes"))?;
+    }
     nix::sched::unshare(NAMESPACES).map_err(wrap("new namespaces"))?;
-    hide_files()?;
+    hide_files(limits, needs)?;
     nix::unistd::setgroups(&[]).map_err(wrap("setgroups"))?;
     let (uid, gid) = (limits.uid.into(), limits.uid.into());
     nix::unistd::setresgid(gid, gid, gid).map_err(wrap("setresgid"))?;
@@ -108,29 +156,48 @@ fn confine(limits: &Limits) -> Result<(), String> {
     if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
         return Err(format!("no_new_privs: {}", std::io::Error::last_os_error()));
     }
-    filter().map_err(|error| format!("seccomp: {error}"))
+    filter(needs).map_err(|error| format!("seccomp: {error}"))
 }
 
-/// The root becomes an empty, read-only file system that nothing else knows.
-fn hide_files() -> Result<(), String> {
+/// The root becomes an empty file system that nothing else knows: read-only, or the compiler's own.
+fn hide_files(limits: &Limits, needs: Needs) -> Result<(), String> {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     let wrap = |error: nix::Error| format!("hide the file system: {error}");
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(wrap)?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let (flags, options) = match needs {
+        Needs::Memory => (flags | MsFlags::MS_RDONLY, "size=4k,nr_inodes=2".to_owned()),
+        Needs::Scratch => {
+            // A few files at the same time, none larger than what may be compiled.
+            let (size, uid) = (limits.memory / 4, limits.uid);
+            (flags, format!("size={size},nr_inodes=64,mode=0700,uid={uid},gid={uid}"))
+        }
+    };
     // Any directory will do: it is covered in this namespace alone.
-    mount(Some("none"), "/proc", Some("tmpfs"), flags, Some("size=4k,nr_inodes=2"))
-        .map_err(wrap)?;
+    mount(Some("none"), "/proc", Some("tmpfs"), flags, Some(options.as_str())).map_err(wrap)?;
     nix::unistd::chdir("/proc").map_err(wrap)?;
     nix::unistd::pivot_root(".", ".").map_err(wrap)?;
     umount2(".", MntFlags::MNT_DETACH).map_err(wrap)?;
     nix::unistd::chdir("/").map_err(wrap)
 }
 
-fn filter() -> Result<(), libseccomp::error::SeccompError> {
+fn filter(needs: Needs) -> Result<(), libseccomp::error::SeccompError> {
     let mut filter = ScmpFilterContext::new(ScmpAction::Errno(libc::EPERM))?;
     for name in ALLOWED {
         filter.add_rule(ScmpAction::Allow, ScmpSyscall::from_name(name)?)?;
+    }
+    if needs == Needs::Scratch {
+        for name in SCRATCH {
+            filter.add_rule(ScmpAction::Allow, ScmpSyscall::from_name(name)?)?;
+        }
+        // Threads and no processes: the flags of `clone` can be read, those of `clone3` cannot.
+        let clone3 = ScmpSyscall::from_name("clone3")?;
+        filter.add_rule(ScmpAction::Errno(libc::ENOSYS), clone3)?;
+        let thread = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
+        let thread = ScmpArgCompare::new(0, ScmpCompareOp::MaskedEqual(thread), thread);
+        let clone = ScmpSyscall::from_name("clone")?;
+        filter.add_rule_conditional(ScmpAction::Allow, clone, &[thread])?;
     }
     filter.load()
 }

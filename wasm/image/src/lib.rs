@@ -28,6 +28,9 @@ pub struct Program {
     pub path: PathBuf,
     /// What it is.
     pub what: Detected,
+    /// Whether it is a shared object (`….so`), as WasmEdge's compiler makes them: no program that
+    /// the kernel could execute.
+    pub shared: bool,
 }
 
 /// The program of a container's spec; `None` when there is no such file.
@@ -51,8 +54,11 @@ pub fn program(rootfs: &Path, spec: &Value) -> Result<Option<Program>, String> {
         .find_map(|entry| entry.strip_prefix("PATH="));
     for candidate in candidates(name, cwd, path.unwrap_or(DEFAULT_PATH)) {
         if let Some(file) = open(&root, &candidate)? {
-            let what = header(&file, &candidate)?;
-            return Ok(Some(Program { file, path: candidate, what }));
+            let bytes = header(&file, &candidate)?;
+            let shared = candidate.extension().is_some_and(|ending| ending == "so")
+                && is_shared_object(&bytes);
+            let what = kind::detect(&bytes);
+            return Ok(Some(Program { file, path: candidate, what, shared }));
         }
     }
     Ok(None)
@@ -94,12 +100,20 @@ fn open(root: &File, path: &Path) -> Result<Option<File>, String> {
         .map_err(|error| format!("exec: {}: {error}", shown(path.as_os_str())))
 }
 
-fn header(file: &File, path: &Path) -> Result<Detected, String> {
-    let mut bytes = Vec::with_capacity(kind::HEADER);
-    file.take(kind::HEADER as u64)
+/// Most bytes that are looked at.
+const HEADER: u64 = 18;
+
+/// ELF's magic, and `ET_DYN` as its type (System V ABI, ELF header).
+fn is_shared_object(header: &[u8]) -> bool {
+    header.starts_with(b"\x7fELF") && header.get(16..18) == Some(&[3, 0])
+}
+
+fn header(file: &File, path: &Path) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::with_capacity(HEADER as usize);
+    file.take(HEADER)
         .read_to_end(&mut bytes)
         .map_err(|error| format!("exec: read {}: {error}", shown(path.as_os_str())))?;
-    Ok(kind::detect(&bytes))
+    Ok(bytes)
 }
 
 /// A name of the image in an error's text: bounded, and without control characters.
@@ -176,5 +190,88 @@ mod tests {
         let dir = rootfs();
         let error = program(dir.path(), &json!({ "process": { "args": [] } })).unwrap_err();
         assert!(error.contains("no entrypoint"));
+    }
+
+    /// Numbers that look random and are the same in each run (Marsaglia's xorshift64).
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0
+        }
+
+        fn pick<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
+            all[usize::try_from(self.next()).unwrap() % all.len()]
+        }
+    }
+
+    /// Where the kernel says that an open file is.
+    fn place(file: &File) -> PathBuf {
+        use std::os::fd::AsRawFd;
+        std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
+    }
+
+    #[test]
+    fn whatever_an_image_links_to_and_names_only_its_own_files_are_found() {
+        const SEED: u64 = 0x6b75_6173_6172;
+        let (mut found, mut numbers) = (0, Numbers(SEED));
+        for round in 0..300 {
+            let dir = rootfs();
+            let root = dir.path().join("root").canonicalize().unwrap();
+            let outside = dir.path().join("secret.wasm");
+            let outside = outside.to_str().unwrap();
+            let names = ["a", "b", "app/c", "app/bin/d", "app/bin"];
+            let parts = ["..", ".", "a", "b", "app", "c", "bin", "m.wasm", "secret.wasm", "", "d"];
+            let mut path = |numbers: &mut Numbers| match numbers.next() % 8 {
+                0 => outside.to_owned(),
+                1 => "/app/bin/m.wasm".to_owned(),
+                2 => "\u{1}\u{fffd}".repeat(40),
+                _ => {
+                    let length = numbers.next() % 6;
+                    let words: Vec<&str> = (0..length).map(|_| numbers.pick(&parts)).collect();
+                    let lead = numbers.pick(&["", "/", "../../", "/../"]);
+                    format!("{lead}{}", words.join("/"))
+                }
+            };
+            for name in names {
+                if numbers.next() % 2 == 0 {
+                    // A name that is taken already stays what it is.
+                    let _ = symlink(path(&mut numbers), root.join(name));
+                }
+            }
+            for _ in 0..8 {
+                let (arg, cwd) = (path(&mut numbers), path(&mut numbers));
+                let dirs = format!("{}:{}", path(&mut numbers), path(&mut numbers));
+                // An error is an answer, too.
+                if let Ok(Some(program)) = program(&root, &spec(&arg, &cwd, &dirs)) {
+                    let at = place(&program.file);
+                    assert!(at.starts_with(&root), "round {round}: {arg:?} {cwd:?}: {at:?}");
+                    found += 1;
+                }
+            }
+        }
+        assert!(found > 50, "the test finds too little to say anything: {found}");
+    }
+
+    #[test]
+    fn no_header_does_harm() {
+        let mut numbers = Numbers(1);
+        let dir = rootfs();
+        let at = dir.path().join("root/app/bin/m.wasm");
+        let seeds: [&[u8]; 3] = [b"\0asm\x01\0\0\0", b"\0asm\x0d\0\x01\0", b"\x7fELF\x02\x01\x01"];
+        for _ in 0..500 {
+            let mut bytes = numbers.pick(&seeds).to_vec();
+            bytes.resize(usize::try_from(numbers.next() % 24).unwrap(), 3);
+            if let Some(byte) = bytes.first_mut().filter(|_| numbers.next() % 4 == 0) {
+                *byte = numbers.next().to_le_bytes()[0];
+            }
+            std::fs::write(&at, &bytes).unwrap();
+            let program = find(dir.path(), "/app/bin/m.wasm", "/", "/").unwrap();
+            assert_eq!(program.what, kind::detect(&bytes), "{bytes:?}");
+            assert!(!program.shared);
+        }
     }
 }
