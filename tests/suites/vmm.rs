@@ -311,7 +311,7 @@ fn an_image_that_is_none_ends_the_machine_whose_console_is_quoted() {
 
 #[test]
 fn a_machine_with_too_little_memory_is_an_error_in_time_and_leaves_nothing() {
-    let lines = "[size]\nmemory_mib = 24\nmin_memory_mib = 24\n[guest_timeouts]\nboot = \"20s\"";
+    let lines = "[size]\nmemory_mib = 32\nmin_memory_mib = 32\n[guest_timeouts]\nboot = \"20s\"";
     refused("vm-no-memory", lines, &[]);
 }
 

@@ -69,7 +69,14 @@ pub enum Target {
     StratoVirt,
 }
 
+/// A VMM with the guest kernel that the environment names.
+#[allow(dead_code)] // each of the two suites uses one of these
 pub async fn bench(target: Target) -> Option<Bench> {
+    bench_with(target, None).await
+}
+
+/// A VMM with this guest kernel.
+pub async fn bench_with(target: Target, kernel_file: Option<PathBuf>) -> Option<Bench> {
     let turn = TURN.lock().await;
     let (program, kernel) = match target {
         Target::Qemu(Machine::Microvm) => {
@@ -100,7 +107,8 @@ pub async fn bench(target: Target) -> Option<Bench> {
     if !matches!(target, Target::Qemu(_)) {
         need!(Path::new("/dev/kvm").exists().then_some(()), "no /dev/kvm");
     }
-    let found = std::env::var_os(kernel).map(PathBuf::from).filter(|path| path.is_file());
+    let found = kernel_file.or_else(|| std::env::var_os(kernel).map(PathBuf::from));
+    let found = found.filter(|path| path.is_file());
     let kernel = need!(found, "no guest kernel in {kernel}");
     let initrd = guest::initramfs().unwrap();
     let processes: Arc<dyn Processes> = Arc::new(Local::new().unwrap());
