@@ -102,7 +102,8 @@ impl Host {
     fn image(&self, mounts: &[Mount]) -> Result<Option<block::Image>> {
         let Some(image) = block::Image::of(mounts)? else { return Ok(None) };
         let known = self.storage.filesystems.contains(&image.fstype);
-        if !image.file && !(self.disks.pluggable() && known && self.storage.block_rootfs) {
+        let disk = self.disks.pluggable() && known && self.storage.block_rootfs;
+        if !disk && !image.file {
             // The host mounts it, and shares the files.
             return Ok(None);
         }
@@ -162,7 +163,8 @@ impl Host {
                 read_only: volume.read_only,
                 no_devices: true,
             };
-            self.share.add_volume(id, number, &volume.source, volume.kind, flags)?;
+            let how = (volume.kind, volume.follows);
+            self.share.add_volume(id, number, &volume.source, how, flags)?;
         }
         // Before the machine has them: whoever comes after a crash knows what to take out.
         self.save(id, &Meta { disks: disks.used(), ..Meta::default() })?;

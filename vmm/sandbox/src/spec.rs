@@ -74,6 +74,8 @@ pub struct Volume {
     pub recursive: bool,
     /// Read-only.
     pub read_only: bool,
+    /// What the host mounts below it later comes along.
+    pub follows: bool,
 }
 
 /// What an edited spec needs.
@@ -228,12 +230,15 @@ fn mounts(
             return Err(invalid("config.json: a bind mount without source"));
         }
         let read_only = ["ro", "rro"].iter().any(|option| has(option));
+        // Nothing of the guest comes back, so `shared` is what `slave` is.
+        let follows = ["slave", "rslave", "shared", "rshared"].iter().any(|option| has(option));
         let place =
             place(&source, text(mount, "destination"), container, needs, |source, kind| Volume {
                 source,
                 kind,
                 recursive,
                 read_only,
+                follows,
             })?;
         if let Some(mount) = mount.as_object_mut() {
             mount.insert("source".into(), json!(place));

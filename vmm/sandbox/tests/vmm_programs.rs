@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use bench::{Bench, PATIENCE, Target, bench_with, image, nic, tap};
+use bench::{Bench, Target, bench_with, image, nic, patience, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
     Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind, VmSpec,
@@ -169,7 +169,7 @@ async fn its_end_is_seen_at_once_and_helpers_go_with_it(target: Target) -> Optio
     };
     let killed = Instant::now();
     kill(vm.pid());
-    let (exit, seen) = timeout(PATIENCE, waiting).await.unwrap().unwrap();
+    let (exit, seen) = timeout(patience(), waiting).await.unwrap().unwrap();
     assert_eq!(exit.unwrap().status, 137);
     println!("seen after {:?}", seen - killed);
     assert!(matches!(vm.ping().await, Err(Error::Gone)));
@@ -219,7 +219,7 @@ async fn it_is_saved_and_starts_again(target: Target) -> Option<()> {
         Err(error) => panic!("{}", error.chain()),
     }
     if matches!(bench.vmm.kind(), Kind::Qemu | Kind::StratoVirt) {
-        let paused = timeout(PATIENCE, async {
+        let paused = timeout(patience(), async {
             while !matches!(events.recv().await.unwrap(), Event::Paused) {}
         });
         paused.await.expect("word of the pause");
