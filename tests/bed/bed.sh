@@ -150,6 +150,22 @@ end_stock_shims() {
     echo "bed: ended a shim that stock containerd has left ($pid)"
   done
 }
+# What is left of a test that was cut off: machines and helpers outlive their daemon, and a daemon that
+# was killed cannot end them. Ours are those that run a program of this bed or of this checkout's.
+end_rest() {
+  local exe pid path
+  for exe in /proc/[0-9]*/exe; do
+    path=$(readlink "$exe" 2>/dev/null || true)
+    case $path in
+      "$B"/* | "$K"/*) ;;
+      *) continue ;;
+    esac
+    pid=${exe#/proc/}; pid=${pid%/exe}
+    kill -KILL "$pid" 2>/dev/null || continue
+    wait_for 5 gone "$pid" || true
+    echo "bed: ended what was left: ${path% (deleted)} ($pid)"
+  done
+}
 down() {
   if alive "$(pid_of ns)"; then
     # What is left of a failed test may be past removing: the namespaces go all the same.
@@ -162,8 +178,11 @@ down() {
       inside "$K/$KIND-sandboxer" --dir "$B/run/kuasar-$KIND" shutdown-parent --force >/dev/null 2>&1 || true
     done
     end_stock_shims
+    end_rest
     end registry TERM || true
     end ns KILL || true
+  else
+    end_rest
   fi
   rm -f "$B"/run/*.pid
 }

@@ -183,6 +183,21 @@ state = '$B/run/containerd'
       runtime_type = 'io.containerd.runc.v2'
       [$r.containerd.runtimes.runc.options]
         BinaryName = '$B/bin/runc13'
+EOF
+    # A snapshotter whose snapshots are ext4 images.
+    if truncate -s 32M "$B/scratch.ext4" && mkfs.ext4 -q -F -m 0 -O ^has_journal "$B/scratch.ext4"; then
+      cat <<EOF
+[plugins.'io.containerd.snapshotter.v1.blockfile']
+  scratch_file = '$B/scratch.ext4'
+  fs_type = 'ext4'
+  recreate_scratch = true
+[$r.containerd.runtimes.kuasar-vmm-block]
+  runtime_type = 'io.containerd.kuasar-vmm.v1'
+  sandboxer = 'kuasar-vmm'
+  snapshotter = 'blockfile'
+EOF
+    fi
+    cat <<EOF
 [plugins.'io.containerd.nri.v1.nri']
   socket_path = '$B/run/nri.sock'
   plugin_path = '$B/nri/plugins'

@@ -310,9 +310,39 @@ fn an_image_that_is_none_ends_the_machine_whose_console_is_quoted() {
 }
 
 #[test]
+fn a_machine_with_too_little_memory_is_an_error_in_time_and_leaves_nothing() {
+    let lines = "[size]\nmemory_mib = 32\nmin_memory_mib = 32\n[guest_timeouts]\nboot = \"20s\"";
+    refused("vm-no-memory", lines, &[]);
+}
+
+#[test]
 fn a_guest_that_never_answers_is_ended_at_its_deadline() {
     // It serves, and nobody listens where it does.
     let lines = "[guest]\nparams = [\"quiet\", \"kuasar.channel=serial\"]\n\
                  [guest_timeouts]\nboot = \"5s\"";
     refused("vm-silent", lines, &["did not answer after its boot within 5s"]);
+}
+
+#[test]
+fn a_machine_without_hot_plug_says_what_to_do_about_a_block_volume() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-no-disks");
+    let device = Device {
+        container_path: "/dev/xvda".into(),
+        host_path: "/dev/loop0".into(),
+        permissions: "rwm".into(),
+    };
+    if !Path::new("/dev/loop0").exists() {
+        return skip("no /dev/loop0");
+    }
+    let error = pod
+        .create_with(&["true"], |c| c.devices = vec![device])
+        .and_then(|c| c.start())
+        .unwrap_err();
+    let said = error.message();
+    assert!(said.contains("microvm") && said.contains("q35"), "{said}");
+    assert_eq!(pod.start(&["echo", "still"]).wait(), 0);
+    pod.remove().unwrap();
 }

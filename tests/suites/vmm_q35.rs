@@ -78,6 +78,88 @@ fn an_interface_that_comes_after_the_start_is_the_pods_too() {
     pod.remove().unwrap();
 }
 
+/// A block device of the host over an image file; gone when dropped.
+struct Loop(String);
+
+impl Loop {
+    fn over(image: &std::path::Path) -> Self {
+        let out = inside(&["losetup", "--find", "--show", &image.to_string_lossy()]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        Self(String::from_utf8_lossy(&out.stdout).trim().to_owned())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        inside(&["losetup", "--detach", &self.0]);
+    }
+}
+
+#[test]
+fn an_image_of_a_block_snapshotter_is_the_containers_root_on_a_disk_of_its_own() {
+    let Some(_settings) = q35("") else { return };
+    let config = std::fs::read_to_string(bed().join("etc/config.toml")).unwrap();
+    if !config.contains("kuasar-vmm-block") {
+        return skip("no blockfile snapshotter in the test bed: mkfs.ext4 is missing");
+    }
+    let pod = Pod::try_run(pod_config("q35-blockfile"), "kuasar-vmm-block").unwrap();
+    let root = "awk '$2 == \"/\" {print $1, $3}' /proc/mounts";
+    let one = pod.start(&["sleep", "1000"]);
+    assert!(one.sh(root).ends_with(" ext4"), "{}", one.sh(root));
+    let other = pod.start(&["sleep", "1000"]);
+    assert_ne!(one.sh("mountpoint -d /"), other.sh("mountpoint -d /"));
+    assert_eq!(one.sh("echo mine > /mine && cat /mine"), "mine");
+    assert_ne!(other.exec(&["ls", "/mine"]).0, 0);
+    // The ports come back: more containers, one after the other, than the machine has.
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    for _ in 0..3 {
+        let c = pod.start(&["true"]);
+        assert_eq!(c.wait(), 0);
+        c.remove().unwrap();
+    }
+    assert_eq!(other.sh("echo alive"), "alive");
+    pod.remove().unwrap();
+}
+
+#[test]
+fn a_raw_block_volume_is_the_containers_device_and_read_only_where_it_is_so() {
+    let Some(_settings) = q35("") else { return };
+    let pod = pod("q35-volume");
+    let image = PathBuf::from(&pod.config.log_directory).join("volume.img");
+    let mut bytes = vec![0_u8; 1 << 20];
+    bytes[..5].copy_from_slice(b"hello");
+    std::fs::write(&image, bytes).unwrap();
+    let disk = Loop::over(&image);
+    let device = |permissions: &str| Device {
+        container_path: "/dev/xvda".into(),
+        host_path: disk.0.clone(),
+        permissions: permissions.into(),
+    };
+    let c = pod.start_with(&["sleep", "1000"], |c| c.devices = vec![device("rwm")]);
+    assert_eq!(c.sh("head -c 5 /dev/xvda"), "hello");
+    assert_eq!(
+        c.sh("printf world | dd of=/dev/xvda conv=notrunc,fsync 2>/dev/null && echo ok"),
+        "ok"
+    );
+    // Another container of the pod has the same disk, and a third one no access to it.
+    let second = pod.start_with(&["sleep", "1000"], |c| c.devices = vec![device("r")]);
+    assert_eq!(second.sh("head -c 5 /dev/xvda"), "world");
+    assert_ne!(second.exec(&["sh", "-c", "echo no > /dev/xvda"]).0, 0);
+    let stranger = pod.start(&["sleep", "1000"]);
+    assert_ne!(stranger.exec(&["ls", "/dev/xvda"]).0, 0);
+    for c in [&c, &second] {
+        c.stop(0).unwrap();
+        c.remove().unwrap();
+    }
+    // Out of the machine: the host may do with it what it likes.
+    let read_only = pod.start_with(&["sleep", "1000"], |c| c.devices = vec![device("r")]);
+    assert_eq!(read_only.sh("head -c 5 /dev/xvda"), "world");
+    assert_eq!(read_only.sh("cat /sys/block/*/ro | sort -u | tail -n 1"), "1");
+    pod.remove().unwrap();
+    assert_eq!(&std::fs::read(&image).unwrap()[..5], b"world");
+}
+
 #[test]
 fn pods_of_a_template_start_sooner_and_share_no_identity() {
     let dir = bed().join("run/templates");

@@ -7,6 +7,7 @@ use std::time::Duration;
 use kuasar_daemon::common::{CommonConfig, duration};
 use serde::Deserialize;
 
+use crate::block::StorageConfig;
 use crate::jail::JailConfig;
 use crate::template::TemplateConfig;
 use crate::vmm::Kind;
@@ -43,6 +44,8 @@ pub struct Config {
     pub helpers: HelpersConfig,
     /// QEMU.
     pub qemu: QemuConfig,
+    /// Block storage of containers.
+    pub storage: StorageConfig,
     /// Templates.
     pub template: TemplateConfig,
     /// Cloud Hypervisor.

@@ -25,6 +25,8 @@ enum Manner {
     Endless,
     /// Refuses with these words.
     Refuses,
+    /// Answers rightly but for a few bytes, which this number decides.
+    Mutated(u64),
 }
 
 /// A guest that is none: what a compromised one might do on the wire.
@@ -90,7 +92,41 @@ async fn behave(mut stream: UnixStream, manner: Manner) {
             let _ = stream.write_all(&payload).await;
             let _ = stream.read_u8().await;
         }
+        Manner::Mutated(seed) => {
+            let answer = api::PidsResponse {
+                processes: vec![Default::default(), Default::default()],
+                ..Default::default()
+            };
+            let response = ttrpc::Response {
+                payload: protobuf::Message::write_to_bytes(&answer).unwrap(),
+                ..Default::default()
+            };
+            let payload = protobuf::Message::write_to_bytes(&response).unwrap();
+            let mut bytes = frame(payload.len() as u32, 2);
+            bytes.extend(payload);
+            mutate(&mut bytes, seed);
+            let _ = stream.write_all(&bytes).await;
+        }
         _ => {}
+    }
+}
+
+/// Changes, removes or adds up to four bytes; the same for the same seed (xorshift).
+fn mutate(bytes: &mut Vec<u8>, seed: u64) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % below.max(1) as u64).unwrap()
+    };
+    for _ in 0..=random(4) {
+        let at = random(bytes.len());
+        match random(3) {
+            0 if !bytes.is_empty() => bytes[at] ^= 1 << random(8),
+            1 if !bytes.is_empty() => drop(bytes.remove(at)),
+            _ => bytes.insert(at, random(256) as u8),
+        }
     }
 }
 
@@ -128,6 +164,7 @@ async fn a_guest_that_misbehaves_is_an_error_in_time() {
                 &error,
                 GuestError::Refused { message, .. } if message == "no  [31mstream"
             ),
+            Manner::Mutated(_) => unreachable!("tried by itself"),
             // ttrpc throws the announced bytes away as they come: no memory is taken for them.
             Manner::Floods | Manner::Huge => {
                 matches!(
@@ -141,6 +178,20 @@ async fn a_guest_that_misbehaves_is_an_error_in_time() {
         };
         assert!(fits, "{manner:?}: {error:?}");
     }
+}
+
+#[tokio::test]
+async fn a_few_wrong_bytes_in_an_answer_end_the_call_in_time() {
+    const SEEDS: u64 = 256;
+    // Side by side: those that wait for bytes that never come wait for their deadline.
+    let calls = (0..SEEDS).map(|seed| async move {
+        let (_fake, guest, _end) = guest(Manner::Mutated(seed));
+        let asked = tokio::time::timeout(SHORT * 20, pids(&guest));
+        asked.await.unwrap_or_else(|_| panic!("seed {seed} hangs")).is_ok()
+    });
+    let done = futures::future::join_all(calls).await;
+    // Some change what does not matter, some break it: else nothing is tried here.
+    assert!(done.iter().any(|ok| *ok) && done.iter().any(|ok| !*ok));
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Sandboxes that are microVMs.
 
+pub mod block;
 mod boot;
 pub mod config;
 pub mod daemon;
@@ -8,6 +9,7 @@ pub mod guest;
 pub mod jail;
 pub mod network;
 mod nics;
+mod prepare;
 pub mod runtime;
 pub mod sandboxer;
 pub mod share;

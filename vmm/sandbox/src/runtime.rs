@@ -17,25 +17,23 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
-use containerd_task::host::{blocking, remove_dir};
+use containerd_task::host::blocking;
 use containerd_task::runtime::{
     AnyMessage, CreateContainer, Exit, Keeper, ProcessIo, ProcessRef, Runtime, Spawned, StatsFlavor,
 };
 use futures::future::BoxFuture;
 use kuasar_forward::stdio::{self, Direction, Stream};
 use kuasar_forward::task::{Tasks, any, checked_pid};
-use kuasar_host::mount::{Mount, tree};
-use kuasar_host::record;
 use kuasar_protos::shim::api;
 use protobuf::MessageField;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
+use crate::block::{Disks, StorageConfig};
 use crate::guest::{Guest, service};
-use crate::share::ShareTree;
-use crate::spec::{self, Needs};
+use crate::prepare::{Host, Meta, Prepared};
+use crate::spec;
 
 /// A started pod, as its containers need it.
 #[derive(Debug)]
@@ -52,13 +50,6 @@ pub struct Pod {
     pub create: Duration,
 }
 
-/// What a container's later calls need.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-struct Meta {
-    /// Pid of its first process in the guest.
-    pid: u32,
-}
-
 /// Out-of-memory kills of a container.
 struct OutOfMemory {
     kills: u64,
@@ -72,16 +63,8 @@ pub struct Containers {
     guest: Arc<Guest>,
     tasks: Tasks,
     keeper: Arc<dyn Keeper>,
-    share: ShareTree,
+    host: Arc<Host>,
     oom: Mutex<HashMap<String, OutOfMemory>>,
-}
-
-fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
-    let what = what.into();
-    move |error| match error {
-        kuasar_host::Error::Invalid(text) => Error::InvalidArgument(format!("{what}: {text}")),
-        other => Error::internal(what, other),
-    }
 }
 
 /// The streams of a process: which, the guest's kind, our descriptor, the direction.
@@ -118,30 +101,24 @@ fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String; 3], bool)
 }
 
 impl Containers {
-    /// The containers of `pod` in `guest`.
-    pub fn new(pod: Pod, guest: Arc<Guest>, keeper: Arc<dyn Keeper>) -> Self {
-        let share = ShareTree::new(&pod.dir);
+    /// The containers of `pod` in `guest`, on a machine with these disks.
+    pub fn new(
+        pod: Pod,
+        guest: Arc<Guest>,
+        keeper: Arc<dyn Keeper>,
+        disks: Disks,
+        storage: StorageConfig,
+    ) -> Self {
+        let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage));
         let tasks = Tasks::new((**guest).clone(), service::TASK, pod.create);
-        Self { pod, guest, tasks, keeper, share, oom: Mutex::default() }
-    }
-
-    fn dir(&self, id: &str) -> PathBuf {
-        self.pod.dir.join("containers").join(id)
-    }
-
-    fn meta(&self, id: &str) -> Result<Meta> {
-        let path = self.dir(id).join("meta.json");
-        let text = std::fs::read(&path)
-            .map_err(|_| Error::NotFound(format!("container {id} does not exist")))?;
-        serde_json::from_slice(&text)
-            .map_err(|error| Error::internal(format!("read {}", path.display()), error))
+        Self { pod, guest, tasks, keeper, host, oom: Mutex::default() }
     }
 
     /// The guest had this many more out-of-memory kills in a container.
     pub fn out_of_memory(&self, container: &str) {
         let mut all = self.oom.lock().unwrap_or_else(PoisonError::into_inner);
         // Only of containers that are there: a guest may invent names.
-        if !all.contains_key(container) && !self.dir(container).exists() {
+        if !all.contains_key(container) && !self.host.dir(container).exists() {
             return;
         }
         let one = all.entry(container.to_owned()).or_insert(OutOfMemory { kills: 0, told: None });
@@ -152,55 +129,14 @@ impl Containers {
         }
     }
 
-    /// Prepares root file system, volumes and spec; synchronous work in one go.
-    fn prepare(
-        pod_dir: &Path,
-        sandbox_pid: u32,
-        share: &ShareTree,
-        request: &CreateContainer,
-        terminal: bool,
-    ) -> Result<(Vec<u8>, Needs)> {
-        let id = &request.id;
-        let dir = pod_dir.join("containers").join(id);
-        record::private_dir(&dir).map_err(host("make the container's directory"))?;
-        save(&dir, Meta::default())?;
-        let source = request.bundle.join("config.json");
-        let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(host("read the bundle"))?;
-        let mut value = std::mem::take(loaded.value_mut());
-        let needs = spec::edit(&mut value, id, sandbox_pid)?;
-        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            process.insert("terminal".into(), json!(terminal));
-        }
-        let mounts: Vec<Mount> = request
-            .rootfs
-            .iter()
-            .map(|mount| Mount {
-                kind: mount.kind.clone(),
-                source: mount.source.clone(),
-                target: mount.target.clone(),
-                options: mount.options.clone(),
-            })
-            .collect();
-        share.add_rootfs(id, &mounts, &request.bundle)?;
-        for (number, volume) in needs.volumes.iter().enumerate() {
-            let flags = tree::Flags {
-                recursive: volume.recursive,
-                read_only: volume.read_only,
-                no_devices: true,
-            };
-            share.add_volume(id, number, &volume.source, volume.kind, flags)?;
-        }
-        let text =
-            serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
-        Ok((text, needs))
-    }
-
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let (ends, [stdin, stdout, stderr], terminal) = ends(io, &request.id, "");
-        let (dir, pid, share) = (self.pod.dir.clone(), self.pod.pid, self.share.clone());
-        let wanted = request.clone();
-        let (text, needs) =
-            blocking(move || Self::prepare(&dir, pid, &share, &wanted, terminal)).await?;
+        let (host, wanted) = (self.host.clone(), request.clone());
+        let Prepared { spec: text, needs, disks } =
+            blocking(move || host.prepare(&wanted, terminal)).await?;
+        let used = disks.used();
+        let others = || self.host.disks_of_others(&request.id);
+        let told = self.host.disks.plug(&request.id, disks, others).await?;
         for dropped in &needs.dropped {
             tracing::warn!(container = %request.id, %dropped, "not for a VM: left out");
         }
@@ -214,7 +150,9 @@ impl Containers {
         }
         let container = wire::Container {
             spec: text,
-            rootfs: spec::rootfs(&request.id),
+            rootfs: told.rootfs.unwrap_or_else(|| spec::rootfs(&request.id)),
+            storages: told.storages,
+            devices: told.devices,
             ..wire::Container::default()
         };
         let options = any(vmm_common::CONTAINER_TYPE, &container)?;
@@ -228,7 +166,7 @@ impl Containers {
             ..api::CreateTaskRequest::default()
         };
         let pid = self.tasks.create(&question).await?;
-        save(&self.dir(&request.id), Meta { pid })?;
+        self.host.save(&request.id, &Meta { pid, disks: used })?;
         self.spawned(&request.id, "", pid, ends, terminal).await
     }
 
@@ -273,12 +211,6 @@ impl Containers {
             tracing::warn!(container = id, error = %error.chain(), "cannot clean up after a failed create");
         }
     }
-}
-
-fn save(dir: &Path, meta: Meta) -> Result<()> {
-    let text =
-        serde_json::to_vec(&meta).map_err(|error| Error::internal("write meta.json", error))?;
-    record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(host("write meta.json"))
 }
 
 #[async_trait]
@@ -346,16 +278,16 @@ impl Runtime for Containers {
         self.tasks.delete(container).await?;
         self.keeper.forget(&stdio::container_prefix(container)).await?;
         self.oom.lock().unwrap_or_else(PoisonError::into_inner).remove(container);
-        let (share, dir, id) = (self.share.clone(), self.dir(container), container.to_owned());
-        blocking(move || {
-            share.remove_container(&id)?;
-            remove_dir(&dir)
-        })
-        .await
+        if let Ok(meta) = self.host.meta(container) {
+            let others = || self.host.disks_of_others(container);
+            self.host.disks.unplug(&meta.disks, others).await;
+        }
+        let (host, id) = (self.host.clone(), container.to_owned());
+        blocking(move || host.remove(&id)).await
     }
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
-        let meta = self.meta(container)?;
+        let meta = self.host.meta(container)?;
         Ok(self.tasks.pids(container, meta.pid).await)
     }
 
@@ -431,7 +363,7 @@ impl Runtime for Containers {
         let entries = std::fs::read_dir(self.pod.dir.join("containers")).into_iter().flatten();
         let mut all: Vec<String> =
             entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        all.extend(self.share.containers());
+        all.extend(self.host.share.containers());
         all.sort();
         all.dedup();
         all

@@ -38,6 +38,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
 
+use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork};
 use crate::guest::{Dial, Guest, Limits, service};
@@ -341,7 +342,10 @@ impl VmmSandboxer {
             drain: times.drain,
             create: times.create,
         };
-        let containers = Arc::new(Containers::new(pod, guest.clone(), self.keeper(id)));
+        let disks = Disks::new(Some(vm.clone()), &ctx.dir);
+        let storage = config.storage.clone();
+        let containers = Containers::new(pod, guest.clone(), self.keeper(id), disks, storage);
+        let containers = Arc::new(containers);
         let tasks = self.servers.make(ctx, containers.clone())?;
         let mut watchers = vec![
             tokio::spawn(watch_helpers(id.clone(), vm.clone())),
@@ -415,7 +419,7 @@ impl VmmSandboxer {
         } else if let Some(recorded) = &state.vm {
             // Nobody has it in hand: a start that failed, or a daemon that has just begun.
             let (driver, _) = self.vmm(&self.config(), recorded.kind)?;
-            match driver.reattach(recorded.clone()).await {
+            match driver.reattach(block::newest(&ctx.dir, recorded.clone())).await {
                 Ok(vm) => {
                     vm.stop(Duration::ZERO).await.map_err(machine)?;
                     vm.release().await;
@@ -608,7 +612,8 @@ impl Sandboxer for VmmSandboxer {
             Some(_) if self.fresh => Err("sandbox-parent has been lost".to_owned()),
             Some(recorded) => {
                 let (driver, _) = self.vmm(&config, recorded.kind)?;
-                driver.reattach(recorded).await.map_err(|error| chain(&error))
+                let newest = block::newest(&ctx.dir, recorded);
+                driver.reattach(newest).await.map_err(|error| chain(&error))
             }
         };
         let vm = match taken {
@@ -627,7 +632,9 @@ impl Sandboxer for VmmSandboxer {
                     drain: times.drain,
                     create: times.create,
                 };
-                let containers = Containers::new(pod, guest, self.keeper(id));
+                let disks = Disks::new(None, &ctx.dir);
+                let storage = config.storage.clone();
+                let containers = Containers::new(pod, guest, self.keeper(id), disks, storage);
                 self.servers.make(ctx, Arc::new(containers))?.server().recover().await;
                 return Ok(lost(&why));
             }

@@ -100,7 +100,8 @@ impl ShareTree {
     }
 
     /// Shows a volume to the guest as the container's `number`-th; `source` is an open file or
-    /// directory of the host.
+    /// directory of the host. What the host mounts below it later comes along only if it `follows`
+    /// the host's mounts, and nothing ever goes the other way.
     ///
     /// # Errors
     /// When a mount fails.
@@ -109,7 +110,7 @@ impl ShareTree {
         container: &str,
         number: usize,
         source: &OwnedFd,
-        kind: Want,
+        (kind, follows): (Want, bool),
         flags: tree::Flags,
     ) -> Result<String> {
         let dir = self.container(container)?;
@@ -117,6 +118,8 @@ impl ShareTree {
         let at = place(&dir, Path::new(&name), kind)?;
         let flags = tree::Flags { no_devices: true, ..flags };
         let copy = tree::copy_of(source.as_fd(), flags).map_err(failed("copy a volume's mount"))?;
+        let propagation = if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+        tree::set_propagation(&copy, propagation).map_err(failed("copy a volume's mount"))?;
         tree::attach(&copy, at.as_fd()).map_err(failed("show a volume to the guest"))?;
         Ok(name)
     }
@@ -241,7 +244,7 @@ mod tests {
             let source = path_fd(&volume);
             let ro = tree::Flags { recursive: true, read_only: true, no_devices: false };
             let rw = tree::Flags { read_only: false, ..ro };
-            let kind = Want::Directory;
+            let kind = (Want::Directory, false);
             assert_eq!(tree.add_volume("a", 0, &source, kind, ro).unwrap(), "m0");
             tree.add_volume("b", 0, &source, kind, rw).unwrap();
             let served = tree.served();
@@ -253,13 +256,45 @@ mod tests {
             // One file alone.
             let file = path_fd(&volume.join("config"));
             let flags = tree::Flags { recursive: false, ..ro };
-            tree.add_volume("a", 1, &file, Want::File, flags).unwrap();
+            tree.add_volume("a", 1, &file, (Want::File, false), flags).unwrap();
             assert_eq!(std::fs::read(served.join("a/m1")).unwrap(), b"2");
             assert_eq!(write("a/m1"), Some(libc::EROFS));
             tree.remove_container("a").unwrap();
             assert_eq!(write("b/m0/config"), None);
             tree.remove().unwrap();
             assert_eq!(std::fs::read(volume.join("config")).unwrap(), b"2");
+        });
+    }
+
+    #[test]
+    fn later_mounts_of_the_host_come_to_a_volume_that_follows_them_and_none_goes_back() {
+        apart(|dir| {
+            let volume = dir.join("volume");
+            std::fs::create_dir_all(volume.join("below")).unwrap();
+            let none = None::<&str>;
+            for flags in [MsFlags::MS_BIND, MsFlags::MS_SHARED] {
+                nix::mount::mount(Some(&volume), &volume, none, flags, none).unwrap();
+            }
+            std::fs::create_dir(dir.join("pod")).unwrap();
+            let tree = ShareTree::new(&dir.join("pod"));
+            tree.make().unwrap();
+            let (source, kind) = (path_fd(&volume), Want::Directory);
+            let flags = tree::Flags { recursive: true, ..tree::Flags::default() };
+            tree.add_volume("c", 0, &source, (kind, false), flags).unwrap();
+            tree.add_volume("c", 1, &source, (kind, true), flags).unwrap();
+            kuasar_host::mount::mount_shm(&volume.join("below"), 4096).unwrap();
+            std::fs::write(volume.join("below/late"), "").unwrap();
+            let share = dir.join("pod/share/c");
+            assert!(!share.join("m0/below/late").exists());
+            assert!(share.join("m1/below/late").exists());
+            // What goes below the pod's copy stays there.
+            kuasar_host::mount::unmount(&volume.join("below")).unwrap();
+            for name in ["m0", "m1"] {
+                kuasar_host::mount::mount_shm(&share.join(name).join("below"), 4096).unwrap();
+                std::fs::write(share.join(name).join("below/mine"), "").unwrap();
+                assert!(!volume.join("below/mine").exists(), "{name}");
+            }
+            tree.remove().unwrap();
         });
     }
 
@@ -273,7 +308,7 @@ mod tests {
             assert!(tree.add_rootfs("c", &[bind(dir)], Path::new("/nowhere")).is_err());
             let source = path_fd(dir);
             let flags = tree::Flags::default();
-            assert!(tree.add_volume("c", 0, &source, Want::File, flags).is_err());
+            assert!(tree.add_volume("c", 0, &source, (Want::File, false), flags).is_err());
             assert!(!Path::new("/etc/rootfs").exists() && !Path::new("/etc/m0").exists());
             tree.remove().unwrap();
         });

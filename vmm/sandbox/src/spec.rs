@@ -10,7 +10,8 @@
 //! | bind mounts below `/dev`, `/proc`, `/sys` | the guest's own |
 //! | memory `emptyDir`, huge pages | a tmpfs, a hugetlbfs in the guest, one for the pod |
 //! | paths of namespaces | none: the guest puts the pod's there. A process id names a guest's process |
-//! | devices | those that are the same on every Linux; others are refused, or left out of a privileged container |
+//! | character devices | those that are the same on every Linux; others are refused, or left out of a privileged container |
+//! | block devices | disks of the machine ([`crate::block`]); left out of a privileged container, which lists all of the host's |
 //! | `cgroupsPath`, `cpuset`, huge page limits, device-bound I/O limits | none: the machine has its own |
 //! | AppArmor, SELinux labels | none: the guest's kernel has no policy |
 //! | hooks | none: their programs are on the host |
@@ -25,6 +26,8 @@ use kuasar_host::inside::Want;
 use serde_json::{Map, Value, json};
 use vmm_common::SHARE_PATH;
 use vmm_common::guest::Storage;
+
+use crate::block;
 
 /// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` of linux/magic.h.
 const TMPFS: i64 = 0x0102_1994;
@@ -71,6 +74,8 @@ pub struct Volume {
     pub recursive: bool,
     /// Read-only.
     pub read_only: bool,
+    /// What the host mounts below it later comes along.
+    pub follows: bool,
 }
 
 /// What an edited spec needs.
@@ -80,6 +85,8 @@ pub struct Needs {
     pub volumes: Vec<Volume>,
     /// Storages of the pod that the guest has to have.
     pub storages: Vec<Storage>,
+    /// Raw block volumes.
+    pub blocks: Vec<block::Volume>,
     /// What was left out, for the log.
     pub dropped: Vec<String>,
 }
@@ -223,12 +230,15 @@ fn mounts(
             return Err(invalid("config.json: a bind mount without source"));
         }
         let read_only = ["ro", "rro"].iter().any(|option| has(option));
+        // Nothing of the guest comes back, so `shared` is what `slave` is.
+        let follows = ["slave", "rslave", "shared", "rshared"].iter().any(|option| has(option));
         let place =
             place(&source, text(mount, "destination"), container, needs, |source, kind| Volume {
                 source,
                 kind,
                 recursive,
                 read_only,
+                follows,
             })?;
         if let Some(mount) = mount.as_object_mut() {
             mount.insert("source".into(), json!(place));
@@ -361,194 +371,95 @@ fn namespaces(linux: &mut Map<String, Value>, sandbox_pid: u32) -> Result<(), Re
     Ok(())
 }
 
+fn number(value: &Value, key: &str) -> Option<u64> {
+    value.get(key).and_then(Value::as_u64)
+}
+
+/// What the cgroup's rules allow with a block device.
+fn access(linux: &Map<String, Value>, major: u64, minor: u64) -> String {
+    let rules = linux.get("resources").and_then(|resources| resources.get("devices"));
+    let rules = rules.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let about = |rule: &&Value| {
+        matches!(text(rule, "type"), "b" | "a" | "")
+            && number(rule, "major").is_none_or(|number| number == major)
+            && number(rule, "minor").is_none_or(|number| number == minor)
+    };
+    // In order, as the kernel takes them: a later one adds or takes away.
+    let mut all = [false; 3];
+    for rule in rules.iter().filter(about) {
+        let allow = rule.get("allow") == Some(&Value::Bool(true));
+        let letters = Some(text(rule, "access")).filter(|text| !text.is_empty()).unwrap_or("rwm");
+        for (letter, one) in "rwm".chars().zip(&mut all) {
+            if letters.contains(letter) {
+                *one = allow;
+            }
+        }
+    }
+    "rwm".chars().zip(all).filter(|(_, has)| *has).map(|(letter, _)| letter).collect()
+}
+
+/// A raw block volume of the spec.
+fn block_volume(linux: &Map<String, Value>, device: &Value) -> Result<block::Volume, Refusal> {
+    let path = text(device, "path").to_owned();
+    let wrong = || invalid(format!("linux.devices: {path:.100?} has no number, or a wrong one"));
+    let of = |key: &str| number(device, key).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
+    let (major, minor) = (of("major")?, of("minor")?);
+    let or = |key: &str, default: u32| {
+        number(device, key).and_then(|n| u32::try_from(n).ok()).unwrap_or(default)
+    };
+    // Permission bits alone: containerd leaves the file's type in.
+    let node = (or("fileMode", 0o660) & 0o7777, or("uid", 0), or("gid", 0));
+    let access = access(linux, u64::from(major), u64::from(minor));
+    Ok(block::Volume { major, minor, path, node, access })
+}
+
 fn devices(
     linux: &mut Map<String, Value>,
     privileged: bool,
     needs: &mut Needs,
 ) -> Result<(), Refusal> {
     let common = |device: &Value| {
-        let number = |key: &str| device.get(key).and_then(Value::as_u64);
-        let (major, minor) = (number("major"), number("minor"));
+        let (major, minor) = (number(device, "major"), number(device, "minor"));
         let character = matches!(text(device, "type"), "c" | "u");
         let known = |(known, one): &(u64, Option<u64>)| {
             Some(*known) == major && one.is_none_or(|one| Some(one) == minor)
         };
         text(device, "type") == "p" || (character && COMMON_DEVICES.iter().any(known))
     };
-    let list = array(linux, "devices")?;
-    let others: Vec<String> = list
-        .iter()
-        .filter(|device| !common(device))
-        .map(|device| text(device, "path").chars().take(100).collect())
-        .collect();
-    if let (false, Some(first)) = (privileged, others.first()) {
-        return Err(Refusal::Impossible(format!(
-            "device {first:?} is the host's, which this VM cannot be given: use a pod without VM"
-        )));
+    let all = std::mem::take(array(linux, "devices")?);
+    let (kept, others): (Vec<Value>, Vec<Value>) = all.into_iter().partition(common);
+    *array(linux, "devices")? = kept;
+    for device in &others {
+        if privileged {
+            continue;
+        }
+        if text(device, "type") != "b" {
+            let path: String = text(device, "path").chars().take(100).collect();
+            return Err(Refusal::Impossible(format!(
+                "device {path:?} is the host's, which this VM cannot be given: use a pod without VM"
+            )));
+        }
+        if needs.blocks.len() >= block::MAX_VOLUMES {
+            return Err(Refusal::Impossible(format!(
+                "a container has at most {} block volumes in a VM",
+                block::MAX_VOLUMES
+            )));
+        }
+        needs.blocks.push(block_volume(linux, device)?);
     }
-    if !others.is_empty() {
+    if privileged && !others.is_empty() {
         needs.dropped.push(format!("{} devices of the host", others.len()));
     }
-    list.retain(common);
+    // Numbers of the host's disks are those of other disks in the guest.
+    if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        let hosts = |rule: &Value| text(rule, "type") == "b" && number(rule, "major").is_some();
+        if resources.get("devices").is_some_and(Value::is_array) {
+            array(resources, "devices")?.retain(|rule| !hosts(rule));
+        }
+    }
     Ok(())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec() -> Map<String, Value> {
-        let spec = json!({
-            "process": {"args": ["x"], "cwd": "/", "apparmorProfile": "p", "selinuxLabel": "l"},
-            "root": {"path": "rootfs", "readonly": true},
-            "unknown": {"kept": 1},
-            "hooks": {"prestart": [{"path": "/usr/bin/x"}]},
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/etc", "type": "bind", "source": "/etc", "options": ["rbind", "ro"]},
-                {"destination": "/p", "type": "bind", "source": "/etc/passwd", "options": ["bind"]},
-                {"destination": "/n", "type": "bind", "source": "/dev/null", "options": ["bind"]}
-            ],
-            "linux": {
-                "cgroupsPath": "/kubepods/x", "mountLabel": "m",
-                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
-                "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
-                "resources": {
-                    "cpu": {"shares": 2, "cpus": "0-3", "mems": "0"},
-                    "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
-                    "blockIO": {"weight": 5, "throttleReadBpsDevice": []}
-                },
-                "namespaces": [
-                    {"type": "network", "path": "/proc/77/ns/net"}, {"type": "mount"},
-                    {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "user", "path": "/x"}
-                ]
-            }
-        });
-        spec.as_object().unwrap().clone()
-    }
-
-    #[test]
-    fn nothing_of_the_host_stays_and_nothing_unknown_goes() {
-        let mut spec = spec();
-        let needs = edit(&mut spec, "c1", 77).unwrap();
-        let spec = Value::Object(spec);
-        assert_eq!(spec["root"], json!({"path": "/run/kuasar/share/c1/rootfs", "readonly": true}));
-        assert_eq!(spec["unknown"]["kept"], 1);
-        assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
-        assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 2}));
-        assert_eq!(spec["linux"]["resources"]["blockIO"], json!({"weight": 5}));
-        assert_eq!(spec["linux"]["devices"].as_array().unwrap().len(), 1);
-        for gone in [
-            "/hooks",
-            "/linux/cgroupsPath",
-            "/linux/mountLabel",
-            "/process/selinuxLabel",
-            "/process/apparmorProfile",
-            "/linux/resources/hugepageLimits",
-        ] {
-            assert!(spec.pointer(gone).is_none(), "{gone}");
-        }
-        assert!(!spec.to_string().contains("/proc/77"));
-        assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/0/ns/pid");
-        let kinds = spec["linux"]["namespaces"].as_array().unwrap();
-        let kinds: Vec<_> = kinds.iter().map(|n| n["type"].as_str().unwrap()).collect();
-        assert_eq!(kinds, ["network", "mount", "pid", "ipc", "uts"]);
-        assert_eq!(needs.dropped, ["hooks"]);
-    }
-
-    #[test]
-    fn bind_mounts_become_volumes_of_the_share() {
-        let mut spec = spec();
-        let needs = edit(&mut spec, "c1", 0).unwrap();
-        let sources: Vec<_> = spec["mounts"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|m| m["source"].as_str().unwrap())
-            .collect();
-        let share = "/run/kuasar/share/c1";
-        assert_eq!(sources, ["proc", &format!("{share}/m0"), &format!("{share}/m1"), "/dev/null"]);
-        let of = |i: usize| &needs.volumes[i];
-        assert_eq!((of(0).kind, of(0).recursive, of(0).read_only), (Want::Directory, true, true));
-        assert_eq!((of(1).kind, of(1).recursive, of(1).read_only), (Want::File, false, false));
-    }
-
-    #[test]
-    fn a_target_pid_namespace_is_the_guests() {
-        let mut spec = spec();
-        spec["linux"]["namespaces"][2]["path"] = json!("/proc/12/ns/pid");
-        edit(&mut spec, "c1", 77).unwrap();
-        assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/12/ns/pid");
-    }
-
-    #[test]
-    fn sockets_and_devices_of_the_host_are_refused_by_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("docker.sock");
-        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        let mut with_socket = spec();
-        with_socket["mounts"][1]["source"] = json!(socket);
-        let refused = edit(&mut with_socket, "c1", 0).unwrap_err();
-        assert!(matches!(refused, Refusal::Impossible(text) if text.contains("docker.sock")));
-        let mut with_device = spec();
-        let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
-        with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
-        let refused = edit(&mut with_device, "c1", 0).unwrap_err();
-        assert!(matches!(refused, Refusal::Impossible(text) if text.contains("/dev/sdb")));
-        let mut with_device = spec();
-        let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
-        with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
-        let all = json!([{"allow": true, "access": "rwm"}]);
-        with_device["linux"]["resources"]["devices"] = all;
-        let needs = edit(&mut with_device, "c1", 0).unwrap();
-        assert_eq!(needs.dropped.len(), 2);
-        assert_eq!(with_device["linux"]["devices"].as_array().unwrap().len(), 1);
-    }
-
-    #[test]
-    fn wrong_specs_are_named() {
-        let wrong = |change: fn(&mut Map<String, Value>)| {
-            let mut spec = spec();
-            change(&mut spec);
-            edit(&mut spec, "c1", 0).unwrap_err()
-        };
-        let refused = [
-            wrong(|spec| drop(spec.remove("process"))),
-            wrong(|spec| spec["process"]["cwd"] = json!("tmp")),
-            wrong(|spec| spec["mounts"][1]["source"] = json!("relative")),
-            wrong(|spec| spec["mounts"][1]["source"] = json!("/nowhere/at/all")),
-            wrong(|spec| spec["linux"]["namespaces"][0]["type"] = json!("moon")),
-            wrong(|spec| spec["mounts"] = json!({})),
-        ];
-        assert!(refused.iter().all(|one| matches!(one, Refusal::Invalid(_))), "{refused:?}");
-    }
-
-    #[test]
-    fn an_empty_dir_in_memory_is_the_guests_own() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root");
-            return;
-        }
-        let done = std::thread::spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
-            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
-            std::fs::create_dir_all(&path).unwrap();
-            let mut on_disk = spec();
-            on_disk["mounts"][1]["source"] = json!(path);
-            assert!(edit(&mut on_disk, "c1", 0).unwrap().storages.is_empty());
-            kuasar_host::mount::mount_shm(&path, 1 << 20).unwrap();
-            let mut spec = spec();
-            spec["mounts"][1]["source"] = json!(path);
-            let needs = edit(&mut spec, "c1", 0).unwrap();
-            let [storage] = needs.storages.as_slice() else { panic!() };
-            assert_eq!(storage.kind, "tmpfs");
-            assert!(storage.options.contains(&"size=1048576".to_owned()), "{storage:?}");
-            assert_eq!(spec["mounts"][1]["source"], storage.target.as_str());
-            kuasar_host::mount::unmount(&path).unwrap();
-        });
-        done.join().unwrap();
-    }
-}
+#[path = "spec_tests.rs"]
+mod tests;

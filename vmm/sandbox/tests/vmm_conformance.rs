@@ -16,6 +16,7 @@
 //! | `KUASAR_TEST_KERNEL_KVM` | guest kernel for the first two (ELF with PVH, PCI, ACPI, virtio-mmio) |
 //! | `KUASAR_TEST_KERNEL_FLAT` | guest kernel for StratoVirt: a bzImage, or a flat binary |
 //! | `KUASAR_TEST_PARAMS` | further parameters of these kernels |
+//! | `KUASAR_TEST_PATIENCE` | seconds that a guest may take for anything; 120 |
 //! | `KUASAR_TEST_NO_SMP` | these kernels know one CPU |
 //! | `KUASAR_TEST_STRATOVIRT_SECCOMP` | `off` where its filter does not fit the host's C library |
 //!
@@ -36,7 +37,7 @@ use tokio::io::AsyncBufReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use bench::{PATIENCE, Probe, Target, bench, image, named, nic, tap};
+use bench::{Probe, Target, bench, image, named, nic, patience, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
     Disk, DiskFormat, Error, Event, Feature, Kind, Range, Share, ShareKind, console,
@@ -85,9 +86,9 @@ async fn boots_talks_shares_and_its_exit_is_seen(target: Target) -> Option<()> {
 
     let mut events = vm.events();
     probe.tell("poweroff").await;
-    let exit = timeout(PATIENCE, vm.wait()).await.expect("an exit").unwrap();
+    let exit = timeout(patience(), vm.wait()).await.expect("an exit").unwrap();
     assert_eq!(exit.status, 0);
-    let told = timeout(PATIENCE, async {
+    let told = timeout(patience(), async {
         while !matches!(events.recv().await.unwrap(), Event::Shutdown { .. }) {}
     });
     told.await.expect("word of the end");
@@ -111,7 +112,7 @@ async fn a_killed_one_is_seen_within_100_ms_and_helpers_go_with_it(target: Targe
         nix::sys::signal::Signal::SIGKILL,
     )
     .unwrap();
-    let (exit, seen) = timeout(PATIENCE, waiting).await.unwrap().unwrap();
+    let (exit, seen) = timeout(patience(), waiting).await.unwrap().unwrap();
     assert_eq!(exit.unwrap().status, 137);
     let took = seen - killed;
     assert!(took < Duration::from_millis(100), "{took:?}");
@@ -129,7 +130,7 @@ async fn a_killed_one_is_seen_within_100_ms_and_helpers_go_with_it(target: Targe
         nix::sys::signal::Signal::SIGKILL,
     )
     .unwrap();
-    let event = timeout(PATIENCE, events.recv()).await.unwrap().unwrap();
+    let event = timeout(patience(), events.recv()).await.unwrap().unwrap();
     assert!(matches!(event, Event::HelperEnded { status: 137, .. }), "{event:?}");
     bench.end(&vm).await;
     Some(())
@@ -160,7 +161,7 @@ async fn another_daemon_takes_it_up_again(target: Target) -> Option<()> {
     }
     // The console goes on.
     probe.ask("write /dev/console after-the-restart").await;
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + patience();
     while !console::tail(&bench.log(), 60_000).contains("after-the-restart") {
         assert!(Instant::now() < until);
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -388,7 +389,7 @@ async fn bad_kernels_and_images_are_clear_errors(target: Target) -> Option<()> {
     spec.boot.params.push("init=/none rdinit=/none".into());
     let vm = bench.spawn(&spec).await;
     // The kernel panics, resets, and that is the end.
-    let exit = timeout(PATIENCE, vm.wait()).await.expect("an end").unwrap();
+    let exit = timeout(patience(), vm.wait()).await.expect("an end").unwrap();
     assert_eq!(exit.status, 0);
     assert!(console::tail(&bench.log(), 60_000).contains("Kernel panic"));
     bench.end(&vm).await;

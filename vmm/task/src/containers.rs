@@ -33,6 +33,7 @@ use serde_json::{Value, json};
 use vmm_common::{CONTAINER_TYPE, guest};
 
 use crate::boot::{DIR, POD_NAME};
+use crate::devices;
 use crate::limits;
 use crate::reaper::Reaper;
 use crate::storage::{Plan, take_away};
@@ -135,7 +136,8 @@ impl GuestContainers {
         if container.storages.len() > limits::STORAGES {
             return Err(Error::ResourceExhausted("the container has too many storages".into()));
         }
-        let spec = edit(&container.spec, &container.rootfs, &request.id)?;
+        let mut spec = edit(&container.spec, &container.rootfs, &request.id)?;
+        let devices = devices::check(&container)?;
         // All are checked before the first one is mounted.
         let plans: Vec<Plan> = container.storages.iter().map(Plan::new).collect::<Result<_>>()?;
         let mut mounted = Vec::with_capacity(plans.len());
@@ -149,6 +151,9 @@ impl GuestContainers {
             }
             self.put(&request.id, mounted.clone());
         }
+        devices::add(&mut spec, &devices)?;
+        let spec =
+            serde_json::to_vec(&spec).map_err(|error| Error::internal("write the spec", error))?;
         let bundle = bundle(&request.id);
         record::private_dir(&bundle)
             .and_then(|()| record::write_file(&bundle.join("config.json"), &spec, 0o600))
@@ -175,7 +180,7 @@ fn container_of(request: &CreateContainer) -> Result<guest::Container> {
 }
 
 /// The spec with its root and its cgroup as they are in the guest.
-fn edit(spec: &[u8], rootfs: &str, id: &str) -> Result<Vec<u8>> {
+fn edit(spec: &[u8], rootfs: &str, id: &str) -> Result<Value> {
     let wrong = |why: &str| Error::InvalidArgument(format!("the container's spec: {why}"));
     let mut spec: Value =
         serde_json::from_slice(spec).map_err(|error| wrong(&error.to_string()))?;
@@ -194,7 +199,7 @@ fn edit(spec: &[u8], rootfs: &str, id: &str) -> Result<Vec<u8>> {
         .as_object_mut()
         .ok_or_else(|| wrong("linux is no object"))?
         .insert("cgroupsPath".into(), json!(format!("{POD_NAME}/{id}")));
-    serde_json::to_vec(&spec).map_err(|error| Error::internal("write the spec", error))
+    Ok(spec)
 }
 
 #[async_trait]
@@ -362,7 +367,6 @@ mod tests {
         let spec = br#"{"process":{"args":["x"]},"root":{"path":"/host","readonly":true},
             "linux":{"cgroupsPath":"a.slice:b:c","x":1},"unknown":2}"#;
         let edited = edit(spec, "/run/kuasar/share/c/rootfs", "c").unwrap();
-        let edited: Value = serde_json::from_slice(&edited).unwrap();
         assert_eq!(edited["root"], json!({"path": "/run/kuasar/share/c/rootfs", "readonly": true}));
         assert_eq!(edited["linux"], json!({"cgroupsPath": "/pod/c", "x": 1}));
         assert_eq!(edited["unknown"], 2);

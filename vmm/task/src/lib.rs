@@ -25,6 +25,7 @@ pub mod channel;
 pub mod clock;
 pub mod cmdline;
 pub mod containers;
+pub mod devices;
 pub mod events;
 pub mod forward;
 pub mod guest;

@@ -242,16 +242,23 @@ async fn find_device(source: &Source) -> Result<PathBuf> {
         let name = match source {
             Source::Serial(serial) => by_serial(Path::new("/sys/block"), serial),
             Source::Pci(address) => by_pci(Path::new("/sys/bus/pci/devices"), address),
-            Source::Device(path) => return Ok(is_block(path).then(|| path.clone())),
+            Source::Device(path) => return Ok(is_ready(path).then(|| path.clone())),
             Source::Plain(_) => None,
         };
-        Ok(name.map(|name| Path::new("/dev").join(name)).filter(|path| is_block(path)))
+        Ok(name.map(|name| Path::new("/dev").join(name)).filter(|path| is_ready(path)))
     })
     .await
 }
 
 fn is_block(path: &Path) -> bool {
     path.symlink_metadata().is_ok_and(|m| m.file_type().is_block_device())
+}
+
+/// A disk that was just plugged in has its node and its serial number a moment before it can be
+/// opened (`ENXIO`); the kernel tells of it after that.
+fn is_ready(path: &Path) -> bool {
+    let early = |error: std::io::Error| error.raw_os_error() == Some(libc::ENXIO);
+    is_block(path) && !std::fs::File::open(path).is_err_and(early)
 }
 
 fn by_serial(sys: &Path, serial: &str) -> Option<std::ffi::OsString> {

@@ -7,7 +7,7 @@
 //! send. Lines end with `\n`; each command carries an id that comes back with the answer
 //! (docs/interop/qmp-spec.rst of QEMU).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,6 +55,8 @@ struct Inner {
 #[derive(Default)]
 struct Shared {
     open: HashMap<u64, oneshot::Sender<std::result::Result<Value, Refusal>>>,
+    /// StratoVirt's answers that are still to come, in their order: not all name their command.
+    order: VecDeque<u64>,
     closed: bool,
 }
 
@@ -198,9 +200,17 @@ impl Qmp {
         let _close = Close { shared: &inner.shared, id };
         let answer = async {
             let turn = inner.writing.lock().await;
+            let dialect = inner.kind == Kind::StratoVirt;
+            if dialect {
+                lock(&inner.shared).order.push_back(id);
+            }
             self.write(line.as_bytes(), fd).await.map_err(|e| lost(inner.kind, &e))?;
+            // StratoVirt takes what comes with one read for one command: the next one goes after
+            // its answer.
+            let turn = dialect.then_some(turn);
+            let answer = rx.await.map_err(|_| Error::Gone);
             drop(turn);
-            rx.await.map_err(|_| Error::Gone)
+            answer
         };
         let answer =
             tokio::time::timeout(inner.limit, answer).await.map_err(|_| Error::Deadline {
@@ -265,9 +275,19 @@ fn route(kind: Kind, mut line: Value, shared: &Mutex<Shared>, events: &broadcast
         }
         return;
     }
-    let Some(waiting) =
-        line.get("id").and_then(number).and_then(|id| lock(shared).open.remove(&id))
-    else {
+    let waiting = {
+        let mut shared = lock(shared);
+        let id = match line.get("id").and_then(number) {
+            Some(id) => {
+                shared.order.retain(|one| *one != id);
+                Some(id)
+            }
+            // Also one that nobody waits for any more: what comes next is the next one's.
+            None => shared.order.pop_front(),
+        };
+        id.and_then(|id| shared.open.remove(&id))
+    };
+    let Some(waiting) = waiting else {
         tracing::debug!(vmm = %kind, "an answer that nobody waits for");
         return;
     };

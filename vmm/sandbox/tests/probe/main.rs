@@ -36,7 +36,13 @@ mod c {
         pub fn listen(fd: i32, backlog: i32) -> i32;
         pub fn connect(fd: i32, address: *const Vm, size: u32) -> i32;
         pub fn accept(fd: i32, address: *mut u8, size: *mut u32) -> i32;
+        pub fn tcgetattr(fd: i32, to: *mut Termios) -> i32;
+        pub fn tcsetattr(fd: i32, when: i32, from: *const Termios) -> i32;
+        pub fn cfmakeraw(attributes: *mut Termios);
     }
+    /// `struct termios`, which has 60 bytes.
+    #[repr(C)]
+    pub struct Termios(pub [u32; 16]);
     /// `struct sockaddr_vm`.
     #[repr(C)]
     pub struct Vm {
@@ -197,14 +203,21 @@ fn over_vsock() {
 }
 
 fn over_serial() {
-    let port = names("/sys/class/virtio-ports")
-        .into_iter()
-        .find(|port| {
-            first_line(format!("/sys/class/virtio-ports/{port}/name")) == "org.kuasar.agent.0"
-        })
-        .expect("no port");
+    let named = names("/sys/class/virtio-ports").into_iter().find(|port| {
+        first_line(format!("/sys/class/virtio-ports/{port}/name")) == "org.kuasar.agent.0"
+    });
+    // A StratoVirt microvm's only port is a console, which is a terminal to its guest.
+    let port = named.unwrap_or_else(|| "hvc0".into());
     let mut stream =
         fs::OpenOptions::new().read(true).write(true).open(format!("/dev/{port}")).unwrap();
+    if port == "hvc0" {
+        let mut raw = c::Termios([0; 16]);
+        unsafe {
+            c::tcgetattr(stream.as_raw_fd(), &mut raw);
+            c::cfmakeraw(&mut raw);
+            c::tcsetattr(stream.as_raw_fd(), 0, &raw);
+        }
+    }
     let _ = stream.write_all(b"{\"version\":1,\"agent\":\"probe\"}\n");
     loop {
         // A read ends at once while the host is away.

@@ -25,7 +25,12 @@ use vmm_sandboxer::vmm::{
 
 use super::guest;
 
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a guest may take for anything: `KUASAR_TEST_PATIENCE` in seconds, or two minutes.
+pub fn patience() -> Duration {
+    let given = std::env::var("KUASAR_TEST_PATIENCE").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(given.unwrap_or(120))
+}
+
 pub const READY: u32 = 1023;
 pub const CONTROL: u32 = 1024;
 
@@ -69,7 +74,14 @@ pub enum Target {
     StratoVirt,
 }
 
+/// A VMM with the guest kernel that the environment names.
+#[allow(dead_code)] // each of the two suites uses one of these
 pub async fn bench(target: Target) -> Option<Bench> {
+    bench_with(target, None).await
+}
+
+/// A VMM with this guest kernel.
+pub async fn bench_with(target: Target, kernel_file: Option<PathBuf>) -> Option<Bench> {
     let turn = TURN.lock().await;
     let (program, kernel) = match target {
         Target::Qemu(Machine::Microvm) => {
@@ -100,7 +112,8 @@ pub async fn bench(target: Target) -> Option<Bench> {
     if !matches!(target, Target::Qemu(_)) {
         need!(Path::new("/dev/kvm").exists().then_some(()), "no /dev/kvm");
     }
-    let found = std::env::var_os(kernel).map(PathBuf::from).filter(|path| path.is_file());
+    let found = kernel_file.or_else(|| std::env::var_os(kernel).map(PathBuf::from));
+    let found = found.filter(|path| path.is_file());
     let kernel = need!(found, "no guest kernel in {kernel}");
     let initrd = guest::initramfs().unwrap();
     let processes: Arc<dyn Processes> = Arc::new(Local::new().unwrap());
@@ -247,7 +260,7 @@ impl Bench {
 
     pub async fn welcome(&self, vm: &Arc<dyn Vm>, listener: UnixListener) {
         let started = Instant::now();
-        let ready = timeout(PATIENCE, async {
+        let ready = timeout(patience(), async {
             let (stream, _) = listener.accept().await.unwrap();
             let mut stream = BufReader::new(stream);
             let mut line = String::new();
@@ -283,7 +296,7 @@ pub struct Probe<S>(pub BufReader<S>);
 
 impl Probe<UnixStream> {
     pub async fn dial(bench: &Bench) -> Self {
-        let stream = vsock::dial(&bench.uds(), CONTROL, PATIENCE).await;
+        let stream = vsock::dial(&bench.uds(), CONTROL, patience()).await;
         Self(BufReader::new(stream.unwrap_or_else(|error| {
             panic!("{}\n{}", error.chain(), console::tail(&bench.log(), 4000))
         })))
@@ -298,7 +311,7 @@ impl Probe<UnixStream> {
 impl<S: AsyncRead + AsyncWrite + Unpin> Probe<S> {
     pub async fn line(&mut self) -> String {
         let mut line = String::new();
-        timeout(PATIENCE, self.0.read_line(&mut line)).await.expect("an answer").unwrap();
+        timeout(patience(), self.0.read_line(&mut line)).await.expect("an answer").unwrap();
         assert!(line.ends_with('\n'), "the guest hung up");
         line.trim_end().into()
     }
@@ -314,7 +327,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Probe<S> {
 
     /// Asks until the answer is right: the guest learns of a plugged device a little later.
     pub async fn until(&mut self, question: &str, right: impl Fn(&str) -> bool) -> String {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + patience();
         loop {
             let answer = self.ask(question).await;
             if right(&answer) {

@@ -76,8 +76,6 @@ pub struct Disk {
 pub struct Net {
     pub id: String,
     pub mac: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
     /// Two for each descriptor.
     pub num_queues: usize,
 }

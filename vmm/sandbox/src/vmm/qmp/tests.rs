@@ -143,3 +143,29 @@ async fn when_the_vmm_goes_those_who_wait_are_told() {
     });
     assert!(matches!(Qmp::new(Kind::Qemu, ours, LIMIT).await, Err(Error::Gone)));
 }
+
+#[tokio::test]
+async fn answers_of_stratovirt_that_name_no_command_come_in_order() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let peer = tokio::spawn(async move {
+        theirs.write_all(format!("{GREETING}\r\n").as_bytes()).await.unwrap();
+        let (from, mut to) = theirs.split();
+        let mut lines = BufReader::new(from).lines();
+        let mut got = 0;
+        // To the second command there is no answer in time, but later, and with the third's.
+        for answer in ["{}", "", "{\"late\":1}}\r\n{\"return\":{\"running\":true}"] {
+            lines.next_line().await.unwrap().unwrap();
+            got += 1;
+            if !answer.is_empty() {
+                to.write_all(format!("{{\"return\":{answer}}}\r\n").as_bytes()).await.unwrap();
+            }
+        }
+        got
+    });
+    let qmp = Qmp::new(Kind::StratoVirt, ours, LIMIT).await.unwrap();
+    let silent = qmp.call("query-migrate", serde_json::json!({}), None).await;
+    assert!(matches!(silent, Err(Error::Deadline { .. })), "{silent:?}");
+    let answer = qmp.call("query-status", serde_json::json!({}), None).await.unwrap();
+    assert_eq!(answer, serde_json::json!({ "running": true }));
+    assert_eq!(peer.await.unwrap(), 3);
+}

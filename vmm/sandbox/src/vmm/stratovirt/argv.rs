@@ -67,8 +67,8 @@ pub(super) fn build(
     // What is more than at boot is held by the balloon.
     option("m", format!("{}M", spec.memory_mib.most));
     option("qmp", format!("unix:{},server,nowait", value(places.monitor)?));
-    option("chardev", "stdio,id=console".into());
-    option("serial", "chardev:console".into());
+    // Its `stdio` wants a terminal, and its `chardev:` looks among devices that it reads later.
+    option("serial", "file,path=/proc/self/fd/1".into());
     option("kernel", text(config.kernel.as_ref().unwrap_or(&spec.boot.kernel))?);
     // A triple fault ends it, whatever else a guest without ACPI tries does not.
     let mut params =
@@ -110,8 +110,9 @@ pub(super) fn build(
             option("device", "virtio-serial-device,id=channel".into());
             let socket = value(places.serial)?;
             option("chardev", format!("socket,id=agent,path={socket},server,nowait"));
-            // The guest reads the id as the port's name.
-            option("device", format!("virtserialport,id={SERIAL_PORT},chardev=agent,nr=1"));
+            // A microvm has one port, number 0, which has to be a console: the guest finds it as
+            // /dev/hvc0, without a name.
+            option("device", format!("virtconsole,id={SERIAL_PORT},chardev=agent,nr=0"));
         }
         Channel::KernelVsock { cid } => {
             option("device", format!("vhost-vsock-device,id=vsock,guest-cid={cid}"));
@@ -159,7 +160,7 @@ mod tests {
         let all = line(&config, &spec).unwrap();
         assert!(!all.contains("disable-seccomp"));
         assert!(all.contains("mem-share=off"));
-        assert!(all.contains("virtserialport,id=org.kuasar.agent.0"));
+        assert!(all.contains("virtconsole,id=org.kuasar.agent.0,chardev=agent,nr=0"));
         spec.shares.push(crate::vmm::Share {
             tag: "kuasar".into(),
             dir: "/d".into(),

@@ -200,6 +200,11 @@ impl StratoVirt {
         view.shared_tree = disks.shown();
 
         let (console_r, console_w) = console::pair()?;
+        if let Some((uid, gid)) = owner {
+            // It opens its standard output once more, by name.
+            nix::unistd::fchown(&console_w, Some(uid.into()), Some(gid.into()))
+                .doing(|| "hand over the console's pipe")?;
+        }
         let processes = self.launcher.processes().clone();
         started.forget = Some((processes.clone(), spec.id.clone()));
         console::begin(&*processes, &spec.id, console_r, &spec.console).await?;
