@@ -44,6 +44,12 @@ build: deps ## all programs, optimised, into target/release
 	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
 	for kind in $(KINDS) wasmedge; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
+	@# The program writes its own pages and completions.
+	@rm -rf $(BIN)/man $(BIN)/completions && install -d $(BIN)/man $(BIN)/completions
+	@$(BIN)/kuasar-ctl man $(BIN)/man
+	@$(BIN)/kuasar-ctl completions bash > $(BIN)/completions/kuasar-ctl.bash
+	@$(BIN)/kuasar-ctl completions zsh > $(BIN)/completions/_kuasar-ctl
+	@$(BIN)/kuasar-ctl completions fish > $(BIN)/completions/kuasar-ctl.fish
 
 # What microVM pods boot. The program in the image is GUEST_INIT.
 GUEST_INIT ?= $(BIN)/vmm-task
@@ -105,11 +111,10 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	  $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	@# The program runs here: for another architecture its pages are made with the host's own build.
-	$(BIN)/kuasar-ctl man $(DESTDIR)$(PREFIX)/share/man/man1
-	$(BIN)/kuasar-ctl completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kuasar-ctl
-	$(BIN)/kuasar-ctl completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kuasar-ctl
-	$(BIN)/kuasar-ctl completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kuasar-ctl.fish
+	install -m 0644 $(BIN)/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -m 0644 $(BIN)/completions/kuasar-ctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kuasar-ctl
+	install -m 0644 $(BIN)/completions/_kuasar-ctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/
+	install -m 0644 $(BIN)/completions/kuasar-ctl.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/
 	@# An operator's configuration is never replaced.
 	set -e; for kind in $(KINDS); do \
 	  install -m 0755 $(BIN)/$$kind-sandboxer $(DESTDIR)$(PREFIX)/bin/; \

@@ -67,7 +67,7 @@ crates() {
   case $1 in
     kuasar-common) echo "sandbox-parent:no-default-features containerd-shim-kuasar" ;;
     kuasar-guest) echo vmm-task ;;
-    kuasar-wasm) echo "wasm-sandboxer wasm-worker" ;;
+    kuasar-wasm) echo "wasm-sandboxer wasm-worker wasm-worker-wasmedge" ;;
     kuasar-ctl) echo kuasar-ctl ;;
     *) echo "${1#kuasar-}-sandboxer" ;;
   esac
@@ -78,7 +78,7 @@ programs() {
   case $1 in
     kuasar-common) echo "sandbox-parent containerd-shim-kuasar" ;;
     kuasar-guest) ;;
-    kuasar-wasm) echo "wasm-sandboxer wasm-worker" ;;
+    kuasar-wasm) echo "wasm-sandboxer wasm-worker wasm-worker-wasmedge" ;;
     kuasar-ctl) echo kuasar-ctl ;;
     *) echo "${1#kuasar-}-sandboxer" ;;
   esac
@@ -119,6 +119,8 @@ stage() {
     *)
       install -d "$root/usr/lib/systemd/system" "$root/usr/lib/tmpfiles.d" "$root/etc/kuasar/$kind-sandboxer.toml.d"
       ln -s containerd-shim-kuasar "$root/usr/bin/containerd-shim-kuasar-$kind-v1"
+      # A runtime type of its own for pods that run on WasmEdge.
+      [ "$kind" != wasm ] || ln -s containerd-shim-kuasar "$root/usr/bin/containerd-shim-kuasar-wasmedge-v1"
       sed 's|/usr/local/bin/|/usr/bin/|' "$TOP/packaging/systemd/kuasar-$kind.service" \
         > "$root/usr/lib/systemd/system/kuasar-$kind.service"
       install -m 0644 "$TOP/packaging/tmpfiles.d/kuasar-$kind.conf" "$root/usr/lib/tmpfiles.d/"

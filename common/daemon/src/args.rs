@@ -11,7 +11,7 @@ pub struct DaemonArgs {
     /// State directory, on a tmpfs; private to this daemon
     #[arg(short, long, value_name = "PATH", global = true)]
     pub dir: Option<PathBuf>,
-    /// Configuration file (TOML); the drop-ins `FILE.d/*.toml` are read after it
+    /// Configuration file (TOML); the drop-ins `conf.d/*.toml` beside it and `FILE.d/*.toml` are read after it
     #[arg(short, long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// error, warn, info, debug, trace, or a filter such as `info,containerd_task=debug`

@@ -1,7 +1,8 @@
 //! Configuration files.
 //!
-//! A file and the drop-ins `<file>.d/*.toml` beside it, in the order of their names, are merged
-//! table by table, the last one wins. A key that nobody knows is an error that names the nearest
+//! A file, the drop-ins `conf.d/*.toml` beside it, which all daemons of the directory share, and its
+//! own, `<file>.d/*.toml`, each in the order of their names, are merged table by table, the last one
+//! wins. A key that nobody knows is an error that names the nearest
 //! one: a misspelt limit must not be silently without effect.
 
 use std::path::{Path, PathBuf};
@@ -86,17 +87,19 @@ pub fn table(file: Option<&Path>) -> Result<toml::Table, ConfigError> {
 fn read(file: Option<&Path>) -> Result<Vec<(PathBuf, String)>, ConfigError> {
     let Some(file) = file else { return Ok(Vec::new()) };
     let mut paths = vec![file.to_owned()];
-    let drop_ins = file.with_added_extension("d");
-    match std::fs::read_dir(&drop_ins) {
-        Ok(entries) => {
-            let path = |e: std::io::Result<std::fs::DirEntry>| Some(e.ok()?.path());
-            let toml = |p: &PathBuf| p.extension().is_some_and(|e| e == "toml");
-            let mut more: Vec<PathBuf> = entries.filter_map(path).filter(toml).collect();
-            more.sort();
-            paths.extend(more);
+    let shared = file.parent().unwrap_or(Path::new(".")).join("conf.d");
+    for drop_ins in [shared, file.with_added_extension("d")] {
+        match std::fs::read_dir(&drop_ins) {
+            Ok(entries) => {
+                let path = |e: std::io::Result<std::fs::DirEntry>| Some(e.ok()?.path());
+                let toml = |p: &PathBuf| p.extension().is_some_and(|e| e == "toml");
+                let mut more: Vec<PathBuf> = entries.filter_map(path).filter(toml).collect();
+                more.sort();
+                paths.extend(more);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(ConfigError::Read { path: drop_ins, source }),
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(source) => return Err(ConfigError::Read { path: drop_ins, source }),
     }
     let text = |path: PathBuf| match std::fs::read_to_string(&path) {
         Ok(text) => Ok((path, text)),
@@ -223,8 +226,12 @@ mod tests {
         std::fs::write(&main, "log_level = 'info'\n[engines]\na = '1'\nb = '2'\n").unwrap();
         std::fs::write(dir.path().join("c.toml.d/20.toml"), "[engines]\nb = '4'\n").unwrap();
         std::fs::write(dir.path().join("c.toml.d/10.toml"), "[engines]\nb = '3'\n").unwrap();
+        // What all daemons of the directory share counts less than what is one's own.
+        std::fs::create_dir(dir.path().join("conf.d")).unwrap();
+        let shared = "log_level = 'debug'\n[engines]\nb = '5'\n";
+        std::fs::write(dir.path().join("conf.d/90.toml"), shared).unwrap();
         let c: Conf = load(Some(&main)).unwrap();
-        assert_eq!(c.log_level, "info");
+        assert_eq!(c.log_level, "debug");
         assert_eq!((c.engines["a"].as_str(), c.engines["b"].as_str()), ("1", "4"));
         assert_eq!(load::<Conf>(None).unwrap(), Conf::default());
     }
