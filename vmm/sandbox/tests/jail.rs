@@ -12,7 +12,7 @@ use vmm_sandboxer::jail::{JailConfig, Role, View};
 use vmm_sandboxer::vmm::process::{Fds, Launcher, Local, Process, Program};
 use vmm_sandboxer::vmm::{Error, Result};
 
-const UID: u32 = 64_055;
+const UID: u32 = 65_530;
 
 fn root() -> bool {
     let root = nix::unistd::geteuid().is_root();

@@ -111,8 +111,10 @@ impl Default for JailConfig {
     fn default() -> Self {
         Self {
             jailer: Vec::new(),
-            uid: 64_055,
-            gid: 64_055,
+            // Nobody's: Debian's policy gives out none of 65000 to 65533, and systemd's dynamic users
+            // end at 65519.
+            uid: 65_530,
+            gid: 65_530,
             libraries: ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
                 .map(PathBuf::from)
                 .to_vec(),

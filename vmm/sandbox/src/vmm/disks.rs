@@ -245,14 +245,14 @@ mod tests {
             )
             .unwrap();
             let dir = tempfile::tempdir().unwrap();
-            let disks = Disks::new(dir.path(), Some((64_055, 64_055))).unwrap();
+            let disks = Disks::new(dir.path(), Some((65_530, 65_530))).unwrap();
             let disk = disk(dir.path(), true);
             // What the path leads to now is of no interest any more.
             std::fs::remove_file(&disk.path).unwrap();
             let placed = disks.place(&disk).unwrap();
             let meta = std::fs::metadata(&placed.path).unwrap();
             assert!(meta.file_type().is_block_device());
-            assert_eq!((meta.uid(), meta.mode() & 0o777), (64_055, 0o400));
+            assert_eq!((meta.uid(), meta.mode() & 0o777), (65_530, 0o400));
             let mut text = [0; 7];
             let mut opened = File::open(&placed.path).unwrap();
             opened.read_exact(&mut text).unwrap();
