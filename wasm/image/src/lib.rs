@@ -225,7 +225,7 @@ mod tests {
             let outside = outside.to_str().unwrap();
             let names = ["a", "b", "app/c", "app/bin/d", "app/bin"];
             let parts = ["..", ".", "a", "b", "app", "c", "bin", "m.wasm", "secret.wasm", "", "d"];
-            let mut path = |numbers: &mut Numbers| match numbers.next() % 8 {
+            let path = |numbers: &mut Numbers| match numbers.next() % 8 {
                 0 => outside.to_owned(),
                 1 => "/app/bin/m.wasm".to_owned(),
                 2 => "\u{1}\u{fffd}".repeat(40),
@@ -265,7 +265,7 @@ mod tests {
         for _ in 0..500 {
             let mut bytes = numbers.pick(&seeds).to_vec();
             bytes.resize(usize::try_from(numbers.next() % 24).unwrap(), 3);
-            if let Some(byte) = bytes.first_mut().filter(|_| numbers.next() % 4 == 0) {
+            if let Some(byte) = bytes.first_mut().filter(|_| numbers.next().is_multiple_of(4)) {
                 *byte = numbers.next().to_le_bytes()[0];
             }
             std::fs::write(&at, &bytes).unwrap();
