@@ -121,14 +121,18 @@ fn a_call_waits_for_the_next_daemon_and_not_for_ever() {
     writer.join().unwrap();
     server.write_all(&frame(3, RESPONSE, 0, b"made")).unwrap();
     assert_eq!(read_frame(&mut client), (3, RESPONSE, 0, b"made".to_vec()));
+    client.write_all(&request(7, "Start", 0, 3)).unwrap();
+    read_frame(&mut server);
     drop(server);
     second.kill();
-    // Nobody comes: it is refused, the wait is not.
-    client.write_all(&request(7, "State", 0, 3)).unwrap();
-    silent(&mut client);
+    // sandbox-parent has seen that nobody is there.
     unavailable(&mut client, 7);
+    // Nobody comes: it is refused, the wait is not.
     client.write_all(&request(9, "State", 0, 3)).unwrap();
+    silent(&mut client);
     unavailable(&mut client, 9);
+    client.write_all(&request(11, "State", 0, 3)).unwrap();
+    unavailable(&mut client, 11);
     silent(&mut client);
 }
 
