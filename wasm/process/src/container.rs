@@ -74,7 +74,7 @@ pub fn say(reason: &str) {
 /// WASI has no signals, so that no program can have a handler. Without `interrupt` the process ends
 /// on the spot. With it the program is stopped by its engine, as if it had trapped, and the process
 /// by itself; should the program be inside of a call to the host, the process ends after
-/// [`PATIENCE`].
+/// `PATIENCE`.
 pub fn on_signals(interrupt: Option<Box<dyn Fn() + Send + Sync>>) {
     if let Some(interrupt) = interrupt {
         // Set once in the life of a process.

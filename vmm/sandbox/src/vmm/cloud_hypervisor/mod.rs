@@ -2,7 +2,7 @@
 //!
 //! The API's socket is made here, before the VMM exists, and passed as a descriptor; taps travel
 //! with the requests that name them. Disks, kernel and the sockets of vsock and virtiofsd it opens
-//! by path: see [`super::disks`] and the jail's view.
+//! by path: see `disks` and the jail's view.
 
 mod api;
 mod config;

@@ -1,7 +1,7 @@
 //! Firecracker (x86_64 and aarch64, KVM), by the API at its socket.
 //!
 //! It has no shared directories: a guest boots from an initramfs or a read-only disk, and
-//! containers come as disks, put into empty drives that are there from the boot ([`slots`]). Taps
+//! containers come as disks, put into empty drives that are there from the boot (`slots`). Taps
 //! it opens by name, in the pod's network namespace; so they must be persistent, belong to the
 //! jail's user, and be open nowhere else.
 //!

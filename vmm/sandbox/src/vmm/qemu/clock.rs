@@ -24,7 +24,7 @@ pub(super) fn parameters(khz: Option<u64>) -> Vec<String> {
     ]
 }
 
-/// The host's rate in kHz, measured at the first call, which takes [`measure::FOR`]: call it
+/// The host's rate in kHz, measured at the first call, which takes `measure::FOR`: call it
 /// where that does no harm.
 pub fn host_khz() -> Option<u64> {
     static RATE: OnceLock<Option<u64>> = OnceLock::new();
