@@ -3,7 +3,7 @@
 //! builds it, static.
 //!
 //! `echo TEXT`, `disks` (serial:name …), `nics` (MAC …), `cpus`, `memory` (MiB), `mount TAG TYPE`,
-//! `read PATH`, `write PATH TEXT`, `online`, `poweroff`, `panic`. Each is answered by one line.
+//! `read PATH`, `write PATH TEXT`, `log TEXT`, `online`, `poweroff`, `panic`. Each is answered by one line.
 
 #![allow(
     clippy::unwrap_used,
@@ -142,6 +142,10 @@ fn obey(line: &str) -> String {
                 Err(error) => error.to_string(),
             }
         }
+        ["log", text] => {
+            log(text);
+            "ok".into()
+        }
         ["write", path, text] => {
             match fs::OpenOptions::new().write(true).create(true).open(path).and_then(|mut file| {
                 file.write_all(text.as_bytes())?;
@@ -226,6 +230,11 @@ fn over_serial() {
     }
 }
 
+/// To the console, by the kernel's log: one that the kernel prints to may refuse what programs write.
+fn log(text: &str) {
+    let _ = fs::write("/dev/kmsg", format!("<3>{text}\n"));
+}
+
 fn main() {
     for (kind, to) in
         [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/run")]
@@ -235,7 +244,7 @@ fn main() {
     // Memory that is plugged in is used.
     let _ = fs::write("/sys/devices/system/memory/auto_online_blocks", "online");
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    println!("probe: {}", line.trim());
+    log(&format!("probe: {}", line.trim()));
     if line.contains("probe.channel=serial") {
         over_serial();
     } else if line.contains("probe.channel=vsock") {
