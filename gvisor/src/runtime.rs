@@ -23,7 +23,6 @@ use containerd_task::runtime::{
 };
 use futures::future::BoxFuture;
 use kuasar_host::cgroup::{Cgroup, Layout};
-use kuasar_host::mount::Mount;
 use kuasar_host::process::{self, Identity};
 use kuasar_host::record;
 use kuasar_oci::console::Console;
@@ -194,17 +193,7 @@ impl Containers {
         save(&dir, meta)?;
         if !request.rootfs.is_empty() {
             let begun = Instant::now();
-            let mounts: Vec<Mount> = request
-                .rootfs
-                .iter()
-                .map(|mount| Mount {
-                    kind: mount.kind.clone(),
-                    source: mount.source.clone(),
-                    target: mount.target.clone(),
-                    options: mount.options.clone(),
-                })
-                .collect();
-            kuasar_host::mount::mount_all(&mounts, &rootfs)
+            kuasar_host::mount::mount_all(&request.rootfs, &rootfs)
                 .map_err(internal("mount the rootfs"))?;
             Metrics("gvisor").phase("rootfs", begun.elapsed());
         }

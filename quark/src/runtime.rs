@@ -27,7 +27,6 @@ use kuasar_daemon::tasks::ParentKeeper;
 use kuasar_forward::stdio;
 use kuasar_forward::task::{Tasks, V2, checked_pid};
 use kuasar_host::cgroup::{Cgroup, Layout};
-use kuasar_host::mount::Mount;
 use kuasar_host::record;
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::Pod;
@@ -141,18 +140,8 @@ impl Containers {
         if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
             process.insert("terminal".into(), json!(terminal));
         }
-        let mounts: Vec<Mount> = request
-            .rootfs
-            .iter()
-            .map(|mount| Mount {
-                kind: mount.kind.clone(),
-                source: mount.source.clone(),
-                target: mount.target.clone(),
-                options: mount.options.clone(),
-            })
-            .collect();
         let begun = Instant::now();
-        tree.add_rootfs(id, &mounts, &needs.rootfs)?;
+        tree.add_rootfs(id, &request.rootfs, &needs.rootfs)?;
         for volume in &needs.volumes {
             match &volume.place {
                 Place::Rootfs(at) => {

@@ -41,24 +41,30 @@ pub fn connect(path: &Path) -> UnixStream {
 
 /// Calls a method of the Controller as containerd does.
 pub fn controller<Q: Message, A: Message>(method: &str, q: Q) -> Result<A, Status> {
-    runtime().block_on(async {
-        let channel = Endpoint::from_static("http://[::]:1")
-            .connect_with_connector(tower::service_fn(|_: Uri| async {
-                let socket = tokio::net::UnixStream::connect(daemon_socket()).await?;
-                Ok::<_, std::io::Error>(TokioIo::new(socket))
-            }))
-            .await
-            .map_err(|e| Status::unavailable(e.to_string()))?;
-        let mut client = tonic::client::Grpc::new(channel)
-            .max_decoding_message_size(64 << 20)
-            .max_encoding_message_size(64 << 20);
-        client.ready().await.map_err(|e| Status::unknown(e.to_string()))?;
-        let path = format!("/containerd.services.sandbox.v1.Controller/{method}");
-        let mut request = crate::cri::within(q, 60);
-        request.metadata_mut().insert("containerd-namespace", "k8s.io".parse().unwrap());
-        let codec = MessageCodec::<Q, A>::default();
-        client.unary(request, path.parse().unwrap(), codec).await.map(tonic::Response::into_inner)
-    })
+    let mut request = crate::cri::within(q, 60);
+    request.metadata_mut().insert("containerd-namespace", "k8s.io".parse().unwrap());
+    runtime().block_on(controller_with(method, request))
+}
+
+/// Calls a method of the Controller with this request's metadata.
+pub async fn controller_with<Q: Message, A: Message>(
+    method: &str,
+    request: tonic::Request<Q>,
+) -> Result<A, Status> {
+    let channel = Endpoint::from_static("http://[::]:1")
+        .connect_with_connector(tower::service_fn(|_: Uri| async {
+            let socket = tokio::net::UnixStream::connect(daemon_socket()).await?;
+            Ok::<_, std::io::Error>(TokioIo::new(socket))
+        }))
+        .await
+        .map_err(|e| Status::unavailable(e.to_string()))?;
+    let mut client = tonic::client::Grpc::new(channel)
+        .max_decoding_message_size(64 << 20)
+        .max_encoding_message_size(64 << 20);
+    client.ready().await.map_err(|e| Status::unknown(e.to_string()))?;
+    let path = format!("/containerd.services.sandbox.v1.Controller/{method}");
+    let codec = MessageCodec::<Q, A>::default();
+    client.unary(request, path.parse().unwrap(), codec).await.map(tonic::Response::into_inner)
 }
 
 /// A task client on a pod's socket.

@@ -11,34 +11,20 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use containerd_sandbox::codec::MessageCodec;
-use hyper_util::rt::TokioIo;
 use kuasar_protos::controller as api;
 use kuasar_protos::cri as pod;
 use kuasar_protos::shim::api as task;
 use kuasar_tests::cri::{cgroup_root, runtime, unique, within};
-use kuasar_tests::wire::{Bundle, connect, daemon_socket, minute, refusal};
+use kuasar_tests::wire::{Bundle, connect, controller_with, minute, refusal};
 use kuasar_tests::{inside, leaks, on, switch, wait_for};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
-use tonic::transport::{Endpoint, Uri};
 use tonic::{Code, Status};
 
 /// A call of the Controller, without any metadata.
 async fn controller<Q: Message, A: Message>(method: &str, q: Q) -> Result<A, Status> {
-    let channel = Endpoint::from_static("http://[::]:1")
-        .connect_with_connector(tower::service_fn(|_: Uri| async {
-            let socket = tokio::net::UnixStream::connect(daemon_socket()).await?;
-            Ok::<_, std::io::Error>(TokioIo::new(socket))
-        }))
-        .await
-        .map_err(|e| Status::unavailable(e.to_string()))?;
-    let mut client = tonic::client::Grpc::new(channel);
-    client.ready().await.map_err(|e| Status::unknown(e.to_string()))?;
-    let path = format!("/containerd.services.sandbox.v1.Controller/{method}");
-    let codec = MessageCodec::<Q, A>::default();
-    client.unary(within(q, 60), path.parse().unwrap(), codec).await.map(tonic::Response::into_inner)
+    controller_with(method, within(q, 60)).await
 }
 
 fn call<Q: Message, A: Message>(method: &str, q: Q) -> A {

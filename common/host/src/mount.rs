@@ -16,12 +16,12 @@ use nix::mount::{MntFlags, MsFlags};
 use crate::{Context, Error, Result};
 pub use idmap::IdMap;
 
-/// A mount in `mount(8)`'s terms.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// A mount in `mount(8)`'s terms, as engines hand it over (`containerd.types.Mount`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Mount {
-    /// Filesystem type.
+    /// Filesystem type (`overlay`, `bind`, `ext4`, `erofs`, …).
     pub kind: String,
-    /// Source.
+    /// Device, directory or other source.
     pub source: String,
     /// Target below the directory given to [`mount_all`]; empty for the directory itself.
     pub target: String,

@@ -20,7 +20,7 @@ use containerd_task::runtime::{
 };
 use futures::future::BoxFuture;
 use kuasar_host::cgroup::Layout;
-use kuasar_host::mount::{IdMap, Mount};
+use kuasar_host::mount::IdMap;
 use kuasar_host::{process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -185,20 +185,10 @@ impl Containers {
         save(&dir, &meta)?;
         if !request.rootfs.is_empty() {
             let begun = Instant::now();
-            let mounts: Vec<Mount> = request
-                .rootfs
-                .iter()
-                .map(|mount| Mount {
-                    kind: mount.kind.clone(),
-                    source: mount.source.clone(),
-                    target: mount.target.clone(),
-                    options: mount.options.clone(),
-                })
-                .collect();
             let scratch = dir.join("layers");
             let map = pod.namespaces.user.as_ref();
             let map = map.map(|user| IdMap { userns: user.as_fd(), scratch: &scratch });
-            kuasar_host::mount::mount_all_mapped(&mounts, &rootfs, map)
+            kuasar_host::mount::mount_all_mapped(&request.rootfs, &rootfs, map)
                 .map_err(internal("mount the rootfs"))?;
             observer.phase("rootfs", begun.elapsed());
         }

@@ -17,18 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-/// A filesystem mount as containerd hands it over (`containerd.types.Mount`).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
-    /// Filesystem type (`overlay`, `bind`, `ext4`, `erofs`, …).
-    pub kind: String,
-    /// Device, directory or other source.
-    pub source: String,
-    /// Target below the rootfs; empty for the rootfs itself.
-    pub target: String,
-    /// Options in `mount(8)`'s spelling.
-    pub options: Vec<String>,
-}
+pub use kuasar_host::mount::Mount;
 
 /// What [`Runtime::create`] is asked to make.
 #[derive(Debug, Clone)]

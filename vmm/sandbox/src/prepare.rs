@@ -142,19 +142,9 @@ impl Host {
         if let (Some(first), false) = (needs.blocks.first(), self.disks.pluggable()) {
             return Err(self.disks.cannot(&format!("block volume {:.200}", first.path)));
         }
-        let mounts: Vec<Mount> = request
-            .rootfs
-            .iter()
-            .map(|mount| Mount {
-                kind: mount.kind.clone(),
-                source: mount.source.clone(),
-                target: mount.target.clone(),
-                options: mount.options.clone(),
-            })
-            .collect();
-        let image = self.image(&mounts)?;
+        let image = self.image(&request.rootfs)?;
         if image.is_none() {
-            self.share.add_rootfs(id, &mounts, &request.bundle)?;
+            self.share.add_rootfs(id, &request.rootfs, &request.bundle)?;
         }
         let disks = block::Opened::open(id, image, needs.blocks.clone())?;
         for (number, volume) in needs.volumes.iter().enumerate() {

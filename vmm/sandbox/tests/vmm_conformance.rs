@@ -25,6 +25,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // a test
 
+#[macro_use]
 #[path = "support/bench.rs"]
 mod bench;
 #[path = "support/guest.rs"]
@@ -394,25 +395,6 @@ async fn bad_kernels_and_images_are_clear_errors(target: Target) -> Option<()> {
     assert!(console::tail(&bench.log(), 60_000).contains("Kernel panic"));
     bench.end(&vm).await;
     Some(())
-}
-
-macro_rules! suite {
-    ($($test:ident),* $(,)?) => {
-        suite!(@ qemu_microvm, Target::Qemu(Machine::Microvm), $($test)*);
-        suite!(@ qemu_q35, Target::Qemu(Machine::Q35), $($test)*);
-        suite!(@ cloud_hypervisor, Target::CloudHypervisor, $($test)*);
-        suite!(@ firecracker, Target::Firecracker, $($test)*);
-        suite!(@ stratovirt, Target::StratoVirt, $($test)*);
-    };
-    (@ $name:ident, $target:expr, $($test:ident)*) => {
-        mod $name {
-            use super::*;
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $test() {
-                let _ = super::$test($target).await;
-            })*
-        }
-    };
 }
 
 suite! {

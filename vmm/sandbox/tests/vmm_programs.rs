@@ -9,6 +9,7 @@
 
 #[path = "support/bench.rs"]
 #[allow(dead_code)] // conversations with a guest
+#[macro_use]
 mod bench;
 #[path = "support/guest.rs"]
 mod guest;
@@ -236,25 +237,6 @@ async fn it_is_saved_and_starts_again(target: Target) -> Option<()> {
     vm.resume().await.unwrap_or_else(|error| panic!("{}", error.chain()));
     bench.end(&vm).await;
     Some(())
-}
-
-macro_rules! suite {
-    ($($test:ident),* $(,)?) => {
-        suite!(@ qemu_microvm, Target::Qemu(Machine::Microvm), $($test)*);
-        suite!(@ qemu_q35, Target::Qemu(Machine::Q35), $($test)*);
-        suite!(@ cloud_hypervisor, Target::CloudHypervisor, $($test)*);
-        suite!(@ firecracker, Target::Firecracker, $($test)*);
-        suite!(@ stratovirt, Target::StratoVirt, $($test)*);
-    };
-    (@ $name:ident, $target:expr, $($test:ident)*) => {
-        mod $name {
-            use super::*;
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $test() {
-                let _ = super::$test($target).await;
-            })*
-        }
-    };
 }
 
 suite! {

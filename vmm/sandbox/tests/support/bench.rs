@@ -374,3 +374,23 @@ pub fn tap() -> Option<Arc<std::os::fd::OwnedFd>> {
 pub fn nic(id: &str, last: u8, tap: Arc<std::os::fd::OwnedFd>) -> Nic {
     Nic { id: id.into(), mac: [2, 0, 0, 0, 0, last], mtu: 1500, tap: vec![tap], tap_name: None }
 }
+
+/// Each test with each VMM, in a module of its name.
+macro_rules! suite {
+    ($($test:ident),* $(,)?) => {
+        suite!(@ qemu_microvm, Target::Qemu(Machine::Microvm), $($test)*);
+        suite!(@ qemu_q35, Target::Qemu(Machine::Q35), $($test)*);
+        suite!(@ cloud_hypervisor, Target::CloudHypervisor, $($test)*);
+        suite!(@ firecracker, Target::Firecracker, $($test)*);
+        suite!(@ stratovirt, Target::StratoVirt, $($test)*);
+    };
+    (@ $name:ident, $target:expr, $($test:ident)*) => {
+        mod $name {
+            use super::*;
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let _ = super::$test($target).await;
+            })*
+        }
+    };
+}
