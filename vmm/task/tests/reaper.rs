@@ -59,17 +59,22 @@ async fn everything_is_reaped_and_no_exit_is_lost() {
         assert!(reaper.exit_of(cookie).await.is_err());
     }
 
-    // What an engine has left behind, long ended or still there.
+    // What an engine has left behind, long ended or still there. It ends when its input does, and
+    // not before the engine has: a shell reaps on its own account what ends before it.
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("pid");
-    for (orphan, status) in [("exit 5", 5), ("sleep 0.3; exit 6", 6)] {
-        let script = format!("({orphan}) </dev/null & echo $! > {}", file.display());
-        let command = shell(&script);
+    for (status, ended_before) in [(5, true), (6, false)] {
+        let (read, hold) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let orphan = format!("read nothing <&3; exit {status}");
+        let mut command = shell(&format!("({orphan}) & echo $! > {}", file.display()));
+        command.fds = vec![None, None, None, Some(read.as_fd())];
         let engine = command.cookie;
         let since = reaper.spawn(command).await.unwrap().since;
         soon(reaper.end_of(engine)).await.unwrap();
         let pid = std::fs::read_to_string(&file).unwrap().trim().parse().unwrap();
-        if status == 5 {
+        let mut hold = Some(hold);
+        if ended_before {
+            hold = None;
             let gone = async {
                 while std::fs::exists(format!("/proc/{pid}")).unwrap() {
                     tokio::time::sleep(Duration::from_millis(5)).await;
@@ -79,6 +84,7 @@ async fn everything_is_reaped_and_no_exit_is_lost() {
         }
         let cookie = new_cookie();
         reaper.watch(pid, since, cookie).await.unwrap();
+        drop(hold);
         assert_eq!(soon(reaper.exit_of(cookie)).await.unwrap().status, status);
         // An exit of before is not taken for one of now.
         let later = reaper.spawn(shell("true")).await.unwrap().since;
