@@ -58,8 +58,12 @@ impl Header {
 /// What happens to a call while no daemon is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Call {
-    /// `Wait` and `WaitSandbox`: it is parked and put to the next daemon.
+    /// `Wait` and `WaitSandbox`, and `Connect`, with which containerd begins a Wait of its own (an
+    /// error of it makes the container EXITED/255): it is parked and put to the next daemon.
     Wait,
+    /// It changes nothing, so it can be done again: a call that a dead daemon had taken is put to
+    /// the next one, if that comes in time.
+    Read,
     /// `Stream`: parked as well, together with its first data frame.
     Stream,
     /// Everything else is answered Unavailable.
@@ -70,7 +74,8 @@ impl Call {
     /// Classifies a request by its method and its flags.
     pub fn of(body: &[u8], flags: u8) -> Self {
         match method(body) {
-            Some(b"Wait" | b"WaitSandbox") => Self::Wait,
+            Some(b"Wait" | b"WaitSandbox" | b"Connect") => Self::Wait,
+            Some(b"State" | b"Pids" | b"Stats") => Self::Read,
             Some(b"Stream") if flags & REMOTE_OPEN != 0 => Self::Stream,
             _ => Self::Other,
         }
@@ -154,10 +159,13 @@ mod tests {
     }
 
     #[test]
-    fn only_waits_and_streams_can_be_parked() {
+    fn only_waits_reads_and_streams_can_be_parked() {
         let wait = request("containerd.task.v3.Task", "Wait");
         assert_eq!(Call::of(&wait, 0), Call::Wait);
         assert_eq!(Call::of(&request("x", "WaitSandbox"), 0), Call::Wait);
+        assert_eq!(Call::of(&request("x", "Connect"), 0), Call::Wait);
+        assert_eq!(Call::of(&request("x", "State"), 0), Call::Read);
+        assert_eq!(Call::of(&request("x", "Start"), 0), Call::Other);
         assert_eq!(Call::of(&request("x", "Stream"), REMOTE_OPEN), Call::Stream);
         assert_eq!(Call::of(&request("x", "Stream"), 0), Call::Other);
         assert_eq!(Call::of(&request("Wait", "Kill"), 0), Call::Other);

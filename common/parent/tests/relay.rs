@@ -136,6 +136,51 @@ fn a_call_waits_for_the_next_daemon_and_not_for_ever() {
     silent(&mut client);
 }
 
+/// containerd's Wait is a Connect and a Wait, and an error of either is a container's exit for it.
+#[test]
+fn what_only_reads_is_put_to_the_next_daemon_and_connect_for_ever() {
+    let home = Home::new();
+    let mut first = home.daemon_that_holds(Duration::from_millis(1500));
+    first.listen(&home, "p");
+    let mut client = dial(&home, "p");
+    let mut server = connection(&mut first);
+    let calls = [(1, "Connect"), (3, "State"), (5, "Pids"), (7, "Stats")];
+    for (stream, method) in calls {
+        client.write_all(&request(stream, method, 0, 30)).unwrap();
+        assert_eq!(read_frame(&mut server).0, stream);
+    }
+    drop(server);
+    first.kill();
+    silent(&mut client);
+    let mut second = home.daemon_that_holds(Duration::from_millis(1500));
+    second.run(second.parent.ready()).unwrap();
+    let mut server = connection(&mut second);
+    let mut again: Vec<_> = calls.iter().map(|_| read_frame(&mut server)).collect();
+    again.sort();
+    for ((stream, method), got) in calls.into_iter().zip(again) {
+        assert_eq!((got.0, &got.3), (stream, &request(stream, method, 0, 30)[10..].to_vec()));
+    }
+    server.write_all(&frame(3, RESPONSE, 0, b"running")).unwrap();
+    assert_eq!(read_frame(&mut client), (3, RESPONSE, 0, b"running".to_vec()));
+    drop(server);
+    second.kill();
+    // Nobody comes in time: what reads is refused, a Connect goes on waiting.
+    silent(&mut client);
+    let mut refused = [read_frame(&mut client), read_frame(&mut client)];
+    refused.sort();
+    for (stream, got) in [5, 7].into_iter().zip(refused) {
+        assert_eq!((got.0, got.1, &got.3[2..4]), (stream, RESPONSE, &[8u8, 14][..]));
+    }
+    client.write_all(&request(9, "Connect", 0, 3)).unwrap();
+    silent(&mut client);
+    let mut third = home.daemon();
+    third.run(third.parent.ready()).unwrap();
+    let mut server = connection(&mut third);
+    let mut again = [read_frame(&mut server).0, read_frame(&mut server).0];
+    again.sort();
+    assert_eq!(again, [1, 9]);
+}
+
 #[test]
 fn connections_that_come_while_no_daemon_is_there_are_kept() {
     let home = Home::new();

@@ -544,6 +544,9 @@ impl Parent {
         if self.hold_left() == Some(0) {
             self.store.holding = false;
             for i in self.connections.indices() {
+                if let Some(c) = self.connections.get_mut(i) {
+                    c.give_up(&mut self.store);
+                }
                 self.turn(i);
             }
         }

@@ -15,9 +15,10 @@
 //!   bytes; the daemon's death does not take away what it has written). Larger ones are passed on
 //!   as they come; should the daemon die within one, it is filled up with zero bytes, which
 //!   spoils that one answer and not the connection.
-//! * **Pending calls** are rows of [`Pending`], a list per connection. Of `Wait`, `WaitSandbox`
-//!   and `Stream` the request itself is kept: while the daemon is away these are *parked*, and
-//!   put to the next one. Any other call that the dead daemon had taken and not answered is
+//! * **Pending calls** are rows of [`Pending`], a list per connection. Of `Wait`, `WaitSandbox`,
+//!   `Connect` and `Stream` the request itself is kept: while the daemon is away these are *parked*,
+//!   and put to the next one. So are calls that only read, unless no daemon comes in time. Any
+//!   other call that the dead daemon had taken and not answered is
 //!   answered Unavailable: it may have been done. One that comes while no daemon is there waits
 //!   in its socket for the next one ([`Store::holding`]), and with it whatever the client sends
 //!   after it; only when none has come in time, it is answered Unavailable as well. (An engine
@@ -296,6 +297,7 @@ impl Connection {
             self.down.left = 0;
             self.set(flag::DISCARD_DOWN, false);
         }
+        let holding = store.holding;
         let mut at = self.first;
         while let Some(i) = at.checked_sub(1) {
             let i = usize::from(i);
@@ -305,9 +307,10 @@ impl Connection {
             at = p.next;
             let streaming = p.flags & pending::STREAMING != 0;
             let parkable = p.flags & pending::PARKABLE != 0 && (!streaming || !p.init.is_empty());
+            let late = p.flags & pending::READ != 0 && !holding;
             if p.flags & pending::DAEMON_CLOSED != 0 {
                 self.drop_pending(store, i);
-            } else if parkable {
+            } else if parkable && !late {
                 p.flags = (p.flags | pending::PARKED) & !pending::SWALLOW;
             } else {
                 p.flags |= pending::OWED;
@@ -315,6 +318,19 @@ impl Connection {
             }
         }
         Step::Moved
+    }
+
+    /// No daemon has come in time: what only reads is refused, as all that is held.
+    pub fn give_up(&mut self, store: &mut Store) {
+        let late = pending::READ | pending::PARKED;
+        let mut at = self.first;
+        while let Some(p) = at.checked_sub(1).and_then(|i| store.pending.get_mut(usize::from(i))) {
+            at = p.next;
+            if p.flags & late == late {
+                p.flags = (p.flags & !pending::PARKED) | pending::OWED;
+                self.set(flag::OWED, true);
+            }
+        }
     }
 
     /// Books a frame of the daemon; says whether it is dropped.
@@ -522,11 +538,16 @@ impl Connection {
                 if parked.is_some() {
                     flags |= pending::PARKABLE;
                 }
-                if !attached && parked.is_none() && store.holding {
+                let read = call == Call::Read;
+                if read {
+                    flags |= pending::READ;
+                }
+                let parks = parked.is_some() && !read;
+                if !attached && !parks && store.holding {
                     return Way::Hold;
                 }
                 if !attached {
-                    flags |= if parked.is_some() { pending::PARKED } else { pending::OWED };
+                    flags |= if parks { pending::PARKED } else { pending::OWED };
                 }
                 if !self.add_pending(store, h.stream, flags, parked) {
                     self.set(flag::STARVED, true);

@@ -75,6 +75,8 @@ pub mod pending {
     pub const PARKED: u16 = 128;
     /// The request could be parked.
     pub const PARKABLE: u16 = 256;
+    /// It is parked for as long as calls are held, and no longer.
+    pub const READ: u16 = 512;
 }
 
 // SAFETY: plain integers and a bool, for which zero is `false`; a group without users is free.
