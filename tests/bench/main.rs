@@ -287,13 +287,13 @@ async fn restart(client: &mut Client, pods: &[Made]) -> Vec<f64> {
 }
 
 /// Mean of each phase that the daemon itself has measured, from its metrics.
-fn own_phases(report: &mut Report) {
+fn own_phases(report: &mut Report, of: &str) {
     let path = kuasar_tests::bed().join("run/kuasar-runc-metrics.sock");
     let Some(text) = report::scrape(&path) else {
         report.note("the daemon serves no metrics: its own phases are left out");
         return;
     };
-    report.phases(report::phases(&text));
+    report.phases(of, report::phases(&text));
 }
 
 fn main() {
@@ -309,9 +309,10 @@ fn main() {
         serial(r, &mut client, &handlers, n).await;
         println!("exec: {runs} each");
         execs(r, &mut client, &handlers, runs).await;
+        own_phases(r, "one pod at a time, and exec");
         println!("parallel: {reps} rounds of {width} pods each");
         parallel(r, &mut client, &handlers, reps, width).await;
-        own_phases(r);
+        own_phases(r, "with the pods in parallel");
         println!("memory: {pods} pods each");
         weigh(r, &mut client, &handlers, pods).await;
     });

@@ -50,7 +50,8 @@ fn shown(value: Option<f64>) -> String {
 pub struct Report {
     handlers: [String; 2],
     rows: Vec<Row>,
-    phases: Vec<Phase>,
+    /// By what was measured until then.
+    phases: Vec<(String, Vec<Phase>)>,
     notes: Vec<String>,
     load: String,
 }
@@ -72,8 +73,8 @@ impl Report {
         self.rows.push(row);
     }
 
-    pub fn phases(&mut self, phases: Vec<Phase>) {
-        self.phases = phases;
+    pub fn phases(&mut self, of: &str, phases: Vec<Phase>) {
+        self.phases.push((of.into(), phases));
     }
 
     pub fn note(&mut self, text: &str) {
@@ -112,13 +113,13 @@ impl Report {
                 cell(&r.ours)
             );
         }
-        if !self.phases.is_empty() {
+        for (of, phases) in &self.phases {
             let _ = writeln!(
                 out,
-                "\n## The daemon's own share (from its metrics)\n\n| phase | p50 ms | p99 ms | mean ms | \
+                "\n## The daemon's own share: {of} (from its metrics)\n\n| phase | p50 ms | p99 ms | mean ms | \
                  calls |\n|---|---|---|---|---|"
             );
-            for p in &self.phases {
+            for p in phases {
                 let [p50, p99, mean] = [p.p50, p.p99, p.mean].map(|v| shown(Some(v)));
                 let _ = writeln!(out, "| {} | {p50} | {p99} | {mean} | {} |", p.name, p.calls);
             }
@@ -144,7 +145,8 @@ impl Report {
         let phases: Vec<_> = self
             .phases
             .iter()
-            .map(|p| json!({ "phase": p.name, "mean_ms": p.mean, "p50_ms": p.p50, "p99_ms": p.p99, "calls": p.calls }))
+            .flat_map(|(of, phases)| phases.iter().map(move |p| (of, p)))
+            .map(|(of, p)| json!({ "of": of, "phase": p.name, "mean_ms": p.mean, "p50_ms": p.p50, "p99_ms": p.p99, "calls": p.calls }))
             .collect();
         json!({ "handlers": self.handlers, "load": self.load.trim(), "rows": rows, "phases": phases, "notes": self.notes })
     }
