@@ -4,6 +4,7 @@
 mod bad_input;
 mod checkpoint;
 mod ctl;
+mod docs;
 mod engines;
 mod events;
 mod failpoints;
