@@ -127,7 +127,7 @@ impl Client {
         let payload = question
             .write_to_bytes()
             .map_err(|error| GuestError::Nonsense(format!("request: {error}")))?;
-        let request = ttrpc::proto::Request {
+        let mut request = ttrpc::proto::Request {
             service: service.into(),
             method: method.into(),
             // The client's own deadline comes later than ours, whose error says more.
@@ -137,6 +137,17 @@ impl Client {
             payload,
             ..Default::default()
         };
+        let span = (limit.is_some() && kuasar_trace::enabled())
+            .then(|| {
+                let name = format!("{service}/{method}");
+                kuasar_trace::child(&name, kuasar_trace::Kind::Client)
+            })
+            .flatten();
+        if let Some(span) = &span {
+            let value = span.scope().traceparent();
+            let key = kuasar_trace::TRACEPARENT.into();
+            request.metadata.push(ttrpc::proto::KeyValue { key, value, ..Default::default() });
+        }
         let asked = client.request(request);
         let answered = async {
             match limit {
