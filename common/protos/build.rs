@@ -19,6 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "proto/cri.proto",
             "proto/endpoint.proto",
             "proto/admin.proto",
+            "proto/otlp.proto",
             "proto/runc_options.proto",
         ])
         .include("proto")

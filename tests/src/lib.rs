@@ -8,6 +8,7 @@
     clippy::indexing_slicing
 )] // test code: a failure is to stop the test at its place
 
+pub mod collector;
 pub mod cri;
 pub mod leaks;
 pub mod wasm;

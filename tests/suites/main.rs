@@ -22,6 +22,7 @@ mod restart;
 mod security;
 mod stdio;
 mod terminal;
+mod traces;
 mod vmm;
 mod vmm_q35;
 mod volumes;

@@ -9,6 +9,8 @@ use std::time::Duration;
 pub use kuasar_host::duration;
 use serde::{Deserialize, Serialize};
 
+pub use crate::traces::Tracing;
+
 /// Most connections to all pods' sockets.
 const MAX_POD_CONNECTIONS: u32 = 60_000;
 /// Most events that are kept.
@@ -59,11 +61,13 @@ pub struct CommonConfig {
     pub limits: Limits,
     /// How long things outside may take.
     pub timeouts: Timeouts,
+    /// Traces for an OpenTelemetry collector.
+    pub tracing: Tracing,
 }
 
 impl CommonConfig {
     /// Keys of the top level, by which [`crate::config`] tells them from a daemon's own.
-    pub const KEYS: [&'static str; 11] = [
+    pub const KEYS: [&'static str; 12] = [
         "listen",
         "dir",
         "log_level",
@@ -75,6 +79,7 @@ impl CommonConfig {
         "allowed_annotations",
         "limits",
         "timeouts",
+        "tracing",
     ];
 
     /// Where metrics are served when the state directory is `dir`; empty: nowhere.
@@ -98,6 +103,7 @@ impl CommonConfig {
     /// # Errors
     /// The first value without sense.
     pub fn check(&self) -> Result<(), String> {
+        self.tracing.check()?;
         crate::logging::check(self.log_level.as_deref().unwrap_or("info"))?;
         let metrics = self.metrics_listen.as_deref().unwrap_or_default();
         if !metrics.is_empty() {
@@ -310,6 +316,7 @@ mod tests {
             ("[timeouts]\nstop = '0s'", "timeouts.stop"),
             ("[timeouts]\nstuck = '25h'", "timeouts.stuck"),
             ("[timeouts]\nhold = '601s'", "timeouts.hold"),
+            ("[tracing]\nendpoint = 'here:4318'", "tracing.endpoint"),
             ("log_level = 'info,a=loud'", "log_level"),
             ("metrics_listen = '0.0.0.0:9000'", "metrics_listen"),
             ("metrics_listen = 'run/m.sock'", "metrics_listen"),

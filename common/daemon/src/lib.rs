@@ -9,7 +9,7 @@
 //! | [`sockets`] | sockets that sandbox-parent keeps: the pods', and the daemon's own |
 //! | [`admin`] | what an operator's tool asks beyond what engines ask |
 //! | [`tasks`] | the Task servers of all pods |
-//! | [`logging`], [`metrics`], [`registry`] | what an operator can see |
+//! | [`logging`], [`metrics`], [`registry`], [`traces`] | what an operator can see |
 //! | [`notify`], [`signals`], [`peer`], [`memory`], [`failpoint`] | the small things |
 
 pub mod admin;
@@ -28,3 +28,4 @@ pub mod resident;
 pub mod signals;
 pub mod sockets;
 pub mod tasks;
+pub mod traces;

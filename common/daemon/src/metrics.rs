@@ -25,8 +25,15 @@ struct Histogram {
 
 static PHASES: Mutex<BTreeMap<&'static str, &'static Histogram>> = Mutex::new(BTreeMap::new());
 
-/// Books the duration of a phase. Names are constants of the program, so their number is bounded.
+/// Books the duration of a phase, which becomes a part of the current trace, too. Names are constants
+/// of the program, so their number is bounded.
 pub fn observe(phase: &'static str, took: Duration) {
+    kuasar_trace::past(phase, took);
+    book(phase, took);
+}
+
+/// [`observe`] for what is in the trace already.
+pub(crate) fn book(phase: &'static str, took: Duration) {
     let histogram = {
         let mut all = PHASES.lock().unwrap_or_else(PoisonError::into_inner);
         *all.entry(phase).or_insert_with(|| Box::leak(Box::default()))

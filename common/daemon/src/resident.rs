@@ -247,7 +247,7 @@ fn controller_options(
         peer_check: Some(Arc::new(move |peer| allowed.permits(peer.uid()))),
         failpoint: Some(Arc::new(crate::failpoint::hit)),
         observer: Some(Arc::new(move |rpc, code, took| {
-            crate::metrics::observe(rpc, took);
+            crate::metrics::book(rpc, took);
             REQUESTS.add(&[kind, rpc, &format!("{code:?}")], 1);
         })),
         changed: Some(Arc::new(move |record| recent.sandbox(record))),
@@ -280,6 +280,8 @@ where
         .map_err(|error| ResidentError::Directory(dir.clone(), error))?;
     let _lock = lock(&dir, common.timeouts.finish + Duration::from_secs(2)).await?;
     let options = parent_options(common, dir.clone(), parent_binary(common)?);
+    let traces = crate::traces::start(&common.tracing, &format!("{}-sandboxer", setup.kind))
+        .map_err(ResidentError::Config)?;
     let (parent, connections, fresh) = Parent::connect_or_spawn(&options).await?;
     tracing::info!(pid = parent.pid(), fresh, "sandbox-parent");
     raise_descriptor_limit();
@@ -353,6 +355,7 @@ where
     if controller.sandboxes().is_empty() {
         sockets::give_up(&parent).await;
     }
+    traces.finish(common.timeouts.finish).await;
     tracing::info!("ended");
     Ok(())
 }
@@ -409,10 +412,14 @@ fn serve_metrics(
                 ("kuasar_parent_connections", kept.connections.into()),
                 ("kuasar_parent_parked_calls", kept.parked.into()),
             ];
-            let counters = [
+            let mut counters = vec![
                 ("kuasar_events_dropped_total", events.dropped()),
                 ("kuasar_parent_refused_total", kept.refused),
             ];
+            if let Some((sent, dropped)) = crate::traces::counters() {
+                counters.push(("kuasar_trace_spans_total", sent));
+                counters.push(("kuasar_trace_spans_dropped_total", dropped));
+            }
             crate::metrics::render(kind, &gauges, &counters)
         }
     };

@@ -5,7 +5,7 @@
 //! ([`Client::call_again`]). When the guest has ended, every call ends at once.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use protobuf::Message;
@@ -19,6 +19,22 @@ use crate::error::{GuestError, Result, clean};
 pub trait Connect: Send + Sync + std::fmt::Debug {
     /// A connection on which the guest serves ttrpc, within `limit`.
     async fn connect(&self, limit: Duration) -> Result<UnixStream>;
+
+    /// A call with a trace was answered: the place to ask what the guest has done for it.
+    fn traced(&self, client: Client, call: TracedCall) {
+        let _ = (client, call);
+    }
+}
+
+/// A call that carried a trace.
+#[derive(Debug, Clone, Copy)]
+pub struct TracedCall {
+    /// Its span.
+    pub context: kuasar_trace::Context,
+    /// When it began.
+    pub start: SystemTime,
+    /// When it was answered.
+    pub end: SystemTime,
 }
 
 /// How long a guest may take, by what it is asked.
@@ -127,7 +143,7 @@ impl Client {
         let payload = question
             .write_to_bytes()
             .map_err(|error| GuestError::Nonsense(format!("request: {error}")))?;
-        let request = ttrpc::proto::Request {
+        let mut request = ttrpc::proto::Request {
             service: service.into(),
             method: method.into(),
             // The client's own deadline comes later than ours, whose error says more.
@@ -137,6 +153,17 @@ impl Client {
             payload,
             ..Default::default()
         };
+        let span = (limit.is_some() && kuasar_trace::enabled())
+            .then(|| {
+                let name = format!("{service}/{method}");
+                kuasar_trace::child(&name, kuasar_trace::Kind::Client)
+            })
+            .flatten();
+        if let Some(span) = &span {
+            let value = span.scope().traceparent();
+            let key = kuasar_trace::TRACEPARENT.into();
+            request.metadata.push(ttrpc::proto::KeyValue { key, value, ..Default::default() });
+        }
         let asked = client.request(request);
         let answered = async {
             match limit {
@@ -151,6 +178,15 @@ impl Client {
             () = self.gone() => return Err(GuestError::Gone),
             answer = answered => answer?,
         };
+        if let Some(span) = span {
+            let (context, start) = (span.scope().context(), span.start());
+            if let Err(error) = &answer {
+                span.scope().failed(&clean(&error.to_string()));
+            }
+            drop(span);
+            let call = TracedCall { context, start, end: SystemTime::now() };
+            self.inner.connect.traced(self.clone(), call);
+        }
         match answer {
             Ok(response) => A::parse_from_bytes(&response.payload)
                 .map_err(|error| GuestError::Nonsense(format!("{method}: {error}"))),

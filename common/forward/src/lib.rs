@@ -23,5 +23,5 @@ pub mod stdio;
 pub mod task;
 pub mod tree;
 
-pub use client::{Client, Connect, Limits};
+pub use client::{Client, Connect, Limits, TracedCall};
 pub use error::{GuestError, Result, clean};

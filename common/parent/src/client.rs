@@ -330,8 +330,21 @@ impl Parent {
     }
 
     async fn call(&self, seq: u32, w: &Writer, fds: &[RawFd]) -> Result<Answer> {
-        let inner = &self.0;
         let data = w.finish().ok_or(ParentError::TooLarge)?;
+        // sandbox-parent knows nothing of traces: what it is asked is seen from here.
+        let span = data
+            .first()
+            .filter(|_| kuasar_trace::enabled())
+            .and_then(|code| kuasar_trace::child(op::title(*code), kuasar_trace::Kind::Client));
+        let answer = self.exchange(seq, data, fds).await;
+        if let (Some(span), Err(error)) = (&span, &answer) {
+            span.scope().failed(&error.to_string());
+        }
+        answer
+    }
+
+    async fn exchange(&self, seq: u32, data: &[u8], fds: &[RawFd]) -> Result<Answer> {
+        let inner = &self.0;
         let _slot = inner.slots.acquire().await.map_err(|_| ParentError::Lost)?;
         let (tx, rx) = oneshot::channel();
         {

@@ -65,6 +65,29 @@ pub mod op {
     pub const EXIT: u8 = 101;
     /// Event: `replay:u8, pod` + connected stream fd.
     pub const CONNECTION: u8 = 102;
+
+    /// A request in words, for traces.
+    #[cfg(feature = "client")]
+    pub fn title(code: u8) -> &'static str {
+        match code {
+            HELLO => "sandbox-parent hello",
+            SPAWN => "sandbox-parent spawn",
+            NAMESPACES => "sandbox-parent namespaces",
+            WATCH => "sandbox-parent watch",
+            KEEP => "sandbox-parent keep",
+            FETCH => "sandbox-parent fetch",
+            FORGET => "sandbox-parent forget",
+            LIST_KEPT => "sandbox-parent list_kept",
+            LISTEN => "sandbox-parent listen",
+            UNLISTEN => "sandbox-parent unlisten",
+            READY => "sandbox-parent ready",
+            STATUS => "sandbox-parent status",
+            SHUTDOWN => "sandbox-parent shutdown",
+            LIST_WATCHED => "sandbox-parent list_watched",
+            LIST_PODS => "sandbox-parent list_pods",
+            _ => "sandbox-parent",
+        }
+    }
 }
 
 /// Optional fields of [`op::SPAWN`].

@@ -46,6 +46,8 @@ pub use generated::cri;
 pub use generated::endpoint;
 /// `kuasar.sandbox.v1.Endpoint` as a ttrpc service and client.
 pub use generated::endpoint_ttrpc;
+/// `kuasar.otlp`: what OpenTelemetry collectors take of traces.
+pub use generated::otlp;
 /// `containerd.runc.v1`: options of Create and Checkpoint.
 pub use generated::runc_options;
 /// `containerd.services.streaming.v1`: the first message of a stdio stream.

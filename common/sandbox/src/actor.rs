@@ -11,7 +11,7 @@ use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures::FutureExt as _;
@@ -62,12 +62,15 @@ pub(crate) enum Job {
     },
 }
 
+/// A [`Job`], and the span of the request that it comes from.
+pub(crate) type Order = (Job, Option<kuasar_trace::Scope>);
+
 /// What all parts of the Controller share about one sandbox.
 pub(crate) struct Sandbox {
     pub(crate) id: String,
     pub(crate) dir: PathBuf,
     /// Boxed: a channel has room for 32 of them at once, and is mostly empty.
-    pub(crate) jobs: mpsc::Sender<Box<Job>>,
+    pub(crate) jobs: mpsc::Sender<Box<Order>>,
     store: Arc<Store>,
     current: watch::Sender<Arc<Record>>,
     /// Serialises writers; true once the sandbox is gone and must not be written again.
@@ -78,6 +81,8 @@ pub(crate) struct Sandbox {
     /// Whether a call has named it since this daemon came.
     named: AtomicBool,
     changed: Option<Changed>,
+    /// Span of the Create, which the Start of an engine that passes no trace belongs to.
+    pub(crate) created: OnceLock<kuasar_trace::Context>,
 }
 
 impl Sandbox {
@@ -86,7 +91,7 @@ impl Sandbox {
         record: Record,
         store: Arc<Store>,
         changed: Option<Changed>,
-    ) -> (Arc<Self>, mpsc::Receiver<Box<Job>>) {
+    ) -> (Arc<Self>, mpsc::Receiver<Box<Order>>) {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let id = record.spec.id.clone();
         let sandbox = Self {
@@ -100,6 +105,7 @@ impl Sandbox {
             died_told: Notify::new(),
             named: AtomicBool::new(false),
             changed,
+            created: OnceLock::new(),
         };
         (Arc::new(sandbox), queue)
     }
@@ -225,7 +231,7 @@ pub(crate) async fn guard<T>(
 pub(crate) struct Actor {
     core: Arc<Core>,
     sandbox: Arc<Sandbox>,
-    queue: mpsc::Receiver<Box<Job>>,
+    queue: mpsc::Receiver<Box<Order>>,
 }
 
 /// Whether the sandbox is still there after a job.
@@ -239,7 +245,7 @@ impl Actor {
     pub(crate) fn new(
         core: Arc<Core>,
         sandbox: Arc<Sandbox>,
-        queue: mpsc::Receiver<Box<Job>>,
+        queue: mpsc::Receiver<Box<Order>>,
     ) -> Self {
         Self { core, sandbox, queue }
     }
@@ -268,18 +274,23 @@ impl Actor {
                 }
                 job = self.queue.recv() => job,
             };
-            let Some(job) = job else { return };
+            let Some(order) = job else { return };
+            let (job, scope) = *order;
+            if let Some(scope) = &scope {
+                scope.note("kuasar.sandbox.id", &self.sandbox.id);
+            }
             // Boxed: it is mostly idle, and then has the size of what it waits for alone.
-            if Box::pin(self.work(*job)).await == Left::Gone {
+            let work = Box::pin(self.work(job));
+            if kuasar_trace::within(scope, work).await == Left::Gone {
                 break;
             }
         }
         self.core.forget(&self.sandbox.id);
         self.queue.close();
-        while let Some(job) = self.queue.recv().await {
+        while let Some(order) = self.queue.recv().await {
             let gone = || Error::NotFound(format!("sandbox {} is removed", self.sandbox.id));
             // Whoever has left does not need the answer.
-            let _ = match *job {
+            let _ = match order.0 {
                 Job::Shutdown { reply, .. } => reply.send(Ok(())).is_ok(),
                 Job::Start { reply, .. } => reply.send(Err(gone())).is_ok(),
                 Job::Create { reply, .. } | Job::Stop { reply, .. } | Job::Update { reply, .. } => {

@@ -263,6 +263,9 @@ impl Controller {
         let result = result.unwrap_or_else(|panic| {
             Err(Error::internal(format!("{rpc} panicked"), panic_text(panic)))
         });
+        if let Err(error) = &result {
+            kuasar_trace::failed(&format!("{:?}: {error}", error.code()));
+        }
         seen.code = result.as_ref().map_or_else(Error::code, |_| tonic::Code::Ok);
         result
     }
@@ -270,7 +273,8 @@ impl Controller {
     async fn submit<T>(&self, sandbox: &Sandbox, job: impl FnOnce(Reply<T>) -> Job) -> Result<T> {
         use mpsc::error::TrySendError;
         let (reply, answer) = oneshot::channel();
-        sandbox.jobs.try_send(Box::new(job(reply))).map_err(|e| match e {
+        let order = (job(reply), kuasar_trace::current());
+        sandbox.jobs.try_send(Box::new(order)).map_err(|e| match e {
             TrySendError::Full(_) => Error::ResourceExhausted(format!(
                 "too many requests wait for sandbox {}",
                 sandbox.id
@@ -309,6 +313,9 @@ impl Controller {
         let actor = self.core.register(Record::new(spec, opened.map(|o| o.bundle)))?;
         let sandbox = actor.sandbox().clone();
         sandbox.name();
+        if let Some(scope) = kuasar_trace::current() {
+            let _ = sandbox.created.set(scope.context());
+        }
         tokio::spawn(actor.run());
         let deadline = call.deadline;
         self.submit(&sandbox, |reply| Job::Create { deadline, reply }).await?;
@@ -325,6 +332,9 @@ impl Controller {
         q: api::ControllerStartRequest,
     ) -> Result<api::ControllerStartResponse> {
         let sandbox = self.core.find(&q.sandbox_id)?;
+        if let Some(created) = sandbox.created.get() {
+            kuasar_trace::join(*created);
+        }
         let deadline = call.deadline;
         let r = self.submit(&sandbox, |reply| Job::Start { deadline, reply }).await?;
         let mut answer = api::ControllerStartResponse {

@@ -48,14 +48,20 @@ pub(crate) async fn serve(
 
 async fn route(controller: Controller, request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
+    let span = path.strip_prefix(SERVICE).and_then(|method| {
+        let caller = request.headers().get(kuasar_trace::TRACEPARENT);
+        let caller = caller.and_then(|value| value.to_str().ok());
+        kuasar_trace::server(SERVICE.trim_matches('/'), method, caller).map(Box::new)
+    });
+    let scope = span.as_ref().map(|span| span.scope().clone());
     macro_rules! rpc {
-        ($name:literal, $method:ident) => {
+        ($name:literal, $method:ident) => {{
             // Boxed: a Wait, below, must not have the size of all.
-            Box::pin(unary(controller, request, |c, call, q| async move {
+            let work = Box::pin(unary(controller, request, |c, call, q| async move {
                 c.run($name, &call, c.$method(&call, q)).await
-            }))
-            .await
-        };
+            }));
+            kuasar_trace::within(scope, work).await
+        }};
     }
     match path.strip_prefix(SERVICE) {
         Some("Create") => rpc!("Create", create),

@@ -13,7 +13,10 @@ use crate::error::{Error, Result};
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+    let scope = kuasar_trace::current();
+    tokio::task::spawn_blocking(move || kuasar_trace::carry(scope, work))
+        .await
+        .map_err(|error| Error::internal("worker", error))?
 }
 
 /// An error of the host while `what` was done: what is invalid is the request's fault.

@@ -125,17 +125,24 @@ struct Table(Arc<Calls>);
 #[async_trait]
 impl MethodHandler for Table {
     async fn handler(&self, context: TtrpcContext, request: Request) -> Rpc<Response> {
-        let answer = match kuasar_ttrpc::Service::call(self.0.as_ref(), context, request) {
-            Some(answer) => answer.await,
+        let span = kuasar_ttrpc::span(&request.service, &request.method, &context.metadata);
+        let scope = span.as_ref().map(|span| span.scope().clone());
+        let call = || kuasar_ttrpc::Service::call(self.0.as_ref(), context, request);
+        let answer = match kuasar_trace::carry(scope.clone(), call) {
+            Some(answer) => kuasar_trace::within(scope, answer).await,
             None => Err(Error::Unimplemented("there is no such method".into()).into()),
         };
-        match answer {
+        let answer = match answer {
             // Here, an error is one of the transport: the crate would send it as UNKNOWN.
             Err(ttrpc::Error::RpcStatus(status)) => {
                 Ok(Response { status: MessageField::some(status), ..Response::default() })
             }
             other => other,
+        };
+        if let (Some(span), Ok(answer)) = (&span, &answer) {
+            kuasar_ttrpc::judge(span, answer);
         }
+        answer
     }
 }
 
@@ -147,6 +154,7 @@ impl kuasar_ttrpc::Service for Calls {
     /// By a `match`: a generated table of the methods would be some 3 kB for each pod.
     fn call(&self, context: TtrpcContext, request: Request) -> Option<Answer<'_>> {
         let (flavor, payload) = (flavor(&request.service)?, request.payload);
+        kuasar_trace::note("kuasar.sandbox.id", &self.0.options.sandbox_id);
         macro_rules! find {
             ($($name:literal $method:ident;)*) => {
                 match request.method.as_str() {
@@ -191,6 +199,7 @@ impl Task for Service<'_> {
         _: &TtrpcContext,
         q: api::CreateTaskRequest,
     ) -> Rpc<api::CreateTaskResponse> {
+        kuasar_trace::note("container.id", &q.id);
         let rootfs = q
             .rootfs
             .into_iter()
@@ -217,6 +226,8 @@ impl Task for Service<'_> {
     }
 
     async fn start(&self, _: &TtrpcContext, q: api::StartRequest) -> Rpc<api::StartResponse> {
+        kuasar_trace::note("container.id", &q.id);
+        kuasar_trace::note("kuasar.exec.id", &q.exec_id);
         let pid = self.server.start(&q.id, &q.exec_id).await?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
@@ -250,12 +261,16 @@ impl Task for Service<'_> {
     }
 
     async fn kill(&self, _: &TtrpcContext, q: api::KillRequest) -> Rpc<Empty> {
+        kuasar_trace::note("container.id", &q.id);
+        kuasar_trace::note("kuasar.exec.id", &q.exec_id);
         let signal = i32::try_from(q.signal).unwrap_or(-1);
         self.server.kill(&q.id, &q.exec_id, signal, q.all).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, q: api::DeleteRequest) -> Rpc<api::DeleteResponse> {
+        kuasar_trace::note("container.id", &q.id);
+        kuasar_trace::note("kuasar.exec.id", &q.exec_id);
         let (pid, exit) = self.server.delete(&q.id, &q.exec_id).await?;
         Ok(api::DeleteResponse {
             pid,
@@ -266,6 +281,8 @@ impl Task for Service<'_> {
     }
 
     async fn exec(&self, _: &TtrpcContext, q: api::ExecProcessRequest) -> Rpc<Empty> {
+        kuasar_trace::note("container.id", &q.id);
+        kuasar_trace::note("kuasar.exec.id", &q.exec_id);
         let announced = self.server.declared().exec(&q.id, &q.exec_id, q.terminal);
         let (spec, stdio) = match announced.filter(|_| q.spec.is_none()) {
             Some(announced) => announced,

@@ -242,18 +242,22 @@ async fn answer(services: &Services, header: MessageHeader, body: Vec<u8>) -> Re
         return failed(get_status(Code::UNIMPLEMENTED, text));
     };
     let method = request.method.clone();
+    let metadata = ttrpc::context::from_pb(&request.metadata);
+    let span = span(&request.service, &method, &metadata).map(Box::new);
+    let scope = span.as_ref().map(|span| span.scope().clone());
     let limit = u64::try_from(request.timeout_nano).unwrap_or(0);
     let context = TtrpcContext {
         mh: header,
-        metadata: ttrpc::context::from_pb(&request.metadata),
+        metadata,
         timeout_nano: request.timeout_nano,
         ..TtrpcContext::default()
     };
-    let Some(call) = service.call(context, request) else {
+    let call = kuasar_trace::carry(scope.clone(), || service.call(context, request));
+    let Some(call) = call else {
         let text = format!("method {method:.200} is not served here");
         return failed(get_status(Code::UNIMPLEMENTED, text));
     };
-    let call = AssertUnwindSafe(call).catch_unwind();
+    let call = AssertUnwindSafe(kuasar_trace::within(scope, call)).catch_unwind();
     let done = if limit == 0 {
         call.await
     } else {
@@ -262,11 +266,33 @@ async fn answer(services: &Services, header: MessageHeader, body: Vec<u8>) -> Re
             Err(_) => return failed(get_status(Code::DEADLINE_EXCEEDED, "timeout")),
         }
     };
-    match done {
+    let response = match done {
         Ok(Ok(response)) => response,
         Ok(Err(ttrpc::Error::RpcStatus(status))) => failed(status),
         Ok(Err(error)) => failed(get_status(Code::UNKNOWN, error.to_string())),
         Err(_) => failed(get_status(Code::INTERNAL, format!("{method:.200} panicked"))),
+    };
+    if let Some(span) = span {
+        judge(&span, &response);
+    }
+    response
+}
+
+/// The span of a call, when it is to be followed.
+pub fn span(
+    service: &str,
+    method: &str,
+    metadata: &HashMap<String, Vec<String>>,
+) -> Option<kuasar_trace::Span> {
+    let caller = metadata.get(kuasar_trace::TRACEPARENT).and_then(|all| all.first());
+    kuasar_trace::server(service, method, caller.map(String::as_str))
+}
+
+/// Tells a call's span when the answer is an error.
+pub fn judge(span: &kuasar_trace::Span, answer: &Response) {
+    let status = answer.status();
+    if status.code() != Code::OK {
+        span.scope().failed(&format!("{:?}: {}", status.code(), status.message()));
     }
 }
 

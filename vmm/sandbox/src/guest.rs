@@ -142,6 +142,10 @@ impl kuasar_forward::Connect for Link {
     async fn connect(&self, limit: Duration) -> Result<UnixStream> {
         Link::connect(self, port::CONTROL, &Purpose::Control, limit).await
     }
+
+    fn traced(&self, client: Client, call: kuasar_forward::TracedCall) {
+        crate::trace::collect(client, call);
+    }
 }
 
 /// A guest that has been welcomed: a [`Client`] that also connects to streams.

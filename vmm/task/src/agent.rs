@@ -19,6 +19,7 @@ use crate::forward::Forwards;
 use crate::guest::GuestService;
 use crate::kmsg::Kmsg;
 use crate::reaper::Reaper;
+use crate::spans::Spans;
 use crate::{boot, kmsg, limits, power, serial, streaming};
 
 /// Why PID 1 cannot do its duty.
@@ -97,7 +98,10 @@ async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure>
     let forwards = Arc::<Forwards>::default();
     let (control, connections) = mpsc::channel(limits::CONTROL);
     let gate = Gate::new(tasks.clone(), forwards.clone(), control);
+    let spans = Spans::default();
+    kuasar_trace::install(Box::new(spans.clone()));
     let service = Arc::new(GuestService {
+        spans,
         containers,
         reaper,
         gate: gate.clone(),

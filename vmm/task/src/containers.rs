@@ -59,6 +59,7 @@ impl GuestContainers {
     pub fn new(reaper: Reaper) -> std::io::Result<Self> {
         let exe = SelfExe::open("vmm-task")?;
         let mut backend = Backend::new(Arc::new(reaper), Live::new(Settings::default()));
+        backend.observer = Arc::new(crate::spans::Phases);
         backend.builtin = Some(vec![exe.path(), "oci".into()]);
         let engines = Arc::new(Engines::new(backend));
         Ok(Self { inner: OnceLock::new(), engines, exe, mounted: Mutex::default() })

@@ -23,6 +23,7 @@ use crate::containers::{GuestContainers, POD_DIR};
 use crate::events::Events;
 use crate::forward::Forwards;
 use crate::reaper::Reaper;
+use crate::spans::Spans;
 use crate::storage::Storages;
 use crate::{clock, hotplug, init, limits, network, power};
 
@@ -38,6 +39,8 @@ pub struct GuestService {
     pub forwards: Arc<Forwards>,
     /// Events.
     pub events: Arc<Events>,
+    /// What was done for requests that came with a trace.
+    pub spans: Spans,
     /// Storages of the pod.
     pub storages: Storages,
     /// How the machine ends.
@@ -207,8 +210,10 @@ impl Guest for GuestService {
         })
     }
 
-    async fn setup(&self, _: &TtrpcContext, q: SetupRequest) -> Rpc<api::SetupResponse> {
-        let init_pid = self.set_up(q).await?;
+    async fn setup(&self, ctx: &TtrpcContext, q: SetupRequest) -> Rpc<api::SetupResponse> {
+        let span = kuasar_ttrpc::span("kuasar.vmm.v1.Guest", "Setup", &ctx.metadata);
+        let scope = span.as_ref().map(|span| span.scope().clone());
+        let init_pid = kuasar_trace::within(scope, Box::pin(self.set_up(q))).await?;
         Ok(api::SetupResponse { init_pid, ..Default::default() })
     }
 
@@ -279,6 +284,11 @@ impl Guest for GuestService {
     async fn forward(&self, _: &TtrpcContext, q: api::ForwardRequest) -> Rpc<api::ForwardResponse> {
         self.forwards.expect(&q.id, q.port)?;
         Ok(api::ForwardResponse::new())
+    }
+
+    async fn spans(&self, _: &TtrpcContext, q: api::SpansRequest) -> Rpc<api::SpansResponse> {
+        let spans = self.spans.take(&q.trace_id);
+        Ok(api::SpansResponse { spans, ..Default::default() })
     }
 
     async fn shutdown(

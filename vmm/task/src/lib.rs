@@ -37,6 +37,7 @@ pub mod network;
 pub mod power;
 pub mod reaper;
 pub mod serial;
+pub mod spans;
 pub mod storage;
 pub mod streaming;
 pub mod uevent;

@@ -23,6 +23,8 @@ pub const DRAIN: Duration = Duration::from_secs(5);
 pub const STORAGES: usize = 512;
 /// Events that wait for the host.
 pub const EVENTS: usize = 256;
+/// Finished spans that wait for the host.
+pub const SPANS: usize = 256;
 /// Longest text of a warning that is sent to the host, in bytes.
 pub const TEXT: usize = 1024;
 /// Longest wait of a `NextEvents`.

@@ -36,12 +36,12 @@ impl TaskServer {
             }
         }
         let this = self.clone();
-        let made = tokio::spawn(async move {
+        let work = Box::pin(async move {
             let made = this.create_container(&request, stdio).await;
             lock(&this.creating).remove(&request.id);
             made
-        })
-        .await;
+        });
+        let made = tokio::spawn(kuasar_trace::within(kuasar_trace::current(), work)).await;
         made.unwrap_or_else(|e| {
             lock(&self.creating).remove(&id);
             Err(Error::internal("creating the container panicked", e))
