@@ -51,6 +51,20 @@ fn exit_codes_come_as_the_program_gave_them() {
 }
 
 #[test]
+fn a_started_container_is_its_program_already() {
+    if handler() == "runc" {
+        return kuasar_tests::skip("stock runc answers before its init has become the program");
+    }
+    let pod = Pod::run(pod_config("program"));
+    for _ in 0..10 {
+        let c = pod.start(&["sleep", "1000"]);
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", c.pid())).unwrap();
+        assert_eq!(name.trim(), "sleep");
+        c.remove().unwrap();
+    }
+}
+
+#[test]
 fn a_pod_holds_many_containers() {
     let before = leaks::snapshot();
     let pod = Pod::run(pod_config("many"));

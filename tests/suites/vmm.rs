@@ -237,6 +237,42 @@ fn a_killed_helper_ends_its_pod_and_no_other() {
 }
 
 #[test]
+fn each_machine_has_a_user_of_its_own_also_after_kill_9_of_the_daemon() {
+    if !able() {
+        return;
+    }
+    let users = |pod: &Pod| {
+        let all = machine(pod).into_iter().map(|(pid, name)| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let ids = |key: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+                let mut all: Vec<u32> =
+                    line.split_whitespace().map(|id| id.parse().unwrap()).collect();
+                all.dedup();
+                all
+            };
+            let (user, group) = (ids("Uid:"), ids("Gid:"));
+            assert_eq!((user.len(), &user), (1, &group), "{name}");
+            (name, user[0])
+        });
+        let (root, own): (Vec<_>, Vec<_>) = all.partition(|(name, _)| name == "virtiofsd");
+        // It acts for every user of its guest, in a root that has nothing but its pod's tree.
+        assert!(!root.is_empty() && root.iter().all(|(_, user)| *user == 0), "{root:?}");
+        assert!(own.len() >= 2 && own.iter().all(|(_, user)| *user == own[0].1), "{own:?}");
+        assert!((1_879_048_192..1_879_113_728).contains(&own[0].1), "{own:?}");
+        own[0].1
+    };
+    let (one, two) = (pod("user-one"), pod("user-two"));
+    let first = users(&one);
+    assert_ne!(first, users(&two));
+    switch(&["daemon", "kill"], &[("KIND", "vmm")]);
+    switch(&["daemon", "start"], &[("KIND", "vmm")]);
+    let three = pod("user-three");
+    assert!(![first, users(&two)].contains(&users(&three)));
+    assert_eq!(one.start(&["true"]).wait(), 0);
+}
+
+#[test]
 fn kill_9_of_the_daemon_loses_neither_container_nor_output() {
     if !able() {
         return;

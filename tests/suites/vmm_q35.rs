@@ -4,10 +4,14 @@
 //! what `KUASAR_PCI_KERNEL` names; with `KUASAR_PCI_INITRD` an initramfs that goes with it.
 
 use crate::vmm::{HANDLER, Settings, log};
+use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, inside, skip, top, wait_for};
+use kuasar_tests::{bed, inside, skip, top, wait_for, wire};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use tonic::Status;
 
 fn path(variable: &str, name: &str) -> Option<PathBuf> {
     let given = std::env::var_os(variable).map(PathBuf::from);
@@ -158,6 +162,48 @@ fn a_raw_block_volume_is_the_containers_device_and_read_only_where_it_is_so() {
     assert_eq!(read_only.sh("cat /sys/block/*/ro | sort -u | tail -n 1"), "1");
     pod.remove().unwrap();
     assert_eq!(&std::fs::read(&image).unwrap()[..5], b"world");
+}
+
+#[test]
+fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
+    let grow = "[size]\nmemory_mib = 384\ngrow_cpus = 1\ngrow_memory_mib = 256\n";
+    let Some(_settings) = q35(grow) else { return };
+    let pod = pod("q35-grow");
+    let c = pod.start(&["sleep", "1000"]);
+    let number = |line: &str| c.sh(line).parse::<u64>().unwrap();
+    // Of what the balloon does not hold.
+    let memory = "awk '/^MemAvailable/ {print int($2 / 1024)}' /proc/meminfo";
+    let cpus = "grep -c ^processor /proc/cpuinfo";
+    assert_eq!(number(cpus), 1);
+    let before = number(memory);
+    // As containerd passes kubelet's UpdatePodSandboxResources on.
+    let update = |quota: i64, mib: i64| -> Result<api::ControllerUpdateResponse, Status> {
+        let resources = serde_json::json!({ "resources": {
+            "cpu_period": 100_000, "cpu_quota": quota, "memory_limit_in_bytes": mib << 20,
+        }});
+        const KEY: &str = "podsandbox.UpdatedResourcesKey";
+        let value = Any { value: resources.to_string().into_bytes(), ..Any::default() };
+        let sandbox = kuasar_protos::types::Sandbox {
+            sandbox_id: pod.id.clone(),
+            extensions: [(KEY.to_owned(), value)].into(),
+            ..Default::default()
+        };
+        let q = api::ControllerUpdateRequest {
+            sandbox_id: pod.id.clone(),
+            sandbox: MessageField::some(sandbox),
+            fields: vec![format!("extensions.{KEY}")],
+            ..Default::default()
+        };
+        wire::controller("Update", q)
+    };
+    let memory_at_boot = 384 - 48;
+    update(200_000, memory_at_boot + 256).unwrap();
+    wait_for("two CPUs", Duration::from_secs(60), || number(cpus) == 2);
+    wait_for("memory", Duration::from_secs(60), || number(memory) > before + 128);
+    let error = update(300_000, memory_at_boot).unwrap_err().message().to_owned();
+    assert!(error.contains("size.grow_cpus"), "{error}");
+    assert_eq!(c.sh("echo alive"), "alive");
+    pod.remove().unwrap();
 }
 
 #[test]

@@ -312,7 +312,7 @@ impl Engine {
     /// Lets a created container run.
     pub async fn start(&self, dir: &Path, id: &str, has_hooks: bool) -> Result<()> {
         if self.is_builtin() && !has_hooks {
-            return start_builtin(dir, id);
+            return executed(id, start_builtin(dir, id)?, self.all.limits().other).await;
         }
         self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits().other)
             .await
@@ -452,7 +452,7 @@ pub fn last_error(log: &Path) -> Option<String> {
 }
 
 /// The built-in engine's start: its init process waits in `accept` on `notify.sock`.
-fn start_builtin(dir: &Path, id: &str) -> Result<()> {
+fn start_builtin(dir: &Path, id: &str) -> Result<std::os::unix::net::UnixStream> {
     use std::io::Write;
     let state = dir.join("engine").join(id);
     let wrap = |error: std::io::Error| {
@@ -463,11 +463,36 @@ fn start_builtin(dir: &Path, id: &str) -> Result<()> {
     let socket = format!("/proc/self/fd/{}/notify.sock", handle.as_raw_fd());
     let mut stream = std::os::unix::net::UnixStream::connect(socket).map_err(wrap)?;
     stream.write_all(b"start container").map_err(wrap)?;
+    stream.shutdown(std::net::Shutdown::Write).map_err(wrap)?;
     // The state file is for people with `oci state`; we do not read it.
     let path = state.join("state.json");
     if let Ok(text) = std::fs::read_to_string(&path) {
         let running = text.replacen("\"status\":\"created\"", "\"status\":\"running\"", 1);
         let _ = std::fs::write(&path, running);
+    }
+    Ok(stream)
+}
+
+/// Waits until a started init has become its program: its end of the connection goes with the
+/// execve. Before that a signal would meet the engine, as process 1 of its namespace without a
+/// handler, and be lost; whoever starts and then stops a container means the program. An init that
+/// is not there within `limit` (a frozen one) is started all the same.
+async fn executed(id: &str, stream: std::os::unix::net::UnixStream, limit: Duration) -> Result<()> {
+    let wait = async {
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        loop {
+            stream.readable().await?;
+            match stream.try_read(&mut [0; 16]) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                other => return other.map(drop),
+            }
+        }
+    };
+    match tokio::time::timeout(limit, wait).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(container = id, %error, "cannot wait for its execve"),
+        Err(_) => tracing::debug!(container = id, "its init has not become the program yet"),
     }
     Ok(())
 }
@@ -475,6 +500,31 @@ fn start_builtin(dir: &Path, id: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_start_is_answered_when_the_init_has_become_its_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("engine/c");
+        std::fs::create_dir_all(&state).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(state.join("notify.sock")).unwrap();
+        let stream = start_builtin(dir.path(), "c").unwrap();
+        let (theirs, _) = listener.accept().unwrap();
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut &theirs, &mut said).unwrap();
+        assert_eq!(said, "start container");
+        let limit = Duration::from_secs(30);
+        let start = tokio::spawn(async move { executed("c", stream, limit).await });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!start.is_finished(), "its init is the engine still");
+        drop(theirs);
+        start.await.unwrap().unwrap();
+        // One that never gets there is not waited for beyond the limit.
+        let stream = start_builtin(dir.path(), "c").unwrap();
+        let (_theirs, _) = listener.accept().unwrap();
+        executed("c", stream, Duration::from_millis(1)).await.unwrap();
+    }
 
     #[test]
     fn the_last_error_of_a_log_is_the_message() {

@@ -21,8 +21,8 @@ use crate::sandboxer::{CGROUP, Hybrid, PodState, VmmSandboxer, machine, uds};
 use crate::share::ShareTree;
 use crate::template;
 use crate::vmm::{
-    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Launcher, Nic, Range, Root, Share,
-    ShareKind, Vm, VmSpec, Vmm,
+    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Features, Launcher, Nic, Range, Root,
+    Share, ShareKind, Vm, VmSpec, Vmm,
 };
 
 /// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
@@ -50,10 +50,12 @@ struct Template {
 
 impl VmmSandboxer {
     /// The machine of a pod.
+    #[allow(clippy::too_many_arguments)] // all that a machine is made of
     fn vm_spec(
         &self,
         ctx: &SandboxContext,
         config: &Config,
+        features: Features,
         dir: &Path,
         netns: Option<Arc<OwnedFd>>,
         nics: Vec<Nic>,
@@ -74,11 +76,15 @@ impl VmmSandboxer {
             resources.cpu_period,
             resources.memory_limit_in_bytes,
         );
+        let (more_cpus, more_memory) = config.size.growth(cpus, memory);
+        let range = |feature, range: Range| {
+            if features.has(feature) { range } else { Range::fixed(range.at_boot) }
+        };
         Ok(VmSpec {
             id: ctx.spec.id.clone(),
             dir: dir.to_owned(),
-            cpus: Range::fixed(cpus),
-            memory_mib: Range::fixed(memory),
+            cpus: range(Feature::CpuResize, more_cpus),
+            memory_mib: range(Feature::MemoryResize, more_memory),
             hugepages: config.size.hugepages,
             boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
             shares: vec![Share {
@@ -111,7 +117,7 @@ impl VmmSandboxer {
             .vmm_of(&ctx.spec.runtime, &ctx.spec.config.annotations)
             .map_err(Error::InvalidArgument)?
             .kind();
-        let (driver, launcher) = self.vmm(config, kind)?;
+        let (driver, launcher) = self.vmm(config, kind, state.user)?;
         let cgroup = state.machine_cgroup.clone().unwrap_or_default();
         let cgroup = self.cgroups.group(&cgroup).map_err(host("the machine's cgroup"))?;
         let made = cgroup.clone();
@@ -123,7 +129,7 @@ impl VmmSandboxer {
                 .map_err(host("make the machines' directory"))?;
         }
         kuasar_host::record::private_dir(&dir).map_err(host("make the machine's directory"))?;
-        let spec = self.vm_spec(ctx, config, &dir, netns, nics, &cgroup)?;
+        let spec = self.vm_spec(ctx, config, driver.features(), &dir, netns, nics, &cgroup)?;
         let template = self.template(config, &driver, &spec).await;
         let copied = match &template {
             Some(Template { key, dir: Some(saved) }) => {
@@ -145,7 +151,7 @@ impl VmmSandboxer {
             None => self.attempt(ctx, config, state, &driver, &launcher, &spec, None).await?,
         };
         if let Some(Template { key, dir: None }) = template {
-            self.make_template(config, driver, &spec, key);
+            self.make_template(config, kind, &spec, key);
         }
         // The machine has its own copies; ours would keep the taps.
         drop(spec);
@@ -259,8 +265,15 @@ impl VmmSandboxer {
     }
 
     /// Makes a template in the background, unless one is being made.
-    fn make_template(&self, config: &Config, driver: Arc<dyn Vmm>, spec: &VmSpec, key: String) {
+    fn make_template(&self, config: &Config, kind: vmm::Kind, spec: &VmSpec, key: String) {
         let Some(turn) = self.templates.turn(&key) else { return };
+        // Not the pod's user: it is another machine, and it may outlive the pod.
+        let name = format!("{}{key}", template::PREFIX);
+        let driver = self.user(&name, config).and_then(|user| self.vmm(config, kind, user));
+        let driver = match driver {
+            Ok((driver, _)) => driver,
+            Err(error) => return tracing::warn!(error = %error.chain(), "no template"),
+        };
         let dir = self.template_dir(&key);
         let group = match self.cgroups.group(&self.template_cgroup()) {
             Ok(group) => group,
@@ -268,7 +281,7 @@ impl VmmSandboxer {
         };
         let spec = template::machine(spec, &key, &dir, group.entrances());
         let (limit, most) = (config.guest_timeouts.boot, config.template.most);
-        let templates = self.templates.clone();
+        let (templates, users) = (self.templates.clone(), self.users.clone());
         tokio::spawn(async move {
             let _turn = turn;
             let begun = Instant::now();
@@ -290,6 +303,7 @@ impl VmmSandboxer {
             if !matches!(removed, Ok(Ok(()))) {
                 tracing::warn!("the cgroup of a template's machine is left");
             }
+            users.release(&name);
         });
     }
 

@@ -10,12 +10,12 @@ use serde::Deserialize;
 use crate::block::StorageConfig;
 use crate::jail::JailConfig;
 use crate::template::TemplateConfig;
-use crate::vmm::Kind;
 use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
 use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::QemuConfig;
 use crate::vmm::stratovirt::StratoVirtConfig;
+use crate::vmm::{Kind, Range};
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
@@ -237,6 +237,11 @@ pub struct SizeConfig {
     pub min_memory_mib: u32,
     /// Memory in MiB at most.
     pub max_memory_mib: u32,
+    /// CPUs that a running machine may be given beyond those of its boot, where the VMM can.
+    pub grow_cpus: u32,
+    /// Memory in MiB that a running machine may be given beyond that of its boot, where the VMM
+    /// can. The guest's kernel keeps 1.6 % of it for its tables from the boot on.
+    pub grow_memory_mib: u32,
     /// Back guest memory with huge pages of 2 MiB.
     pub hugepages: bool,
 }
@@ -250,12 +255,26 @@ impl Default for SizeConfig {
             overhead_mib: 48,
             min_memory_mib: 96,
             max_memory_mib: 64 << 10,
+            grow_cpus: 0,
+            grow_memory_mib: 0,
             hugepages: false,
         }
     }
 }
 
 impl SizeConfig {
+    /// What a machine that boots with these CPUs and this memory (MiB) may grow to.
+    pub fn growth(&self, cpus: u32, memory: u32) -> (Range, Range) {
+        let range = |at_boot: u32, more: u32, most: u32| Range {
+            at_boot,
+            most: at_boot.saturating_add(more).min(most).max(at_boot),
+        };
+        (
+            range(cpus, self.grow_cpus, self.max_cpus),
+            range(memory, self.grow_memory_mib, self.max_memory_mib),
+        )
+    }
+
     /// CPUs and memory (MiB) of a pod with these limits: CPU quota and period in microseconds,
     /// memory in bytes; 0 or less is none.
     pub fn of(&self, quota: i64, period: i64, memory: i64) -> (u32, u32) {
@@ -419,6 +438,11 @@ mod tests {
         assert_eq!(size.of(100_000, 100_000, 1), (1, 96));
         assert_eq!(size.of(i64::MAX, 1, i64::MAX), (32, 64 << 10));
         assert_eq!(size.of(-1, 100_000, -1), (1, 256));
+        assert_eq!(size.growth(1, 256), (Range::fixed(1), Range::fixed(256)));
+        let size = SizeConfig { grow_cpus: 3, grow_memory_mib: u32::MAX, ..size };
+        let to = |at_boot, most| Range { at_boot, most };
+        assert_eq!(size.growth(1, 256), (to(1, 4), to(256, 64 << 10)));
+        assert_eq!(size.growth(32, 64 << 10), (Range::fixed(32), Range::fixed(64 << 10)));
     }
 
     #[test]

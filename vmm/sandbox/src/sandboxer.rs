@@ -42,6 +42,7 @@ use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork};
 use crate::guest::{Dial, Guest, Limits, service};
+use crate::jail::Users;
 use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
@@ -69,6 +70,8 @@ pub(crate) struct PodState {
     pub machine_dir: Option<PathBuf>,
     /// The machine.
     pub vm: Option<VmState>,
+    /// User and group of its VMM and vsock helper, where it has its own.
+    pub user: Option<u32>,
     /// The agent's token.
     pub token: String,
     /// Interfaces that were joined with taps.
@@ -102,6 +105,7 @@ pub struct VmmSandboxer {
     servers: Arc<TaskServers>,
     live: Mutex<HashMap<String, Arc<Live>>>,
     pub(crate) templates: Arc<Templates>,
+    pub(crate) users: Arc<Users>,
 }
 
 /// Dials a guest through its unix socket.
@@ -181,6 +185,7 @@ impl VmmSandboxer {
             fresh: parts.fresh,
             cgroups: Arc::new(cgroups),
             templates: Arc::new(Templates::new(templates)),
+            users: Arc::default(),
             dir,
             exe,
             servers: parts.servers.clone(),
@@ -200,17 +205,41 @@ impl VmmSandboxer {
         self.live().get(id).cloned()
     }
 
-    fn launcher(&self, config: &Config) -> Launcher {
+    /// The user of machine `id`; `None` where all machines have the same.
+    pub(crate) fn user(&self, id: &str, config: &Config) -> Result<Option<u32>> {
+        let range = config.jail.uid_range;
+        if range.1 == 0 || !config.jailed.0 {
+            return Ok(None);
+        }
+        self.users.take(id, range).map(Some).ok_or_else(|| {
+            Error::ResourceExhausted(format!(
+                "all {} users of jail.uid_range belong to machines: make the range larger, or \
+                 remove pods",
+                range.1
+            ))
+        })
+    }
+
+    fn launcher(&self, config: &Config, user: Option<u32>) -> Launcher {
         let jail = config.jailed.0.then(|| {
             let mut jail = config.jail.clone();
+            if let Some(user) = user {
+                (jail.uid, jail.gid) = (user, user);
+            }
             jail.jailer = vec![self.exe.display().to_string(), "jail".into()];
             jail
         });
         Launcher::new(Arc::new(self.parent.clone()), jail)
     }
 
-    pub(crate) fn vmm(&self, config: &Config, kind: vmm::Kind) -> Result<(Arc<dyn Vmm>, Launcher)> {
-        let launcher = self.launcher(config);
+    /// The driver of a VMM for a machine of `user`.
+    pub(crate) fn vmm(
+        &self,
+        config: &Config,
+        kind: vmm::Kind,
+        user: Option<u32>,
+    ) -> Result<(Arc<dyn Vmm>, Launcher)> {
+        let launcher = self.launcher(config, user);
         let helpers: HelpersConfig = config.helpers.clone();
         match kind {
             vmm::Kind::Qemu => {
@@ -418,7 +447,7 @@ impl VmmSandboxer {
             live.vm.release().await;
         } else if let Some(recorded) = &state.vm {
             // Nobody has it in hand: a start that failed, or a daemon that has just begun.
-            let (driver, _) = self.vmm(&self.config(), recorded.kind)?;
+            let (driver, _) = self.vmm(&self.config(), recorded.kind, state.user)?;
             match driver.reattach(block::newest(&ctx.dir, recorded.clone())).await {
                 Ok(vm) => {
                     vm.stop(Duration::ZERO).await.map_err(machine)?;
@@ -500,6 +529,7 @@ impl Sandboxer for VmmSandboxer {
         let netns = self.open_network(ctx, &config)?.map(Arc::new);
         state.machine_cgroup = Some(self.machine_cgroup(ctx));
         state.machine_dir = Some(self.machine_dir(&ctx.spec.id));
+        state.user = self.user(&ctx.spec.id, &config)?;
         let begun = Instant::now();
         let plan = match netns.clone() {
             Some(netns) => blocking(move || network::plan(netns.as_fd()).map_err(net)).await?,
@@ -590,6 +620,7 @@ impl Sandboxer for VmmSandboxer {
             Ok(())
         })
         .await?;
+        self.users.release(&ctx.spec.id);
         self.parent
             .forget(&format!("{}/", ctx.spec.id))
             .await
@@ -600,6 +631,9 @@ impl Sandboxer for VmmSandboxer {
         let config = self.config();
         let state = state(ctx);
         let id = &ctx.spec.id;
+        if let Some(user) = state.user {
+            self.users.reserve(id, user);
+        }
         let lost = |why: &str| {
             tracing::warn!(sandbox = id, why, "the pod is down");
             Recovered::Stopped(SandboxExit { status: 255, at: SystemTime::now() })
@@ -611,7 +645,7 @@ impl Sandboxer for VmmSandboxer {
             None => Err("it has no machine".to_owned()),
             Some(_) if self.fresh => Err("sandbox-parent has been lost".to_owned()),
             Some(recorded) => {
-                let (driver, _) = self.vmm(&config, recorded.kind)?;
+                let (driver, _) = self.vmm(&config, recorded.kind, state.user)?;
                 let newest = block::newest(&ctx.dir, recorded);
                 driver.reattach(newest).await.map_err(|error| chain(&error))
             }
@@ -705,6 +739,7 @@ impl Sandboxer for VmmSandboxer {
             "features": live.as_ref().map(|live| format!("{:?}", live.vm.features())),
             "cpus": state.vm.as_ref().map(|vm| vm.cpus.at_boot),
             "memoryMiB": state.vm.as_ref().map(|vm| vm.memory_mib.at_boot),
+            "user": state.user,
             "interfaces": state.interfaces,
             "sandboxParent": self.parent.pid(),
         });
@@ -771,6 +806,18 @@ impl Sandboxer for VmmSandboxer {
             number("/memory/limit"),
         );
         let features = live.vm.features();
+        let has = live.vm.state();
+        for (what, wanted, most, key) in [
+            ("CPUs", cpus, has.cpus.most, "grow_cpus"),
+            ("MiB of memory", memory, has.memory_mib.most, "grow_memory_mib"),
+        ] {
+            if wanted > most {
+                return Err(Error::FailedPrecondition(format!(
+                    "the pod's machine cannot have {wanted} {what}, only {most}: set size.{key} in \
+                     the configuration, for pods that start after it, or start the pod anew"
+                )));
+            }
+        }
         let mut grown = wire::OnlineRequest::default();
         if number("/cpu/quota") > 0 && features.has(Feature::CpuResize) {
             live.vm.resize_cpus(cpus).await.map_err(machine)?;

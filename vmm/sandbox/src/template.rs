@@ -448,6 +448,73 @@ mod tests {
     }
 
     #[test]
+    fn another_kernel_image_size_or_configuration_is_another_template() {
+        use crate::vmm::helpers::HelpersConfig;
+        use crate::vmm::process::{Launcher, Local};
+        use crate::vmm::qemu::{Accel, Qemu, QemuConfig};
+        use crate::vmm::{Boot, Range};
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _inside = runtime.enter();
+        let dir = tempfile::tempdir().unwrap();
+        let templates = Templates::new(dir.path().join("templates"));
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let spec = VmSpec {
+            id: "pod".into(),
+            dir: dir.path().join("pod"),
+            cpus: Range::fixed(1),
+            memory_mib: Range::fixed(128),
+            hugepages: false,
+            boot: Boot {
+                kernel: file("kernel", "kernel"),
+                root: Root::Initrd(file("initrd", "initrd")),
+                params: vec!["quiet".into()],
+            },
+            shares: Vec::new(),
+            nics: Vec::new(),
+            disks: Vec::new(),
+            channel: Channel::None,
+            entropy: true,
+            console: Console { log: PathBuf::new(), limit: 0 },
+            netns: None,
+            cgroups: Vec::new(),
+        };
+        let program = file("qemu", "qemu");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&program, mode).unwrap();
+        let launcher = Launcher::new(Arc::new(Local::new().unwrap()), None);
+        let qemu = |root_ports| {
+            let path = program.clone();
+            let config =
+                QemuConfig { path, accel: Accel::Kvm, root_ports, ..QemuConfig::default() };
+            Qemu::new(config, HelpersConfig::default(), launcher.clone())
+        };
+        let key = |vmm: &Qemu, spec: &VmSpec| templates.key(vmm, spec).unwrap();
+        let (vmm, first) = (qemu(8), key(&qemu(8), &spec));
+        let other_pod = VmSpec { id: "other".into(), dir: "/other".into(), ..spec.clone() };
+        assert_eq!(key(&vmm, &other_pod), first);
+        let mut all = vec![first];
+        all.push(key(&qemu(7), &spec));
+        all.push(key(&vmm, &VmSpec { memory_mib: Range::fixed(129), ..spec.clone() }));
+        all.push(key(&vmm, &VmSpec { cpus: Range { at_boot: 1, most: 2 }, ..spec.clone() }));
+        let mut params = spec.clone();
+        params.boot.params.push("debug".into());
+        all.push(key(&vmm, &params));
+        // The same paths and lengths, with other bytes in them.
+        file("kernel", "KERNEL");
+        all.push(key(&vmm, &spec));
+        file("initrd", "INITRD");
+        all.push(key(&vmm, &spec));
+        file("qemu", "another qemu");
+        all.push(key(&vmm, &spec));
+        let different: std::collections::BTreeSet<&String> = all.iter().collect();
+        assert_eq!(different.len(), all.len(), "{all:?}");
+    }
+
+    #[test]
     fn one_is_made_at_a_time_and_the_oldest_goes() {
         let dir = tempfile::tempdir().unwrap();
         let templates = Arc::new(Templates::new(dir.path().to_owned()));

@@ -29,6 +29,7 @@ mod privileges;
 mod root;
 mod run;
 mod seccomp;
+mod users;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -40,6 +41,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 pub use run::main;
+pub(crate) use users::Users;
 
 /// What a jailed program is: decides its privileges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +90,11 @@ pub struct JailConfig {
     /// The jailer: this program and its subcommand. Set by the daemon, not by the file.
     #[serde(skip)]
     pub jailer: Vec<String>,
-    /// User id of VMMs and vsock helpers. Not 0.
+    /// First user id of machines, and how many there are. Each machine has one for its VMM and its
+    /// vsock helper, with the group of the same number: one that is taken over reaches nothing of
+    /// another's. A count of 0 gives all of them `uid` and `gid`.
+    pub uid_range: (u32, u32),
+    /// User id of all VMMs and vsock helpers without a `uid_range`. Not 0.
     pub uid: u32,
     /// Group id of them. Not 0.
     pub gid: u32,
@@ -111,6 +117,8 @@ impl Default for JailConfig {
     fn default() -> Self {
         Self {
             jailer: Vec::new(),
+            // Nobody's: systemd's table of numbers has no use for those from here to 2^31.
+            uid_range: (1_879_048_192, 65_536),
             // Nobody's: Debian's policy gives out none of 65000 to 65533, and systemd's dynamic users
             // end at 65519.
             uid: 65_530,
@@ -138,6 +146,13 @@ impl JailConfig {
     pub fn check(&self) -> Result<(), String> {
         if self.uid == 0 || self.gid == 0 {
             return Err("jail: uid and gid of a VMM may not be those of root".into());
+        }
+        let (first, count) = self.uid_range;
+        // The last number of all means "no user" to the kernel.
+        if count > 0 && (first == 0 || first.checked_add(count).is_none()) {
+            return Err("jail: uid_range is [first, count]: first is not 0, which is root, and \
+                        first + count is below 4294967296"
+                .into());
         }
         if !(-1000..=1000).contains(&self.oom_score_adj) {
             return Err("jail: oom_score_adj is between -1000 and 1000".into());

@@ -91,12 +91,20 @@ pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> 
     };
     drop(answer);
     // Nobody waits any more when it cannot be written.
-    if outcome.is_ok() && written.is_ok() && started(&prepared.listener) {
+    let starter = match (&outcome, &written) {
+        (Ok(()), Ok(())) => started(&prepared.listener),
+        _ => None,
+    };
+    if let Some(starter) = starter {
         drop(prepared.listener);
         let reason = match (prepared.workload, late_filter(plan, prepared.filter.as_ref())) {
             (_, Err(reason)) => reason,
+            // The connection to who started us ends with the execve: that tells.
             (None, Ok(())) => payload::execute(&prepared.process),
-            (Some(workload), Ok(())) => workload.run(),
+            (Some(workload), Ok(())) => {
+                drop(starter);
+                workload.run()
+            }
         };
         // Create has been answered: this is for who reads the container's output.
         let _ = writeln!(std::io::stderr(), "{reason}");
@@ -105,11 +113,13 @@ pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> 
     unsafe { libc::_exit(255) }
 }
 
-/// Waits for `start`.
-fn started(listener: &UnixListener) -> bool {
+/// Waits for `start`, and answers its connection (close-on-exec).
+fn started(listener: &UnixListener) -> Option<UnixStream> {
     let mut words = Vec::new();
-    // What is said does not matter, but that somebody has come and gone.
-    listener.accept().and_then(|(stream, _)| stream.take(64).read_to_end(&mut words)).is_ok()
+    // What is said does not matter, but that somebody has come and has said it all.
+    let (stream, _) = listener.accept().ok()?;
+    (&stream).take(64).read_to_end(&mut words).ok()?;
+    Some(stream)
 }
 
 fn no_new_privileges(plan: &Plan) -> bool {
