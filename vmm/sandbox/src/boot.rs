@@ -42,6 +42,25 @@ fn last_words(log: &Path) -> String {
     }
 }
 
+/// Whether pods can be machines of this VMM; said before anything is made.
+pub(crate) fn serves_pods(driver: &dyn Vmm) -> Result<()> {
+    let missing = [
+        (Feature::Virtiofs, "it has no shared directories, and a pod's volumes and files need one"),
+        (
+            Feature::HybridVsock,
+            "it has no vsock as unix sockets, over which the daemon talks to agents",
+        ),
+    ];
+    match missing.into_iter().find(|(feature, _)| !driver.features().has(*feature)) {
+        None => Ok(()),
+        Some((_, why)) => Err(Error::Unimplemented(format!(
+            "{} runs no pods yet: {why}; use vmm = \"qemu\" or \"cloud-hypervisor\" for this \
+             runtime class",
+            driver.name()
+        ))),
+    }
+}
+
 /// The template of a machine: its name, and where it is when there is one.
 struct Template {
     key: String,
@@ -331,5 +350,31 @@ impl VmmSandboxer {
             let _ = std::fs::remove_dir_all(entry.path());
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::cloud_hypervisor::CloudHypervisor;
+    use crate::vmm::firecracker::Firecracker;
+    use crate::vmm::process::Local;
+    use crate::vmm::qemu::Qemu;
+    use crate::vmm::stratovirt::StratoVirt;
+
+    #[tokio::test]
+    async fn a_vmm_that_cannot_hold_pods_is_refused_with_the_reason() {
+        let launcher = || Launcher::new(Arc::new(Local::new().unwrap()), None);
+        serves_pods(&Qemu::new(Default::default(), Default::default(), launcher())).unwrap();
+        let hypervisor = CloudHypervisor::new(Default::default(), Default::default(), launcher());
+        serves_pods(&hypervisor).unwrap();
+        let firecracker = Firecracker::new(Default::default(), launcher());
+        let stratovirt = StratoVirt::new(Default::default(), Default::default(), launcher());
+        let refused: [(&dyn Vmm, _); 2] =
+            [(&firecracker, "no shared directories"), (&stratovirt, "no vsock as unix sockets")];
+        for (driver, why) in refused {
+            let error = serves_pods(driver).unwrap_err();
+            assert!(matches!(&error, Error::Unimplemented(text) if text.contains(why)), "{error}");
+        }
     }
 }

@@ -499,7 +499,11 @@ impl Sandboxer for VmmSandboxer {
         let config = self.config();
         let modes = Modes::of(&spec.config, &spec.netns_path);
         drop(self.open_network(ctx, &config)?);
-        config.vmm_of(&spec.runtime, &spec.config.annotations).map_err(Error::InvalidArgument)?;
+        let kind = config
+            .vmm_of(&spec.runtime, &spec.config.annotations)
+            .map_err(Error::InvalidArgument)?
+            .kind();
+        crate::boot::serves_pods(&*self.vmm(&config, kind)?.0)?;
         config.guest.find().map_err(Error::FailedPrecondition)?;
         files::sysctls(&spec.config, modes, false)?;
         if files::has_userns(&spec.config) {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Mutex as AsyncMutex, broadcast};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::error::{Error, Result};
 use super::process::{Exit, Process, Record};
@@ -233,5 +234,55 @@ pub(super) async fn or_last_words<T>(
             },
             other => other,
         },
+    }
+}
+
+/// Looks at a guest's memory until it has the size that was asked for. A guest whose memory has
+/// been the same for a while has given, or taken, what it can.
+pub(super) struct Settling {
+    wanted: u32,
+    still: Duration,
+    until: Instant,
+    last: Option<(u32, Instant)>,
+}
+
+impl Settling {
+    /// Towards `wanted` MiB, from `now` on: for `limit` at most, and until nothing has changed
+    /// for `still`.
+    pub fn new(wanted: u32, still: Duration, limit: Duration, now: Instant) -> Self {
+        Self { wanted, still, until: now + limit, last: None }
+    }
+
+    /// Whether nothing more is to be waited for, at `now` with `actual` MiB.
+    pub fn is_over(&mut self, actual: u32, now: Instant) -> bool {
+        let since = match self.last {
+            Some((last, since)) if last == actual => since,
+            _ => now,
+        };
+        self.last = Some((actual, since));
+        actual == self.wanted || now - since >= self.still || now >= self.until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_waited_for_as_long_as_it_moves() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let begun = || Settling::new(128, 3 * second, 100 * second, start);
+        let mut one = begun();
+        // Slow, but never the same for three seconds.
+        for n in 0..40 {
+            assert!(!one.is_over(256 - n, start + n * 2 * second), "{n}");
+        }
+        assert!(one.is_over(128, start + 80 * second));
+        let mut one = begun();
+        assert!(!one.is_over(148, start));
+        assert!(!one.is_over(148, start + 2 * second));
+        assert!(one.is_over(148, start + 3 * second));
+        assert!(!one.is_over(147, start + 4 * second));
+        assert!(one.is_over(146, start + 100 * second));
     }
 }

@@ -129,6 +129,8 @@ pub async fn bench_with(target: Target, kernel_file: Option<PathBuf>) -> Option<
     let launcher = Launcher::new(processes.clone(), jail);
     let owner = launcher.owner();
     let helpers = HelpersConfig { virtiofsd, vsock, ..HelpersConfig::default() };
+    // A guest whose kernel is interpreted moves its balloon by a few MiB a second.
+    let slow = patience().as_millis() as u64;
     let vmm: Arc<dyn Vmm> = match target {
         Target::Qemu(machine) => {
             let accel = match std::env::var("KUASAR_TEST_ACCEL").as_deref() {
@@ -141,16 +143,32 @@ pub async fn bench_with(target: Target, kernel_file: Option<PathBuf>) -> Option<
             Arc::new(Qemu::new(config, helpers, launcher))
         }
         Target::CloudHypervisor => {
-            let config = CloudHypervisorConfig { path, ..CloudHypervisorConfig::default() };
+            let config = CloudHypervisorConfig {
+                path,
+                snapshot_timeout_ms: slow,
+                memory_still_ms: 20_000,
+                ..CloudHypervisorConfig::default()
+            };
             Arc::new(CloudHypervisor::new(config, helpers, launcher))
         }
         Target::Firecracker => {
-            let config = FirecrackerConfig { path, ..FirecrackerConfig::default() };
+            let config = FirecrackerConfig {
+                path,
+                snapshot_timeout_ms: slow,
+                memory_still_ms: 20_000,
+                ..FirecrackerConfig::default()
+            };
             Arc::new(Firecracker::new(config, launcher))
         }
         Target::StratoVirt => {
             let off = std::env::var("KUASAR_TEST_STRATOVIRT_SECCOMP").is_ok_and(|is| is == "off");
-            let config = StratoVirtConfig { path, seccomp: !off, ..StratoVirtConfig::default() };
+            let config = StratoVirtConfig {
+                path,
+                seccomp: !off,
+                snapshot_timeout_ms: slow,
+                memory_still_ms: 20_000,
+                ..StratoVirtConfig::default()
+            };
             Arc::new(StratoVirt::new(config, helpers, launcher))
         }
     };

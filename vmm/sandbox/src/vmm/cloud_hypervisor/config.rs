@@ -22,6 +22,9 @@ pub struct CloudHypervisorConfig {
     pub unplug_timeout_ms: u64,
     /// How long saving or loading a snapshot, and resizing memory, may take, in milliseconds.
     pub snapshot_timeout_ms: u64,
+    /// How long a guest's memory may stay the same, before the size that was asked for is reached,
+    /// until that counts for all that it can give or take, in milliseconds.
+    pub memory_still_ms: u64,
 }
 
 impl Default for CloudHypervisorConfig {
@@ -33,6 +36,7 @@ impl Default for CloudHypervisorConfig {
             timeout_ms: 10_000,
             unplug_timeout_ms: 15_000,
             snapshot_timeout_ms: 60_000,
+            memory_still_ms: 1_000,
         }
     }
 }
@@ -44,5 +48,9 @@ impl CloudHypervisorConfig {
 
     pub(super) fn snapshot_timeout(&self) -> Duration {
         Duration::from_millis(self.snapshot_timeout_ms)
+    }
+
+    pub(super) fn memory_still(&self) -> Duration {
+        Duration::from_millis(self.memory_still_ms)
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::super::core::{Core, EVENT_PIPE};
+use super::super::core::{Core, EVENT_PIPE, Settling};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::http::Http;
@@ -22,8 +22,6 @@ use super::{CloudHypervisorConfig, add_nic, api, disk_config, monitor};
 
 /// How often a machine is looked at while its guest lets go of a device or gives memory back.
 const LOOK: Duration = Duration::from_millis(50);
-/// Looks after which memory that does not change any more is what the guest can do.
-const STILL: u32 = 20;
 
 /// What only this driver understands of [`VmState`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -324,15 +322,12 @@ impl Vm for Machine {
         let bytes = u64::from(mib) << 20;
         let resize = api::Resize { desired_ram: Some(bytes), ..api::Resize::default() };
         self.http.put("/vm.resize", &resize).await?;
-        let until = Instant::now() + self.config.snapshot_timeout();
-        let (mut last, mut still) = (None, 0);
+        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
+        let mut settling = Settling::new(mib, still, limit, Instant::now());
         loop {
             let actual = self.http.get::<api::Info>("/vm.info").await?.memory_actual_size >> 20;
             let actual = u32::try_from(actual).unwrap_or(u32::MAX);
-            // A guest that stopped moving has given, or taken, what it can.
-            still = if last == Some(actual) { still + 1 } else { 0 };
-            last = Some(actual);
-            if actual == mib || still >= STILL || Instant::now() >= until {
+            if settling.is_over(actual, Instant::now()) {
                 return Ok(actual);
             }
             tokio::time::sleep(LOOK).await;

@@ -25,6 +25,10 @@ pub struct FirecrackerConfig {
     pub timeout_ms: u64,
     /// How long saving or loading a snapshot, and resizing memory, may take, in milliseconds.
     pub snapshot_timeout_ms: u64,
+    /// How long a guest's memory may stay the same, before the size that was asked for is reached,
+    /// until that counts for all that it can give or take, in milliseconds. Firecracker's numbers
+    /// are as old as a second.
+    pub memory_still_ms: u64,
 }
 
 impl Default for FirecrackerConfig {
@@ -37,6 +41,7 @@ impl Default for FirecrackerConfig {
             read_only_disk_slots: 2,
             timeout_ms: 10_000,
             snapshot_timeout_ms: 60_000,
+            memory_still_ms: 2_500,
         }
     }
 }
@@ -48,5 +53,9 @@ impl FirecrackerConfig {
 
     pub(super) fn snapshot_timeout(&self) -> Duration {
         Duration::from_millis(self.snapshot_timeout_ms)
+    }
+
+    pub(super) fn memory_still(&self) -> Duration {
+        Duration::from_millis(self.memory_still_ms)
     }
 }

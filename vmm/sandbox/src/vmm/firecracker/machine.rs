@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::super::core::Core;
+use super::super::core::{Core, Settling};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::http::Http;
@@ -20,10 +20,8 @@ use super::super::{Event, Feature, Features, Kind, Processes, Vm, VmState, conso
 use super::slots::{self, Slots};
 use super::{FirecrackerConfig, api, drive_id};
 
-/// How often the balloon is looked at. Its statistics are as old as a second.
+/// How often the balloon is looked at.
 const LOOK: Duration = Duration::from_millis(100);
-/// Looks after which memory that does not change any more is what the guest can do.
-const STILL: u32 = 25;
 
 /// What only this driver understands of [`VmState`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -278,15 +276,12 @@ impl Vm for Machine {
             return Err(Error::Invalid(format!("{mib} MiB: this machine has 1 to {most}")));
         }
         self.http.patch("/balloon", &api::BalloonUpdate { amount_mib: most - mib }).await?;
-        let until = Instant::now() + self.config.snapshot_timeout();
-        let (mut last, mut still) = (None, 0);
+        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
+        let mut settling = Settling::new(mib, still, limit, Instant::now());
         loop {
             let balloon: api::BalloonStatistics = self.http.get("/balloon/statistics").await?;
             let actual = most.saturating_sub(balloon.actual_mib);
-            // A guest that stopped moving has given, or taken, what it can.
-            still = if last == Some(actual) { still + 1 } else { 0 };
-            last = Some(actual);
-            if actual == mib || still >= STILL || Instant::now() >= until {
+            if settling.is_over(actual, Instant::now()) {
                 return Ok(actual);
             }
             tokio::time::sleep(LOOK).await;

@@ -10,6 +10,8 @@ use super::StratoVirtConfig;
 /// Where things are that were made for it.
 #[derive(Debug)]
 pub(super) struct Places<'a> {
+    /// The guest's kernel, not as an ELF file.
+    pub kernel: &'a Path,
     pub monitor: &'a Path,
     /// Of the serial channel, where StratoVirt makes it.
     pub serial: &'a Path,
@@ -69,7 +71,7 @@ pub(super) fn build(
     option("qmp", format!("unix:{},server,nowait", value(places.monitor)?));
     // Its `stdio` wants a terminal, and its `chardev:` looks among devices that it reads later.
     option("serial", "file,path=/proc/self/fd/1".into());
-    option("kernel", text(config.kernel.as_ref().unwrap_or(&spec.boot.kernel))?);
+    option("kernel", text(places.kernel)?);
     // A triple fault ends it, whatever else a guest without ACPI tries does not.
     let mut params =
         vec!["console=ttyS0".to_owned(), "reboot=t".into(), "panic=-1".into(), "pci=off".into()];
@@ -142,6 +144,7 @@ mod tests {
 
     fn line(config: &StratoVirtConfig, spec: &VmSpec) -> Result<String> {
         let places = Places {
+            kernel: Path::new("/kernel"),
             monitor: Path::new("/w/qmp"),
             serial: Path::new("/w/serial"),
             shares: &["/w/fs".into()],

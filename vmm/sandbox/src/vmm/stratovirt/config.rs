@@ -12,8 +12,8 @@ pub struct StratoVirtConfig {
     /// The program: absolute path, or a name in `PATH`. Its features `vhost_vsock` and
     /// `virtio_rng` are needed for the kernel's vsock and the entropy source.
     pub path: PathBuf,
-    /// Its kernel, in place of `guest.kernel`: a bzImage, or the flat binary of a vmlinux
-    /// (`objcopy -O binary`); ELF files it does not read.
+    /// Its kernel, in place of `guest.kernel`: a vmlinux (of whose ELF file the flat binary is made
+    /// that StratoVirt takes), a bzImage, or such a flat binary.
     pub kernel: Option<PathBuf>,
     /// Its own system call filter. Off where its list does not fit the host's C library, which
     /// then ends it.
@@ -24,6 +24,9 @@ pub struct StratoVirtConfig {
     pub timeout_ms: u64,
     /// How long saving or loading a snapshot, and resizing memory, may take, in milliseconds.
     pub snapshot_timeout_ms: u64,
+    /// How long a guest's memory may stay the same, before the size that was asked for is reached,
+    /// until that counts for all that it can give or take, in milliseconds.
+    pub memory_still_ms: u64,
 }
 
 impl Default for StratoVirtConfig {
@@ -35,6 +38,7 @@ impl Default for StratoVirtConfig {
             balloon: false,
             timeout_ms: 10_000,
             snapshot_timeout_ms: 60_000,
+            memory_still_ms: 1_000,
         }
     }
 }
@@ -46,5 +50,9 @@ impl StratoVirtConfig {
 
     pub(super) fn snapshot_timeout(&self) -> Duration {
         Duration::from_millis(self.snapshot_timeout_ms)
+    }
+
+    pub(super) fn memory_still(&self) -> Duration {
+        Duration::from_millis(self.memory_still_ms)
     }
 }

@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::super::core::Core;
+use super::super::core::{Core, Settling};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::files::{fresh_dir, length, take_over};
@@ -24,8 +24,6 @@ use super::{DISKS, StratoVirtConfig, monitor_of, qmp_text};
 
 /// How often a migration or a balloon is looked at.
 const LOOK: Duration = Duration::from_millis(20);
-/// Looks after which memory that does not change any more is what the guest can do.
-const STILL: u32 = 50;
 
 /// What only this driver understands of [`VmState`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -386,14 +384,12 @@ impl Vm for Machine {
             return Err(Error::Invalid(format!("{mib} MiB: this machine has 1 to {most}")));
         }
         qmp.execute(&commands::balloon { value: i64::from(mib) << 20 }).await?;
-        let until = Instant::now() + self.config.snapshot_timeout();
-        let (mut last, mut still) = (None, 0);
+        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
+        let mut settling = Settling::new(mib, still, limit, Instant::now());
         loop {
             let actual = qmp.execute(&commands::query_balloon {}).await?.actual >> 20;
             let actual = u32::try_from(actual).unwrap_or(u32::MAX);
-            still = if last == Some(actual) { still + 1 } else { 0 };
-            last = Some(actual);
-            if actual == mib || still >= STILL || Instant::now() >= until {
+            if settling.is_over(actual, Instant::now()) {
                 return Ok(actual);
             }
             tokio::time::sleep(LOOK).await;

@@ -1,7 +1,7 @@
 //! StratoVirt (x86_64 and aarch64, KVM), machine `microvm`, by its dialect of QMP.
 //!
 //! What is different from QEMU: sockets and disks are opened by path; the guest's kernel is a
-//! bzImage or a flat binary; four places for disks and two for NICs are there from the boot, empty
+//! bzImage or a flat binary, which is made of an ELF file here (`kernel`); four places for disks and two for NICs are there from the boot, empty
 //! or not. A disk may come into an empty one while the guest runs. A NIC may too, but the guest has
 //! read the place's MAC address at its boot and does not read it again, so that is no hot-plug
 //! here. vsock is the host kernel's alone; without it the agent is reached by a virtio-serial port.
@@ -10,6 +10,7 @@
 
 mod argv;
 mod config;
+mod kernel;
 mod machine;
 
 use std::os::fd::AsFd;
@@ -164,10 +165,15 @@ impl StratoVirt {
         let mut fds = Fds::default();
         let taps = spec.nics.iter().flat_map(|nic| nic.tap.first());
         let taps: Vec<i32> = taps.map(|tap| fds.push(tap.clone())).collect();
+        let wanted = self.config.kernel.as_ref().unwrap_or(&spec.boot.kernel).clone();
+        let beside = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
+        let flattened = tokio::task::spawn_blocking(move || kernel::usable(&wanted, &beside));
+        let kernel = flattened.await.map_err(std::io::Error::other).doing(|| "read a kernel")??;
         let argv = argv::build(
             &self.config,
             spec,
             &Places {
+                kernel: &kernel,
                 monitor: &monitor,
                 serial: &serial,
                 shares: &shares,
@@ -183,7 +189,7 @@ impl StratoVirt {
             std::os::unix::fs::symlink(&serial, socket)
                 .doing(|| format!("make {}", socket.display()))?;
         }
-        view.readable.push(self.config.kernel.clone().unwrap_or(spec.boot.kernel.clone()));
+        view.readable.push(kernel);
         match &spec.boot.root {
             Root::Initrd(path) => view.readable.push(path.clone()),
             Root::Image { disk, .. } => view.readable.push(disk.path.clone()),
