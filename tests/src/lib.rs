@@ -10,6 +10,7 @@
 
 pub mod cri;
 pub mod leaks;
+pub mod settings;
 pub mod wasm;
 pub mod wire;
 
