@@ -11,6 +11,7 @@
 pub mod collector;
 pub mod cri;
 pub mod leaks;
+pub mod settings;
 pub mod wasm;
 pub mod wire;
 

@@ -1,51 +1,11 @@
 //! The configuration is read again on SIGHUP.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, daemon_pid, ours, programs, wait_for};
-
-/// The daemon's configuration; as it was when dropped.
-struct Settings {
-    path: PathBuf,
-    text: String,
-}
-
-impl Settings {
-    fn open() -> Self {
-        let path = bed().join("etc/kuasar-runc.toml");
-        let text = std::fs::read_to_string(&path).unwrap();
-        Self { path, text }
-    }
-
-    /// Puts lines in front, tells the daemon, and waits until its log has `word`; answers what it
-    /// has logged since.
-    fn reload(&self, lines: &str, word: &str) -> String {
-        let from = log().len();
-        std::fs::write(&self.path, format!("{lines}\n{}", self.text)).unwrap();
-        hang_up();
-        wait_for(word, Duration::from_secs(10), || log()[from..].contains(word));
-        log()[from..].to_owned()
-    }
-}
-
-impl Drop for Settings {
-    fn drop(&mut self) {
-        let _ = std::fs::write(&self.path, &self.text);
-        hang_up();
-    }
-}
-
-fn hang_up() {
-    Command::new("kill").args(["-HUP", &daemon_pid().to_string()]).status().unwrap();
-}
-
-fn log() -> String {
-    let bytes = std::fs::read(bed().join("run/kuasar-runc.log")).unwrap();
-    String::from_utf8_lossy(&bytes).into_owned()
-}
+use kuasar_tests::settings::{Settings, hang_up, log};
+use kuasar_tests::{daemon_pid, ours, programs, wait_for};
 
 #[test]
 fn the_configuration_is_read_again_and_pods_go_on() {
