@@ -473,8 +473,7 @@ mod tests {
         }
         assert!(flags.restore && !flags.args.iter().any(|arg| arg.contains("restore")));
         // System calls are logged nowhere without a directory.
-        let mut config = Config::default();
-        config.heeded = vec!["strace".into()];
+        let config = Config { heeded: vec!["strace".into()], ..Config::default() };
         let asked = HashMap::from([(format!("{ANNOTATION_PREFIX}strace"), "true".to_owned())]);
         assert!(config.flags(&asked, false).unwrap_err().contains("debug_log"));
     }
