@@ -105,8 +105,17 @@ pub struct Own {
     pub id: String,
     /// `linux.cgroupsPath` of the root container: where sentry and gofers are.
     pub cgroup: String,
+    /// It waits for a checkpoint, or for a container without one.
+    pub restore: bool,
     /// The sentry.
     pub sentry: Option<Identity>,
+}
+
+impl Own {
+    /// Whether gVisor asks systemd for cgroups.
+    pub fn asks_systemd(&self) -> bool {
+        self.args.iter().any(|arg| arg == "--systemd-cgroup")
+    }
 }
 
 /// A program that was looked at.
@@ -236,24 +245,38 @@ impl Runsc {
 
     /// The gofer of a container, from gVisor's record of it.
     pub fn gofer(&self, sandbox: &str, container: &str) -> Option<Identity> {
-        let file = self.root.join(format!("{container}_sandbox:{sandbox}.state"));
-        let text = std::fs::read(file).ok()?;
-        let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        let value = self.state(sandbox, container)?;
         let pid = value.get("goferPid")?.as_u64().and_then(|pid| u32::try_from(pid).ok())?;
         Identity::of(pid)
     }
 
-    /// Starts the root container and with it the sandbox; answers the sentry's pid.
+    /// Whether a container was started or restored, by gVisor's record of it.
+    pub fn is_running(&self, sandbox: &str, container: &str) -> bool {
+        let state = self.state(sandbox, container);
+        let status = state.as_ref().and_then(|state| state.get("status")?.as_str());
+        status == Some("running")
+    }
+
+    /// gVisor's record of a container.
+    fn state(&self, sandbox: &str, container: &str) -> Option<serde_json::Value> {
+        let file = self.root.join(format!("{container}_sandbox:{sandbox}.state"));
+        serde_json::from_slice(&std::fs::read(file).ok()?).ok()
+    }
+
+    /// Starts the root container and with it the sandbox, or only makes them where they are to
+    /// wait; answers the sentry's pid.
     ///
     /// # Errors
     /// Its words.
     pub async fn start_sandbox(&self, own: &Own, bundle: &Path) -> Result<u32, Failure> {
         let pid_file = bundle.join("sentry.pid");
-        let mut words = vec!["run".to_owned(), "--detach".into(), "--bundle".into(), text(bundle)?];
+        let mut words = match own.restore {
+            true => vec!["create".to_owned()],
+            false => vec!["run".to_owned(), "--detach".into()],
+        };
+        words.extend(["--bundle".into(), text(bundle)?]);
         words.extend(["--pid-file".into(), text(&pid_file)?, own.id.clone()]);
-        let masked = own.network == Network::Sandbox
-            && date(&own.version).is_some_and(|date| date < KNOWS_NETNS);
-        self.run(own, bundle, words, [None, None, None], self.limits().create, masked).await?;
+        self.run(own, bundle, words, [None, None, None], self.limits().create).await?;
         pid(&pid_file)
     }
 
@@ -270,7 +293,24 @@ impl Runsc {
     ) -> Result<(), Failure> {
         let words =
             vec!["run".into(), "--detach".into(), "--bundle".into(), text(bundle)?, id.into()];
-        self.run(own, bundle, words, streams, self.limits().create, false).await
+        self.run(own, bundle, words, streams, self.limits().create).await
+    }
+
+    /// Lets a container go on from a checkpoint, or the sandbox itself by its root container.
+    ///
+    /// # Errors
+    /// Its words.
+    pub async fn restore(
+        &self,
+        own: &Own,
+        bundle: &Path,
+        id: &str,
+        image: &Path,
+        streams: [Option<BorrowedFd<'_>>; 3],
+    ) -> Result<(), Failure> {
+        let mut words = vec!["restore".to_owned(), "--detach".into(), "--bundle".into()];
+        words.extend([text(bundle)?, "--image-path".into(), text(image)?, id.into()]);
+        self.run(own, bundle, words, streams, self.limits().create).await
     }
 
     /// Makes a container with a terminal, whose master comes to the socket `console`.
@@ -286,7 +326,7 @@ impl Runsc {
     ) -> Result<(), Failure> {
         let mut words = vec!["create".to_owned(), "--bundle".into(), text(bundle)?];
         words.extend(["--console-socket".into(), text(console)?, id.into()]);
-        self.run(own, bundle, words, [None, None, None], self.limits().create, false).await
+        self.run(own, bundle, words, [None, None, None], self.limits().create).await
     }
 
     /// Lets a container that was created run.
@@ -295,7 +335,7 @@ impl Runsc {
     /// Its words.
     pub async fn start_container(&self, own: &Own, bundle: &Path, id: &str) -> Result<(), Failure> {
         let words = vec!["start".into(), id.into()];
-        self.run(own, bundle, words, [None, None, None], self.limits().create, false).await
+        self.run(own, bundle, words, [None, None, None], self.limits().create).await
     }
 
     /// Any other command.
@@ -303,7 +343,7 @@ impl Runsc {
     /// # Errors
     /// Its words.
     pub async fn command(&self, own: &Own, dir: &Path, words: Vec<String>) -> Result<(), Failure> {
-        self.run(own, dir, words, [None, None, None], self.limits().create, false).await
+        self.run(own, dir, words, [None, None, None], self.limits().create).await
     }
 
     async fn run(
@@ -313,9 +353,13 @@ impl Runsc {
         words: Vec<String>,
         streams: [Option<BorrowedFd<'_>>; 3],
         limit: Duration,
-        masked: bool,
     ) -> Result<(), Failure> {
         let verb = words.first().cloned().unwrap_or_default();
+        // What brings up the sandbox's network: any of these, of the root container.
+        let masked = words.last() == Some(&own.id)
+            && matches!(verb.as_str(), "run" | "create" | "start" | "restore")
+            && own.network == Network::Sandbox
+            && date(&own.version).is_some_and(|date| date < KNOWS_NETNS);
         let log = dir.join("engine.log");
         let _ = std::fs::remove_file(&log);
         let mut argv = Vec::new();

@@ -68,6 +68,8 @@ pub struct RunscConfig {
     pub strace: bool,
     /// Address of a `runsc metric-server` that is to find the sandboxes; empty: none.
     pub metric_server: String,
+    /// The sandbox waits for a container that goes on from a checkpoint, or is started without one.
+    pub restore: bool,
     /// Further global flags.
     pub args: Vec<String>,
 }
@@ -107,6 +109,7 @@ impl Default for RunscConfig {
             debug_log: PathBuf::new(),
             strace: false,
             metric_server: String::new(),
+            restore: false,
             args: Vec::new(),
         }
     }
@@ -148,6 +151,8 @@ pub struct Flags {
     pub network: Network,
     /// Which platform.
     pub platform: String,
+    /// It waits for a checkpoint: gVisor restores into no sandbox that has run.
+    pub restore: bool,
 }
 
 type Check = fn(&str) -> bool;
@@ -178,7 +183,18 @@ const CHOICES: &[(&str, &str, Check)] = &[
     ("net-raw", "true or false", is_bool),
     ("oci-seccomp", "true or false", is_bool),
     ("strace", "true or false", is_bool),
+    ("restore", "true or false", is_bool),
 ];
+
+/// gVisor has no overlay over a root file system that others change.
+fn files(access: &str, overlay: &str) -> Result<(), String> {
+    match access == "shared" && overlay != "none" {
+        true => Err(format!(
+            "file-access = \"shared\" wants overlay2 = \"none\", and it is {overlay:.100?}"
+        )),
+        false => Ok(()),
+    }
+}
 
 impl Config {
     /// Reads and checks a file with its drop-ins; without one the defaults.
@@ -219,6 +235,7 @@ impl Config {
                 return Err(format!("runsc.{key} = {value:?}: {values}"));
             }
         }
+        files(&runsc.file_access, &runsc.overlay2).map_err(|text| format!("runsc.{text}"))?;
         if !runsc.debug_log.as_os_str().is_empty() && !runsc.debug_log.is_absolute() {
             return Err(format!("runsc.debug_log = {:?}: an absolute path", runsc.debug_log));
         }
@@ -230,10 +247,24 @@ impl Config {
         if let Some(flag) = runsc.args.iter().find(|flag| !flag.starts_with('-')) {
             return Err(format!("runsc.args: {flag:?} is no flag"));
         }
-        for flag in ["root", "log", "log-format", "rootless", "TESTONLY-unsafe-nonroot"] {
+        let has = |flag: &str| {
             let is = |arg: &String| arg.trim_start_matches('-').split('=').next() == Some(flag);
-            if runsc.args.iter().any(is) {
+            runsc.args.iter().any(is)
+        };
+        for flag in ["root", "log", "log-format", "rootless", "TESTONLY-unsafe-nonroot"] {
+            if has(flag) {
                 return Err(format!("runsc.args: --{flag} is the daemon's own"));
+            }
+        }
+        // What the daemon itself has to know, and what a pod's annotation may change.
+        let keys = CHOICES.iter().map(|(name, ..)| *name);
+        for flag in keys.chain(["systemd-cgroup", "metric-server", "debug", "debug-log"]) {
+            if has(flag) {
+                let key = match flag {
+                    "debug" => "debug_log".to_owned(),
+                    flag => flag.replace('-', "_"),
+                };
+                return Err(format!("runsc.args: --{flag} has a key of its own, runsc.{key}"));
             }
         }
         let limits = &self.runsc_timeouts;
@@ -265,7 +296,8 @@ impl Config {
                 "host-fifo" => runsc.host_fifo.clone(),
                 "net-raw" => runsc.net_raw.to_string(),
                 "oci-seccomp" => runsc.oci_seccomp.to_string(),
-                _ => runsc.strace.to_string(),
+                "strace" => runsc.strace.to_string(),
+                _ => runsc.restore.to_string(),
             };
             (*name, *values, *check, value)
         })
@@ -281,7 +313,8 @@ impl Config {
         host_network: bool,
     ) -> Result<Flags, String> {
         let mut args = Vec::new();
-        let (mut network, mut platform) = (Network::Sandbox, String::new());
+        let (mut network, mut platform, mut restore) = (Network::Sandbox, String::new(), false);
+        let (mut access, mut overlay) = (String::new(), String::new());
         for (name, values, good, mut value) in self.chosen() {
             let heeded = self.heeded.iter().any(|heeded| heeded == name);
             let asked = annotations.get(&format!("{ANNOTATION_PREFIX}{name}"));
@@ -312,10 +345,18 @@ impl Config {
                     }
                 }
                 "platform" => platform.clone_from(&value),
+                "file-access" => access.clone_from(&value),
+                "overlay2" => overlay.clone_from(&value),
+                // Not a flag of runsc: another command.
+                "restore" => {
+                    restore = value == "true";
+                    continue;
+                }
                 _ => {}
             }
             args.push(format!("--{name}={value}"));
         }
+        files(&access, &overlay).map_err(|text| format!("annotation {ANNOTATION_PREFIX}{text}"))?;
         let runsc = &self.runsc;
         if runsc.systemd_cgroup {
             args.push("--systemd-cgroup".into());
@@ -328,7 +369,7 @@ impl Config {
             args.push(format!("--debug-log={}/", runsc.debug_log.display()));
         }
         args.extend(runsc.args.iter().cloned());
-        Ok(Flags { args, network, platform })
+        Ok(Flags { args, network, platform, restore })
     }
 }
 
@@ -374,13 +415,81 @@ mod tests {
     }
 
     #[test]
+    fn each_key_becomes_its_flag_and_so_does_its_annotation() {
+        let table: &[(&str, &str, &str)] = &[
+            ("platform", "\"kvm\"", "kvm"),
+            ("network", "\"none\"", "none"),
+            ("overlay2", "\"all:memory\"", "all:memory"),
+            ("file-access", "\"shared\"", "shared"),
+            ("file-access-mounts", "\"exclusive\"", "exclusive"),
+            ("host-uds", "\"open\"", "open"),
+            ("host-fifo", "\"open\"", "open"),
+            ("net-raw", "true", "true"),
+            ("oci-seccomp", "false", "false"),
+            ("strace", "true", "true"),
+        ];
+        // All of them, and one that is no flag.
+        assert_eq!(table.len() + 1, CHOICES.len());
+        for (name, written, value) in table {
+            let key = name.replace('-', "_");
+            // gVisor has no overlay over a file system that others change.
+            let more = if *name == "file-access" { "overlay2 = \"none\"\n" } else { "" };
+            let text = format!("[runsc]\ndebug_log = \"/d\"\n{more}{key} = {written}");
+            let config = parse(&text);
+            config.check().unwrap();
+            let flag = format!("--{name}={value}");
+            let has = |config: &Config, asked: &HashMap<_, _>| {
+                let flags = config.flags(asked, false).unwrap();
+                let count = flags.args.iter().filter(|arg| **arg == flag).count();
+                assert!(count < 2, "{flag} twice");
+                count == 1
+            };
+            assert!(has(&config, &HashMap::new()), "{flag}");
+            let mut config = parse(&format!("[runsc]\ndebug_log = \"/d\"\n{more}"));
+            let asked =
+                HashMap::from([(format!("{ANNOTATION_PREFIX}{name}"), (*value).to_owned())]);
+            assert!(!has(&config, &asked), "{flag} without leave");
+            config.heeded = vec![(*name).to_owned()];
+            assert!(has(&config, &asked), "{flag} by annotation");
+            let asked = HashMap::from([(format!("{ANNOTATION_PREFIX}{name}"), "what".to_owned())]);
+            let error = config.flags(&asked, false).unwrap_err();
+            assert!(error.contains(&format!("{ANNOTATION_PREFIX}{name}")), "{error}");
+        }
+        let config = parse(
+            "[runsc]\ndebug_log = \"/d\"\nmetric_server = \"/m\"\nsystemd_cgroup = true\n\
+             restore = true\nargs = [\"--directfs=false\"]",
+        );
+        config.check().unwrap();
+        let flags = config.flags(&HashMap::new(), false).unwrap();
+        let wanted = [
+            "--debug",
+            "--debug-log=/d/",
+            "--metric-server=/m",
+            "--systemd-cgroup",
+            "--directfs=false",
+        ];
+        for flag in wanted {
+            assert!(flags.args.iter().any(|arg| arg == flag), "{flag}");
+        }
+        assert!(flags.restore && !flags.args.iter().any(|arg| arg.contains("restore")));
+        // System calls are logged nowhere without a directory.
+        let config = Config { heeded: vec!["strace".into()], ..Config::default() };
+        let asked = HashMap::from([(format!("{ANNOTATION_PREFIX}strace"), "true".to_owned())]);
+        assert!(config.flags(&asked, false).unwrap_err().contains("debug_log"));
+    }
+
+    #[test]
     fn a_mistake_is_named_with_its_key() {
         for (text, words) in [
             ("[runsc]\nplatform = \"xen\"", "runsc.platform"),
             ("[runsc]\nfile_access = \"x\"", "runsc.file_access"),
+            ("[runsc]\nfile_access = \"shared\"", "overlay2 = \"none\""),
             ("[runsc]\noverlay2 = \"root:dir=x\"", "runsc.overlay2"),
             ("[runsc]\nargs = [\"--root=/x\"]", "--root is the daemon's own"),
             ("[runsc]\nargs = [\"x\"]", "is no flag"),
+            ("[runsc]\nargs = [\"--platform=kvm\"]", "runsc.platform"),
+            ("[runsc]\nargs = [\"-systemd-cgroup\"]", "runsc.systemd_cgroup"),
+            ("[runsc]\nargs = [\"--debug\"]", "runsc.debug_log"),
             ("[runsc]\nstrace = true", "debug_log"),
             ("[runsc]\ndebug_log = \"x\"", "absolute"),
             ("[runsc_timeouts]\ncreate = \"0s\"", "runsc_timeouts.create"),

@@ -160,12 +160,9 @@ impl Flavor for Gvisor {
             .map_err(Error::InvalidArgument)?;
         check_platform(&flags.platform)?;
         let parent = &sandbox.config.linux.cgroup_parent;
-        let cgroup = match parent.as_str() {
-            parent if config.runsc.systemd_cgroup && !parent.is_empty() => {
-                let slice = parent.rsplit('/').next().unwrap_or(parent);
-                format!("{slice}:kuasar:{}", sandbox.id)
-            }
-            _ => kernel::cgroup(sandbox),
+        let cgroup = match config.runsc.systemd_cgroup {
+            true => spec::systemd_cgroup(parent, &sandbox.id),
+            false => kernel::cgroup(sandbox),
         };
         let own = Own {
             runsc,
@@ -173,6 +170,7 @@ impl Flavor for Gvisor {
             args: flags.args,
             network: flags.network,
             platform: flags.platform,
+            restore: flags.restore,
             id: kernel::short_id(&sandbox.id),
             cgroup,
             sentry: None,
@@ -267,6 +265,7 @@ impl Flavor for Gvisor {
         info.insert("sentryPid".into(), json!(own.sentry.map(|sentry| sentry.pid)));
         info.insert("network".into(), json!(own.network));
         info.insert("platform".into(), json!(own.platform));
+        info.insert("restore".into(), json!(own.restore));
         info.insert("flags".into(), json!(own.args));
         info
     }

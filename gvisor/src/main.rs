@@ -7,10 +7,12 @@
 mod cli;
 mod config;
 mod daemon;
+mod exec;
 mod flavor;
 mod forward;
 mod masked;
 mod pause;
+mod restore;
 mod runtime;
 mod sentry;
 mod spec;

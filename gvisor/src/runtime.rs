@@ -10,7 +10,7 @@
 //! it. Meanwhile sandbox-parent keeps them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -28,15 +28,14 @@ use kuasar_host::record;
 use kuasar_oci::console::Console;
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::Pod;
-use kuasar_oci::spec::plain_process;
 use kuasar_pod::Metrics;
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::cli::{Own, Runsc};
-use crate::sentry::{Exec, Receiver, Sentry, status};
+use crate::sentry::{Receiver, Sentry, status};
 use crate::urpc::{CallError, Connection};
 use crate::{spec, stats};
 
@@ -52,19 +51,21 @@ const KILLED: u32 = 137;
 /// What a container's later calls need.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-struct Meta {
+pub(crate) struct Meta {
     /// `linux.cgroupsPath`: of the container's own cgroup, in which nothing runs.
-    cgroup: String,
+    pub(crate) cgroup: String,
     /// Where the rootfs is mounted.
-    rootfs: Option<PathBuf>,
+    pub(crate) rootfs: Option<PathBuf>,
     /// Name of its exit.
-    handle: u64,
+    pub(crate) handle: u64,
     /// It has a terminal, so gVisor has made it already.
-    terminal: bool,
+    pub(crate) terminal: bool,
     /// It was started.
-    started: bool,
+    pub(crate) started: bool,
     /// Its gofer.
-    gofer: Option<Identity>,
+    pub(crate) gofer: Option<Identity>,
+    /// What it is to go on from.
+    pub(crate) checkpoint: Option<PathBuf>,
 }
 
 type Streams = [Option<OwnedFd>; 3];
@@ -79,9 +80,11 @@ struct Live {
 
 /// The containers of one pod.
 pub struct Containers {
-    pod: Arc<Pod>,
-    own: Own,
-    runsc: Arc<Runsc>,
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) own: Own,
+    pub(crate) runsc: Arc<Runsc>,
+    /// Held while the sandbox itself is made to run.
+    pub(crate) root: tokio::sync::Mutex<()>,
     cgroups: Arc<Layout>,
     live: Mutex<BTreeMap<String, Live>>,
     /// Exits that a recovery has taken up.
@@ -92,13 +95,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn parent_error(what: &str) -> impl FnOnce(sandbox_parent::client::ParentError) -> Error {
+pub(crate) fn parent_error(
+    what: &str,
+) -> impl FnOnce(sandbox_parent::client::ParentError) -> Error {
     let what = what.to_owned();
     move |error| Error::internal(what, error)
 }
 
 /// A failed call, where it is not what was to be expected.
-fn called(what: impl Into<String>) -> impl FnOnce(CallError) -> Error {
+pub(crate) fn called(what: impl Into<String>) -> impl FnOnce(CallError) -> Error {
     let what = what.into();
     move |error| match error {
         CallError::Gone => Error::NotFound(format!("{what}: {error}")),
@@ -112,7 +117,7 @@ fn now(status: u32) -> Exit {
 }
 
 /// The end for which a connection waits. The answer stays in the socket.
-async fn end_of(connection: Connection) -> Exit {
+pub(crate) async fn end_of(connection: Connection) -> Exit {
     let end = match connection.peek().await {
         Ok(answer) => now(status(&answer)),
         Err(CallError::Refused(_)) => now(255),
@@ -123,7 +128,7 @@ async fn end_of(connection: Connection) -> Exit {
     end
 }
 
-fn save(dir: &Path, meta: &Meta) -> Result<()> {
+pub(crate) fn save(dir: &Path, meta: &Meta) -> Result<()> {
     let text =
         serde_json::to_vec(meta).map_err(|error| Error::internal("write meta.json", error))?;
     record::write_file(&dir.join("meta.json"), &text, 0o600).map_err(internal("write meta.json"))
@@ -132,24 +137,24 @@ fn save(dir: &Path, meta: &Meta) -> Result<()> {
 impl Containers {
     /// The containers of `pod`, whose sandbox is `own`.
     pub fn new(pod: Arc<Pod>, own: Own, runsc: Arc<Runsc>, cgroups: Arc<Layout>) -> Self {
-        let (live, reattached) = (Mutex::default(), Mutex::default());
-        Self { pod, own, runsc, cgroups, live, reattached }
+        let (root, live, reattached) = Default::default();
+        Self { pod, own, runsc, root, cgroups, live, reattached }
     }
 
-    fn parent(&self) -> &Parent {
+    pub(crate) fn parent(&self) -> &Parent {
         self.runsc.parent()
     }
 
-    fn sentry(&self) -> Sentry {
+    pub(crate) fn sentry(&self) -> Sentry {
         self.runsc.sentry(&self.own.id)
     }
 
-    fn sentry_pid(&self) -> u32 {
+    pub(crate) fn sentry_pid(&self) -> u32 {
         // A sandbox that was never recorded has no containers.
         self.own.sentry.map_or(1, |sentry| sentry.pid)
     }
 
-    fn meta(&self, id: &str) -> Result<Meta> {
+    pub(crate) fn meta(&self, id: &str) -> Result<Meta> {
         let path = self.pod.container(id).join("meta.json");
         let text = std::fs::read(&path)
             .map_err(|_| Error::NotFound(format!("container {id} does not exist")))?;
@@ -167,7 +172,7 @@ impl Containers {
         self.cgroups.group(&self.own.cgroup).ok()
     }
 
-    fn kept(&self, handle: u64) -> String {
+    pub(crate) fn kept(&self, handle: u64) -> String {
         format!("{}/wait/{handle:016x}", self.pod.id)
     }
 
@@ -176,7 +181,12 @@ impl Containers {
     }
 
     /// Prepares bundle, rootfs and spec; synchronous work in one go.
-    fn prepare(pod: &Pod, own: &Own, request: &CreateContainer, meta: &mut Meta) -> Result<()> {
+    pub(crate) fn prepare(
+        pod: &Pod,
+        own: &Own,
+        request: &CreateContainer,
+        meta: &mut Meta,
+    ) -> Result<()> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir).map_err(internal("make the container's directory"))?;
         let source = request.bundle.join("config.json");
@@ -232,6 +242,7 @@ impl Containers {
                 (Some(streams), None)
             }
             ProcessIo::Terminal { size } => {
+                self.wake().await?;
                 let console = Console::listen(&self.pod.dir)?;
                 let begun = Instant::now();
                 self.runsc.create_container(&self.own, &dir, &request.id, console.path()).await?;
@@ -244,7 +255,7 @@ impl Containers {
     }
 
     /// Enters a container into the table; answers its end.
-    fn expect(&self, id: &str, streams: Option<Streams>) -> BoxFuture<'static, Exit> {
+    pub(crate) fn expect(&self, id: &str, streams: Option<Streams>) -> BoxFuture<'static, Exit> {
         let (exit, mut end) = watch::channel(None);
         lock(&self.live).insert(id.to_owned(), Live { exit, streams });
         Box::pin(async move {
@@ -278,7 +289,7 @@ impl Containers {
     }
 
     /// From now on the container's end is known, also to a later daemon.
-    async fn follow(&self, id: &str, handle: u64) -> Result<()> {
+    pub(crate) async fn follow(&self, id: &str, handle: u64) -> Result<()> {
         let connection = self.sentry().dial().await.map_err(called("ask for the end"))?;
         self.parent()
             .keep(&self.kept(handle), connection.as_fd())
@@ -332,84 +343,11 @@ impl Containers {
             .filter(|id| id != ROOT)
             .collect()
     }
-
-    async fn run_exec(
-        &self,
-        connection: &Connection,
-        container: &str,
-        process: &Map<String, Value>,
-        terminal: bool,
-        streams: [BorrowedFd<'_>; 3],
-    ) -> Result<u32> {
-        let texts = |name: &str| -> Vec<String> {
-            let list = process.get(name).and_then(Value::as_array).into_iter().flatten();
-            list.filter_map(|text| text.as_str().map(str::to_owned)).collect()
-        };
-        let user = |name: &str| {
-            let id = process.get("user").and_then(|user| user.get(name));
-            id.and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok()).unwrap_or(0)
-        };
-        let groups = process.get("user").and_then(|user| user.get("additionalGids"));
-        let groups = groups.and_then(Value::as_array).into_iter().flatten();
-        let exec = Exec {
-            argv: texts("args"),
-            envv: texts("env"),
-            cwd: process.get("cwd").and_then(Value::as_str).unwrap_or("/").to_owned(),
-            uid: user("uid"),
-            gid: user("gid"),
-            groups: groups
-                .filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
-                .collect(),
-            no_new_privileges: process.get("noNewPrivileges") == Some(&Value::Bool(true)),
-            capabilities: spec::capabilities(
-                process,
-                self.own.args.iter().any(|arg| arg == "--net-raw=true" || arg == "--net-raw"),
-            ),
-            terminal,
-            fds: [0, 1, 2],
-            container: container.to_owned(),
-            ..Exec::default()
-        };
-        self.sentry().exec(connection, &exec, streams).await.map_err(|error| match error {
-            CallError::Refused(words) => {
-                let theirs = ["no such file", "permission denied", "not found", "exec format"];
-                let text = format!("OCI runtime exec failed: runsc: {words}");
-                match theirs.iter().any(|part| words.contains(part)) {
-                    true => Error::InvalidArgument(text),
-                    false => Error::FailedPrecondition(text),
-                }
-            }
-            other => called("exec")(other),
-        })
-    }
-}
-
-/// A pty: master and slave.
-fn pty(size: Option<(u16, u16)>) -> Result<(OwnedFd, OwnedFd)> {
-    use std::os::fd::AsRawFd;
-    let wrap = |error: nix::Error| Error::internal("make a terminal", error);
-    let (width, height) = size.unwrap_or_default();
-    let window = libc::winsize { ws_col: width, ws_row: height, ws_xpixel: 0, ws_ypixel: 0 };
-    let made = nix::pty::openpty(size.is_some().then_some(&window), None).map_err(wrap)?;
-    for fd in [&made.master, &made.slave] {
-        // SAFETY: a live descriptor and a flag.
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-            return Err(wrap(nix::Error::last()));
-        }
-    }
-    Ok((made.master, made.slave))
 }
 
 #[async_trait]
 impl Runtime for Containers {
     async fn create(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
-        if request.checkpoint.is_some() {
-            return Err(Error::Unimplemented(
-                "a container cannot be restored into a running sandbox: gVisor restores whole \
-                 pods; create it anew"
-                    .into(),
-            ));
-        }
         let begun = Instant::now();
         let result = self.create_inner(request, io).await;
         Metrics("gvisor").phase("container_create", begun.elapsed());
@@ -419,6 +357,18 @@ impl Runtime for Containers {
         result
     }
 
+    async fn prepare_restore(&self, request: &CreateContainer) -> Result<()> {
+        let result = self.prepare_restored(request).await;
+        if result.is_err() {
+            self.undo(&request.id).await;
+        }
+        result
+    }
+
+    async fn restore(&self, container: &str, io: ProcessIo) -> Result<Spawned> {
+        self.restore_inner(container, io).await
+    }
+
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
         let mut meta = self.meta(container)?;
         let dir = self.pod.container(container);
@@ -426,6 +376,7 @@ impl Runtime for Containers {
         if meta.terminal {
             self.runsc.start_container(&self.own, &dir, container).await?;
         } else {
+            self.wake().await?;
             let streams = self.streams(container).await?;
             let [stdin, stdout, stderr] = &streams;
             let streams = [stdin, stdout, stderr].map(|fd| fd.as_ref().map(AsFd::as_fd));
@@ -452,51 +403,7 @@ impl Runtime for Containers {
         spec: &[u8],
         io: ProcessIo,
     ) -> Result<Spawned> {
-        let begun = Instant::now();
-        let mut process: Map<String, Value> = serde_json::from_slice(spec)
-            .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
-        plain_process(&mut process).map_err(Error::InvalidArgument)?;
-        let null = || {
-            let file = std::fs::File::options().read(true).write(true).open("/dev/null");
-            file.map(OwnedFd::from).map_err(|error| Error::internal("open /dev/null", error))
-        };
-        let (streams, terminal) = match io {
-            ProcessIo::Streams { stdin, stdout, stderr } => {
-                let or_null = |stream: Option<OwnedFd>| stream.map_or_else(null, Ok);
-                ([or_null(stdin)?, or_null(stdout)?, or_null(stderr)?], None)
-            }
-            ProcessIo::Terminal { size } => {
-                let (master, slave) = pty(size)?;
-                let again =
-                    || slave.try_clone().map_err(|error| Error::internal("make a terminal", error));
-                ([again()?, again()?, slave], Some(master))
-            }
-        };
-        let handle = Parent::new_cookie();
-        let connection = self.sentry().dial().await.map_err(called("exec"))?;
-        let name = self.kept(handle);
-        // First of all: whoever comes after us finds out what was begun.
-        self.parent()
-            .keep(&name, connection.as_fd())
-            .await
-            .map_err(parent_error("keep the connection"))?;
-        let [stdin, stdout, stderr] = &streams;
-        let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
-        let run = async {
-            let pid =
-                self.run_exec(&connection, container, &process, terminal.is_some(), fds).await?;
-            Sentry::ask_end_of_exec(&connection, container, pid).await.map_err(called("exec"))?;
-            Ok::<_, Error>(pid)
-        };
-        let pid = match run.await {
-            Ok(pid) => pid,
-            Err(error) => {
-                let _ = self.parent().forget(&name).await;
-                return Err(error);
-            }
-        };
-        Metrics("gvisor").phase("engine_exec", begun.elapsed());
-        Ok(Spawned { pid, handle, terminal, exit: Box::pin(end_of(connection)) })
+        self.exec_inner(container, spec, io).await
     }
 
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
@@ -612,15 +519,9 @@ impl Runtime for Containers {
         &self,
         container: &str,
         path: &Path,
-        _options: Option<AnyMessage>,
+        options: Option<AnyMessage>,
     ) -> Result<()> {
-        self.meta(container)?;
-        let image =
-            path.to_str().ok_or_else(|| Error::InvalidArgument("path is not UTF-8".into()))?;
-        let words = ["checkpoint", "--leave-running", "--image-path", image, self.own.id.as_str()];
-        let words = words.iter().map(|word| (*word).to_owned()).collect();
-        let dir = self.pod.container(container);
-        Ok(self.runsc.command(&self.own, &dir, words).await?)
+        self.checkpoint_pod(container, path, options).await
     }
 
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {

@@ -159,12 +159,19 @@ pub fn container(
     let linux = linux.ok_or("config.json has no linux section")?;
     let given = linux.get("cgroupsPath").and_then(Value::as_str).unwrap_or_default();
     let path = match given {
+        "" if own.asks_systemd() => systemd_cgroup("", id),
         "" => format!("/kuasar/{}/{id}", pod.id),
-        given if own.args.iter().any(|arg| arg == "--systemd-cgroup") => given.to_owned(),
+        given if own.asks_systemd() => given.to_owned(),
         given => expand_systemd(given),
     };
     linux.insert("cgroupsPath".into(), json!(path));
     Ok(path)
+}
+
+/// `slice:prefix:name` as systemd's driver wants it, for `name` in the slice that ends `parent`.
+pub fn systemd_cgroup(parent: &str, name: &str) -> String {
+    let slice = parent.rsplit('/').next().filter(|slice| !slice.is_empty());
+    format!("{}:kuasar:{name}", slice.unwrap_or("system.slice"))
 }
 
 fn remove_namespace(spec: &mut Value, kind: &str) {
@@ -215,6 +222,33 @@ mod tests {
         assert_eq!(annotations.len(), 2);
         assert_eq!(annotations.get(SANDBOX).unwrap(), "short");
         assert_eq!(pids(&spec), [json!({ "type": "pid" })]);
+    }
+
+    #[test]
+    fn systemd_is_asked_in_its_own_words_where_it_is_asked() {
+        let asks = Own { args: vec!["--systemd-cgroup".into()], ..Own::default() };
+        let cgroup_of = |own: &Own, path: &str| {
+            let mut spec = given(json!({ "type": "pid" }));
+            spec["linux"]["cgroupsPath"] = json!(path);
+            let cgroup =
+                container(&mut spec, &pod(false), own, "c", Path::new("/b/rootfs")).unwrap();
+            assert_eq!(spec.pointer("/linux/cgroupsPath").unwrap(), &json!(cgroup));
+            cgroup
+        };
+        let path = "kubepods-pod1.slice:cri-containerd:c";
+        assert_eq!(cgroup_of(&asks, path), path);
+        assert_eq!(cgroup_of(&asks, ""), "system.slice:kuasar:c");
+        let not = Own::default();
+        assert_eq!(
+            cgroup_of(&not, path),
+            "/kubepods.slice/kubepods-pod1.slice/cri-containerd-c.scope"
+        );
+        assert_eq!(cgroup_of(&not, ""), "/kuasar/p/c");
+        // Of the sandbox: CRI gives its slice, with or without the slices above.
+        for parent in ["kubepods-pod1.slice", "/kubepods.slice/kubepods-pod1.slice"] {
+            assert_eq!(systemd_cgroup(parent, "p"), "kubepods-pod1.slice:kuasar:p");
+        }
+        assert_eq!(systemd_cgroup("", "p"), "system.slice:kuasar:p");
     }
 
     #[test]

@@ -276,7 +276,7 @@ EOF
   cat > "$B/etc/kuasar-gvisor.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"
 metrics_listen = "$B/run/kuasar-gvisor-metrics.sock"
-allowed_annotations = ["io.kuasar.gvisor.platform", "io.kuasar.gvisor.network", "io.kuasar.gvisor.overlay2"]
+allowed_annotations = ["io.kuasar.gvisor.platform", "io.kuasar.gvisor.network", "io.kuasar.gvisor.overlay2", "io.kuasar.gvisor.file-access", "io.kuasar.gvisor.file-access-mounts", "io.kuasar.gvisor.host-uds", "io.kuasar.gvisor.host-fifo", "io.kuasar.gvisor.net-raw", "io.kuasar.gvisor.oci-seccomp", "io.kuasar.gvisor.strace", "io.kuasar.gvisor.restore"]
 [timeouts]
 unstarted = "6s"
 [runsc]

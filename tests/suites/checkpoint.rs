@@ -14,7 +14,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use tonic::Code;
 
-const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.1; done";
+pub(crate) const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.1; done";
 
 /// Whether there is a criu that works here.
 fn has_criu() -> bool {
@@ -26,16 +26,16 @@ fn has_criu() -> bool {
 }
 
 /// A directory for an image, as containerd makes one; removed when dropped.
-struct Image(PathBuf);
+pub(crate) struct Image(pub(crate) PathBuf);
 
 impl Image {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = bed().join(format!("run/logs/image-{}", unique()));
         std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&dir).unwrap();
         Self(dir)
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         self.0.to_string_lossy().into_owned()
     }
 }
@@ -47,7 +47,7 @@ impl Drop for Image {
 }
 
 /// A FIFO as containerd makes one, and a reader of its lines.
-fn fifo(dir: &Path) -> (String, BufReader<std::fs::File>) {
+pub(crate) fn fifo(dir: &Path) -> (String, BufReader<std::fs::File>) {
     let path = dir.join(format!("fifo-{}", unique()));
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let mut how = std::fs::OpenOptions::new();
@@ -56,14 +56,14 @@ fn fifo(dir: &Path) -> (String, BufReader<std::fs::File>) {
     (path.to_string_lossy().into_owned(), BufReader::new(reader))
 }
 
-fn number(lines: &mut impl BufRead) -> u32 {
+pub(crate) fn number(lines: &mut impl BufRead) -> u32 {
     let mut line = String::new();
     lines.read_line(&mut line).unwrap();
     line.trim().parse().unwrap_or_else(|_| panic!("{line:?}"))
 }
 
 /// What has been written and not read; there must be a writer of ours, so that reads would wait.
-fn rest(lines: &mut BufReader<std::fs::File>) -> Vec<u32> {
+pub(crate) fn rest(lines: &mut BufReader<std::fs::File>) -> Vec<u32> {
     let flags = nix::fcntl::OFlag::O_NONBLOCK;
     nix::fcntl::fcntl(lines.get_ref(), nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
     let mut text = lines.buffer().to_vec();

@@ -1,7 +1,7 @@
 //! Pods on gVisor: real containerd, real runsc. What is the same for every sandboxer is tried here
 //! in short; the other suites run on this handler too, with `KUASAR_HANDLER=kuasar-gvisor`.
 
-use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kuasar_protos::shim::api as tasks;
@@ -302,6 +302,80 @@ fn a_pod_may_choose_where_that_is_allowed() {
 }
 
 #[test]
+fn what_a_pod_chooses_is_how_it_runs() {
+    let Some(_on) = gvisor() else { return };
+    let name = |flag: &str| format!("io.kuasar.gvisor.{flag}");
+    let run = |flag: &str, value: &str| {
+        let mut config = pod_config("gv-flag");
+        config.annotations = annotations(&[(&name(flag), value)]);
+        if flag == "file-access" {
+            // gVisor has no overlay over a file system that others change.
+            config.annotations.insert(name("overlay2"), "none".into());
+        }
+        Pod::run(config)
+    };
+    // Loopback alone, the pod's own addresses, and gVisor's stack.
+    let pod = run("network", "none");
+    let c = pod.start(&["sleep", "1000"]);
+    assert!(!c.sh("ip addr").contains("10.88.77."), "{}", c.sh("ip addr"));
+    pod.remove().unwrap();
+    let pod = run("network", "host");
+    let c = pod.start(&["sleep", "1000"]);
+    assert!(c.sh("ip addr").contains("10.88.77."), "{}", c.sh("ip addr"));
+    assert_eq!(info(&pod, "gvisor").get("network").unwrap(), "host");
+    pod.remove().unwrap();
+    // What is written to a volume is the host's, or lost.
+    for (value, reaches) in [("root:self", true), ("all:memory", false)] {
+        let pod = run("overlay2", value);
+        let (dir, mount) = volume(&pod);
+        let c = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount]);
+        c.sh("echo x > /go/x; cat /go/x");
+        assert_eq!(dir.join("x").exists(), reaches, "{value}");
+        pod.remove().unwrap();
+    }
+    // A file that the host changes is seen with `shared`.
+    for flag in ["file-access", "file-access-mounts"] {
+        let pod = run(flag, "shared");
+        let (dir, mount) = volume(&pod);
+        let c = pod.start_with(&["sleep", "1000"], |c| c.mounts = vec![mount]);
+        std::fs::write(dir.join("x"), "one").unwrap();
+        assert_eq!(c.sh("cat /go/x"), "one");
+        std::fs::write(dir.join("x"), "other").unwrap();
+        assert_eq!(c.sh("cat /go/x"), "other");
+        pod.remove().unwrap();
+    }
+    // The others are flags of runsc as they stand.
+    for (flag, value) in
+        [("host-uds", "open"), ("host-fifo", "open"), ("net-raw", "true"), ("oci-seccomp", "false")]
+    {
+        let pod = run(flag, value);
+        let flags = info(&pod, "gvisor").get("flags").unwrap().to_string();
+        assert!(flags.contains(&format!("--{flag}={value}")), "{flags}");
+        assert_eq!(pod.start(&["sh", "-c", "exit 6"]).wait(), 6);
+        pod.remove().unwrap();
+    }
+}
+
+#[test]
+fn debug_logs_and_system_calls_go_where_the_configuration_says() {
+    let Some(_on) = gvisor() else { return };
+    let configuration = Configuration::read("gvisor");
+    let logs = bed().join(format!("run/logs/gv-debug-{}", unique()));
+    std::fs::create_dir_all(&logs).unwrap();
+    configuration
+        .set(&format!("{}\ndebug_log = {logs:?}\nstrace = true\n", configuration.text.trim_end()));
+    let pod = Pod::run(pod_config("gv-debug"));
+    assert_eq!(pod.start(&["sh", "-c", "exit 6"]).wait(), 6);
+    pod.remove().unwrap();
+    let texts = std::fs::read_dir(&logs).unwrap().flatten();
+    let texts = texts.map(|entry| std::fs::read(entry.path()).unwrap_or_default());
+    let all: Vec<String> = texts.map(|text| String::from_utf8_lossy(&text).into_owned()).collect();
+    let _ = std::fs::remove_dir_all(&logs);
+    assert!(!all.is_empty());
+    assert!(all.iter().any(|text| text.contains("strace.go")), "no system call is logged");
+}
+
+#[test]
 fn a_missing_runsc_is_told_with_the_remedy() {
     let Some(_on) = gvisor() else { return };
     let configuration = Configuration::read("gvisor");
@@ -326,28 +400,58 @@ fn with_path(text: &str, program: &str) -> String {
     text.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
+/// A program in runsc's place, which answers `--version` with this and does `line` else.
+fn fake_runsc(version: &str, line: &str) -> PathBuf {
+    let file = bed().join(format!("run/fake-runsc-{}", unique()));
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in --version) echo runsc version {version} ;; *) {line} ;; esac\n"
+    );
+    std::fs::write(&file, script).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    file
+}
+
+#[test]
+fn a_runsc_that_is_too_old_is_told_with_the_remedy() {
+    let Some(_on) = gvisor() else { return };
+    let configuration = Configuration::read("gvisor");
+    let before = leaks::snapshot();
+    let fake = fake_runsc("release-20231218.0", "exit 0");
+    configuration.set(&with_path(&configuration.text, &fake.to_string_lossy()));
+    let error = Pod::try_run(pod_config("gv-old"), HANDLER).map(drop).unwrap_err();
+    let _ = std::fs::remove_file(&fake);
+    assert!(error.message().contains("gVisor of 20231218, which is too old: install"), "{error}");
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_platform_that_is_not_here_is_told_with_the_remedy() {
+    let Some(_on) = gvisor() else { return };
+    if inside(&["test", "-e", "/dev/kvm"]).status.success() {
+        return kuasar_tests::skip("there is a /dev/kvm here");
+    }
+    let before = leaks::snapshot();
+    let mut config = pod_config("gv-kvm");
+    config.annotations = annotations(&[("io.kuasar.gvisor.platform", "kvm")]);
+    let error = Pod::try_run(config, HANDLER).map(drop).unwrap_err();
+    assert!(error.message().contains("or choose platform systrap"), "{error}");
+    leaks::assert_none(&before);
+}
+
 #[test]
 fn a_runsc_that_crashes_or_hangs_fails_the_pod_alone() {
     let Some(_on) = gvisor() else { return };
     let configuration = Configuration::read("gvisor");
     let before = leaks::snapshot();
-    let fake = bed().join("run/fake-runsc");
     let fakes =
         [("kill -9 $$", "no message"), ("exec sleep 100", "runsc run did not finish within")];
     for (line, words) in fakes {
-        let script = format!(
-            "#!/bin/sh\ncase \"$*\" in --version) echo runsc version release-20240729.0 ;; *) {line} ;; esac\n"
-        );
-        let mut to = std::fs::File::create(&fake).unwrap();
-        to.write_all(script.as_bytes()).unwrap();
-        drop(to);
-        std::fs::set_permissions(&fake, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-            .unwrap();
+        let fake = fake_runsc("release-20240729.0", line);
         let changed = with_path(&configuration.text, &fake.to_string_lossy());
         configuration.set(&format!("{changed}\n[runsc_timeouts]\ncreate = \"2s\"\n"));
         let error = Pod::try_run(pod_config("gv-bad"), HANDLER).map(drop).unwrap_err();
+        let _ = std::fs::remove_file(&fake);
         assert!(error.message().contains(words), "{error}");
     }
-    let _ = std::fs::remove_file(&fake);
     leaks::assert_none(&before);
 }

@@ -4,12 +4,12 @@
 //! which lie in none of its mounts: CRIU must be told that they are external when it dumps, and
 //! what to put in their place when it restores. Engines only do that for pipes. CRIU also reads a
 //! configuration file that the annotation `org.criu.config` names; every container of an engine
-//! with a command line gets one of ours ([`annotate`]), so that no image and no pod names another.
+//! with a command line gets one of ours (`annotate`), so that no image and no pod names another.
 //!
 //! **An image is not to be trusted.** containerd may have it from a registry. The container's
 //! spec comes from the request alone. The image must be a flat directory of plain files: a link,
 //! or anything else that is opened by name, could lead out of it. The one file of it that is read
-//! here ([`FILE`]) is bounded and goes word by word through a grammar, because it becomes lines of
+//! here (`FILE`) is bounded and goes word by word through a grammar, because it becomes lines of
 //! CRIU's configuration. What CRIU itself reads, memory, registers, credentials and capabilities
 //! of the processes, is not checked by anybody.
 
@@ -88,15 +88,14 @@ fn text(path: &Path) -> Result<&str> {
         .ok_or_else(|| Error::InvalidArgument(format!("{}: not an absolute path", path.display())))
 }
 
-/// The command line of a checkpoint into `image`, its configuration written; the image, and what
-/// belongs into it afterwards.
-pub(crate) fn dump(
-    dir: &Path,
-    id: &str,
-    pid: u32,
+/// The options of a checkpoint and where its image goes: a request names it beside them or in them.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for options of another type.
+pub fn asked(
     image: &Path,
     options: Option<(String, Vec<u8>)>,
-) -> Result<(Vec<String>, PathBuf, Notes)> {
+) -> Result<(CheckpointOptions, PathBuf)> {
     let options = match options {
         Some((url, value)) if url.ends_with("containerd.runc.v1.CheckpointOptions") => {
             CheckpointOptions::parse_from_bytes(&value)
@@ -113,6 +112,19 @@ pub(crate) fn dump(
         Some("") => PathBuf::from(&options.image_path),
         _ => image.to_owned(),
     };
+    Ok((options, image))
+}
+
+/// The command line of a checkpoint into `image`, its configuration written; the image, and what
+/// belongs into it afterwards.
+pub(crate) fn dump(
+    dir: &Path,
+    id: &str,
+    pid: u32,
+    image: &Path,
+    options: Option<(String, Vec<u8>)>,
+) -> Result<(Vec<String>, PathBuf, Notes)> {
+    let (options, image) = asked(image, options)?;
     let work = match options.work_path.as_str() {
         "" => dir.join(WORK),
         path => PathBuf::from(path),
@@ -225,12 +237,11 @@ pub(crate) fn restore(dir: &Path, image: &Path, given: [bool; 3]) -> Result<Vec<
     Ok(command)
 }
 
-/// Looks at an image that somebody else may have made; answers what we once added to it.
+/// Opens an image that somebody else may have made.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for one that is not a flat directory of plain files.
-pub(crate) fn check(image: &Path) -> Result<Notes> {
-    let bad = |text: String| Error::InvalidArgument(format!("checkpoint: {text}"));
+pub fn open(image: &Path) -> Result<OwnedFd> {
     text(image)?;
     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     let mut how = std::fs::OpenOptions::new();
@@ -245,12 +256,25 @@ pub(crate) fn check(image: &Path) -> Result<Notes> {
         if !kind.is_file() {
             let name = entry.file_name();
             let name: String = name.to_string_lossy().chars().take(100).collect();
-            return Err(bad(format!("{name:?} is no plain file, and CRIU makes no other")));
+            return Err(bad(format!("{name:?} is no plain file, and a checkpoint has no other")));
         }
         if count >= FILES {
             return Err(bad(format!("it has more than {FILES} files")));
         }
     }
+    Ok(root)
+}
+
+fn bad(text: String) -> Error {
+    Error::InvalidArgument(format!("checkpoint: {text}"))
+}
+
+/// Looks at an image that somebody else may have made; answers what we once added to it.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn check(image: &Path) -> Result<Notes> {
+    let root = open(image)?;
     let Ok(file) = safe_path::open_beneath(root.as_fd(), Path::new(FILE), libc::O_RDONLY, 0) else {
         return Ok(Notes::default()); // Somebody else's: its streams were pipes.
     };

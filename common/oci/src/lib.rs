@@ -15,7 +15,7 @@
 
 #[cfg(feature = "builtin")]
 pub mod builtin;
-mod checkpoint;
+pub mod checkpoint;
 pub mod console;
 pub mod control;
 pub mod engine;
