@@ -49,7 +49,9 @@ pub fn run<E: Engine + 'static>(
             return Err(reason);
         }
     };
-    wire::send(socket, &wire::Greeting::Ok(engine.hello()), &[]).map_err(send)?;
+    let hello = engine.hello();
+    kuasar_oci::builtin::warm();
+    wire::send(socket, &wire::Greeting::Ok(hello), &[]).map_err(send)?;
     let mut buffer = Vec::new();
     loop {
         let (request, fds) = match wire::receive::<Request>(socket, &mut buffer) {
@@ -135,7 +137,11 @@ fn place(request: &Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> std::io::Resu
         let fd = if *wanted { given.next() } else { None };
         moved.push(aside(fd.as_ref().unwrap_or(&null))?);
     }
-    let answer = aside(&answer)?;
+    // Its first number goes with it: it may be among those that are closed below.
+    let answer = {
+        let received = answer;
+        aside(&received)?
+    };
     drop((given, null));
     for (number, fd) in (0..).zip(&moved) {
         // SAFETY: what has this number is the socket or one of the received descriptors; none of

@@ -4,7 +4,7 @@
 //! The rules of an OCI spec are a list in which the last match wins. The program looks at them
 //! from the last to the first and ends at the first that matches; what nothing matches is denied.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
@@ -266,10 +266,25 @@ impl Cgroup {
         }
         let rules = Rule::list(devices)?;
         let Some(dir) = self.dir("devices").filter(|dir| dir.is_dir()) else { return Ok(()) };
+        // There is a dozen of rules: either file is opened once.
+        let (mut allow, mut deny) = (None, None);
         for rule in &rules {
-            let file = if rule.allow { "devices.allow" } else { "devices.deny" };
+            let (name, open) = if rule.allow {
+                ("devices.allow", &mut allow)
+            } else {
+                ("devices.deny", &mut deny)
+            };
+            let path = dir.join(name);
+            let file = match open {
+                Some(file) => file,
+                None => {
+                    let made = std::fs::OpenOptions::new().write(true).open(&path);
+                    open.insert(made.context(|| format!("cannot open {}", path.display()))?)
+                }
+            };
             for line in rule.lines() {
-                super::write(&dir, file, &line)?;
+                file.write_all(line.as_bytes())
+                    .context(|| format!("cannot write {line:?} to {}", path.display()))?;
             }
         }
         Ok(())

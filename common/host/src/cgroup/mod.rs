@@ -269,11 +269,26 @@ impl Cgroup {
     pub fn create(&self) -> Result<bool> {
         let mut made = false;
         for d in self.dirs() {
-            if d.is_dir() {
+            // cpuset asks before it makes anything; for the others, making it is the question.
+            let ask = matches!(&self.layout, Layout::V1(c)
+                if c.get("cpuset").is_some_and(|m| d.starts_with(m)));
+            if ask && d.is_dir() {
                 continue;
             }
-            let make = || fs::create_dir_all(&d).context(|| format!("cannot make {}", d.display()));
-            made = true;
+            let new = std::cell::Cell::new(true);
+            let make = || {
+                match fs::create_dir(&d) {
+                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                        new.set(false);
+                        Ok(())
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                        fs::create_dir_all(&d)
+                    }
+                    other => other,
+                }
+                .context(|| format!("cannot make {}", d.display()))
+            };
             match &self.layout {
                 Layout::V1(c) if c.get("cpuset").is_some_and(|m| d.starts_with(m)) => {
                     cloning(&d, make)?;
@@ -283,9 +298,12 @@ impl Cgroup {
                 Layout::V1(_) => make()?,
                 Layout::V2(root) => {
                     make()?;
-                    delegate(root, &self.path);
+                    if new.get() {
+                        delegate(root, &self.path);
+                    }
                 }
             }
+            made |= new.get();
         }
         Ok(made)
     }
@@ -295,12 +313,14 @@ impl Cgroup {
         for file in ["cpuset.cpus", "cpuset.mems"] {
             let empty =
                 |p: &Path| fs::read_to_string(p.join(file)).is_ok_and(|t| t.trim().is_empty());
+            // Mostly it has its parent's by now: see `cloning`.
+            if !empty(dir) {
+                continue;
+            }
             if empty(parent) {
                 self.inherit_cpuset(parent);
             }
-            if empty(dir)
-                && let Ok(value) = fs::read(parent.join(file))
-            {
+            if let Ok(value) = fs::read(parent.join(file)) {
                 // Best effort: without the controller there is nothing to fill.
                 let _ = fs::write(dir.join(file), value);
             }

@@ -72,6 +72,12 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
     main_as(program, arguments, None)
 }
 
+/// For a process that forks others to call [`main_as`]: what each of them would do once is done.
+pub fn warm() {
+    // The C library reads the host's time zone before its first date.
+    let _ = direct::now();
+}
+
 /// The same for containers whose process becomes no program of their image, but `workload`.
 pub fn main_as(program: &str, arguments: Vec<String>, workload: Option<Box<dyn Workload>>) -> u8 {
     let args = match Args::parse(arguments) {

@@ -337,7 +337,7 @@ fn save(args: &Args, create: &Create, plan: &Plan, state: &Path, pid: i32) -> Re
 }
 
 /// The time as RFC 3339 has it.
-fn now() -> String {
+pub fn now() -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let since = since.unwrap_or_default();
     let seconds = since.as_secs() as libc::time_t;
