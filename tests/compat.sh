@@ -11,7 +11,7 @@ TOP=$(cd "$(dirname "$0")/.." && pwd)
 B=${BED:-$TOP/target/bed}
 BED_SH=$TOP/tests/bed/bed.sh
 DOC=$TOP/docs/compatibility.md
-VERSIONS=${*:-bed v2.2.7 v2.3.4 v2.4.0-beta.0}
+VERSIONS=${*:-bed v2.2.7 v2.3.4 v2.4.2}
 HANDLERS="kuasar-runc kuasar-runc-streaming kuasar-runc-shim"
 T=$(mktemp -d "$B/run/compat.XXXXXX")
 trap '"$BED_SH" down >/dev/null 2>&1 || true; rm -rf "$T"' EXIT
