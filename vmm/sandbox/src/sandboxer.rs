@@ -811,11 +811,13 @@ impl Sandboxer for VmmSandboxer {
         );
         let features = live.vm.features();
         let has = live.vm.state();
-        for (what, wanted, most, key) in [
-            ("CPUs", cpus, has.cpus.most, "grow_cpus"),
-            ("MiB of memory", memory, has.memory_mib.most, "grow_memory_mib"),
+        let more_cpus = number("/cpu/quota") > 0 && features.has(Feature::CpuResize);
+        let more_memory = number("/memory/limit") > 0 && features.has(Feature::MemoryResize);
+        for (asked, what, wanted, most, key) in [
+            (more_cpus, "CPUs", cpus, has.cpus.most, "grow_cpus"),
+            (more_memory, "MiB of memory", memory, has.memory_mib.most, "grow_memory_mib"),
         ] {
-            if wanted > most {
+            if asked && wanted > most {
                 return Err(Error::FailedPrecondition(format!(
                     "the pod's machine cannot have {wanted} {what}, only {most}: set size.{key} in \
                      the configuration, for pods that start after it, or start the pod anew"
@@ -823,11 +825,11 @@ impl Sandboxer for VmmSandboxer {
             }
         }
         let mut grown = wire::OnlineRequest::default();
-        if number("/cpu/quota") > 0 && features.has(Feature::CpuResize) {
+        if more_cpus {
             live.vm.resize_cpus(cpus).await.map_err(machine)?;
             grown.cpus = cpus;
         }
-        if number("/memory/limit") > 0 && features.has(Feature::MemoryResize) {
+        if more_memory {
             live.vm.resize_memory(memory).await.map_err(machine)?;
         }
         if grown.cpus > 0 {
