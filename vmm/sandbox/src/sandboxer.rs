@@ -503,7 +503,7 @@ impl Sandboxer for VmmSandboxer {
             .vmm_of(&spec.runtime, &spec.config.annotations)
             .map_err(Error::InvalidArgument)?
             .kind();
-        crate::boot::serves_pods(&*self.vmm(&config, kind)?.0)?;
+        crate::boot::serves_pods(&*self.vmm(&config, kind, None)?.0)?;
         config.guest.find().map_err(Error::FailedPrecondition)?;
         files::sysctls(&spec.config, modes, false)?;
         if files::has_userns(&spec.config) {
