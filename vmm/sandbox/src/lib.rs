@@ -5,6 +5,7 @@ mod boot;
 pub mod config;
 pub mod daemon;
 pub mod forward;
+mod growth;
 pub mod guest;
 pub mod jail;
 pub mod network;

@@ -41,6 +41,7 @@ use vmm_common::guest as wire;
 use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork};
+use crate::growth;
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::jail::Users;
 use crate::network::{self, Interface, Plan};
@@ -52,7 +53,7 @@ use crate::vmm::firecracker::Firecracker;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::stratovirt::StratoVirt;
-use crate::vmm::{self, Feature, Launcher, Vm, VmState, Vmm};
+use crate::vmm::{self, Launcher, Vm, VmState, Vmm};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
 /// How long a killed process may take to leave its cgroup.
@@ -791,6 +792,12 @@ impl Sandboxer for VmmSandboxer {
         }
         let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
         let resources = files::updated_resources(value)?;
+        let live = self.running(&ctx.spec.id);
+        // Refused before anything is changed.
+        let growth = match &live {
+            Some(live) => Some(growth::wanted(&*live.vm, &self.config().size, &resources)?),
+            None => None,
+        };
         let path = &ctx.spec.config.linux.cgroup_parent;
         if !path.is_empty() {
             let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
@@ -800,36 +807,13 @@ impl Sandboxer for VmmSandboxer {
             })
             .await?;
         }
-        let Some(live) = self.running(&ctx.spec.id) else { return Ok(()) };
-        let number = |pointer: &str| {
-            resources.pointer(pointer).and_then(serde_json::Value::as_i64).unwrap_or_default()
-        };
-        let (cpus, memory) = self.config().size.of(
-            number("/cpu/quota"),
-            number("/cpu/period"),
-            number("/memory/limit"),
-        );
-        let features = live.vm.features();
-        let has = live.vm.state();
-        let more_cpus = number("/cpu/quota") > 0 && features.has(Feature::CpuResize);
-        let more_memory = number("/memory/limit") > 0 && features.has(Feature::MemoryResize);
-        for (asked, what, wanted, most, key) in [
-            (more_cpus, "CPUs", cpus, has.cpus.most, "grow_cpus"),
-            (more_memory, "MiB of memory", memory, has.memory_mib.most, "grow_memory_mib"),
-        ] {
-            if asked && wanted > most {
-                return Err(Error::FailedPrecondition(format!(
-                    "the pod's machine cannot have {wanted} {what}, only {most}: set size.{key} in \
-                     the configuration, for pods that start after it, or start the pod anew"
-                )));
-            }
-        }
+        let (Some(live), Some(growth)) = (live, growth) else { return Ok(()) };
         let mut grown = wire::OnlineRequest::default();
-        if more_cpus {
+        if let Some(cpus) = growth.cpus {
             live.vm.resize_cpus(cpus).await.map_err(machine)?;
             grown.cpus = cpus;
         }
-        if more_memory {
+        if let Some(memory) = growth.memory_mib {
             live.vm.resize_memory(memory).await.map_err(machine)?;
         }
         if grown.cpus > 0 {
