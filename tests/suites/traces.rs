@@ -177,8 +177,14 @@ fn a_trace_reaches_into_the_guest() {
     let mut pod = None;
     start(&mut pod, "traced-vm", &trace);
     let (create, start) = ("containerd.task.v3.Task/Create", "containerd.task.v3.Task/Start");
+    let mut seen = 0;
     wait_for("the guest's spans", Duration::from_secs(60), || {
         let spans = collector.of(&trace);
+        if spans.len() > seen {
+            seen = spans.len();
+            let names = spans.iter().map(|s| format!("{} {}", s.service, s.span.name));
+            println!("{seen} spans: {}", names.collect::<Vec<_>>().join(", "));
+        }
         [create, start].iter().all(|name| find(&spans, "vmm-task", name).is_some())
             && find(&spans, "vmm-sandboxer", start).is_some()
             && find(&spans, "containerd", "runtime.v1.RuntimeService/StartContainer").is_some()

@@ -163,7 +163,7 @@ impl TaskServer {
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
         let (this, c) = (self.clone(), self.container(id)?);
         let exec = exec.to_owned();
-        tokio::spawn(async move {
+        let work = Box::pin(async move {
             let _ops = c.ops.lock().await;
             let p = c.process(&exec)?;
             let record = p.record();
@@ -211,9 +211,10 @@ impl TaskServer {
             };
             this.event(&event);
             Ok(pid)
-        })
-        .await
-        .unwrap_or_else(|e| Err(Error::internal("starting the process panicked", e)))
+        });
+        tokio::spawn(kuasar_trace::within(kuasar_trace::current(), work))
+            .await
+            .unwrap_or_else(|e| Err(Error::internal("starting the process panicked", e)))
     }
 
     /// Starts what had no process before: an exec, or a container from a checkpoint.

@@ -1,0 +1,45 @@
+//! What the machine of a running pod gets when the pod's resources change.
+
+use containerd_sandbox::error::{Error, Result};
+
+use crate::config::SizeConfig;
+use crate::vmm::{Feature, Vm};
+
+/// CPUs and memory of a running machine from now on; `None` is left as it is.
+#[derive(Debug, Default)]
+pub(crate) struct Growth {
+    pub cpus: Option<u32>,
+    pub memory_mib: Option<u32>,
+}
+
+/// What `resources` (those of a runtime spec, as JSON) want of a machine that can change.
+///
+/// # Errors
+/// `FailedPrecondition` when it is more than the machine was made for.
+pub(crate) fn wanted(
+    vm: &dyn Vm,
+    size: &SizeConfig,
+    resources: &serde_json::Value,
+) -> Result<Growth> {
+    let number = |pointer: &str| {
+        resources.pointer(pointer).and_then(serde_json::Value::as_i64).unwrap_or_default()
+    };
+    let limits = (number("/cpu/quota"), number("/cpu/period"), number("/memory/limit"));
+    let (cpus, memory) = size.of(limits.0, limits.1, limits.2);
+    let (features, has) = (vm.features(), vm.state());
+    // What is not asked for is neither changed nor measured against the machine.
+    let cpus = (limits.0 > 0 && features.has(Feature::CpuResize)).then_some(cpus);
+    let memory_mib = (limits.2 > 0 && features.has(Feature::MemoryResize)).then_some(memory);
+    for (what, wanted, most, key) in [
+        ("CPUs", cpus, has.cpus.most, "grow_cpus"),
+        ("MiB of memory", memory_mib, has.memory_mib.most, "grow_memory_mib"),
+    ] {
+        if let Some(wanted) = wanted.filter(|wanted| *wanted > most) {
+            return Err(Error::FailedPrecondition(format!(
+                "the pod's machine cannot have {wanted} {what}, only {most}: set size.{key} in \
+                 the configuration, for pods that start after it, or start the pod anew"
+            )));
+        }
+    }
+    Ok(Growth { cpus, memory_mib })
+}
