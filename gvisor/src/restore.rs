@@ -162,7 +162,7 @@ impl Containers {
             // A daemon that was killed may have come as far as this.
             if !self.runsc.is_running(&self.own.id, id) {
                 let dir = self.pod.container(id);
-                self.restored(&dir, id, &image, streams).await?;
+                self.runsc.restore(&self.own, &dir, id, &image, streams).await?;
             }
             if !progress.done.iter().any(|done| done == id) {
                 progress.done.push(id.to_owned());
@@ -175,25 +175,6 @@ impl Containers {
         save(&self.pod.container(id), &meta)?;
         self.follow(id, meta.handle).await?;
         Ok(Spawned { pid: self.sentry_pid(), handle: meta.handle, terminal: None, exit })
-    }
-
-    /// Has `runsc` restore one container. Its end counts, not its word: now and then it answers that
-    /// the container is in state running, which is what was wanted. (One that was started without its
-    /// checkpoint does not get past the sentry, when the next container is to be restored.)
-    async fn restored(
-        &self,
-        bundle: &Path,
-        id: &str,
-        image: &Path,
-        streams: [Option<std::os::fd::BorrowedFd<'_>>; 3],
-    ) -> Result<()> {
-        match self.runsc.restore(&self.own, bundle, id, image, streams).await {
-            Err(error) if self.runsc.is_running(&self.own.id, id) => {
-                tracing::warn!(id, error = %error, "restored, whatever runsc says");
-                Ok(())
-            }
-            done => Ok(done?),
-        }
     }
 
     /// The sandbox has been told of its checkpoint when this is done.
@@ -219,7 +200,7 @@ impl Containers {
         if waits {
             let root = self.pod.dir.join("root");
             let none = [None, None, None];
-            self.restored(&root, &self.own.id, image, none).await?;
+            self.runsc.restore(&self.own, &root, &self.own.id, image, none).await?;
         }
         Ok(progress)
     }
