@@ -92,6 +92,14 @@ async fn cut_and_taken_up(direction: Direction) {
         Direction::Output => (ours.into(), writer.take().unwrap()),
         Direction::Input => (ours.into(), reader.try_clone().unwrap().into()),
     };
+    // The end is held back until it was cut often enough: how fast the rest goes is not ours to say.
+    let (end, held) = std::sync::mpsc::channel::<()>();
+    let send = |bytes: &[u8], to: &mut dyn Write, held: std::sync::mpsc::Receiver<()>| {
+        let (most, rest) = bytes.split_at(bytes.len() - (64 << 10));
+        to.write_all(most).unwrap();
+        held.recv().unwrap();
+        to.write_all(rest).unwrap();
+    };
     let (read, sent);
     match direction {
         Direction::Output => {
@@ -99,7 +107,7 @@ async fn cut_and_taken_up(direction: Direction) {
             let bytes = bytes.clone();
             sent = std::thread::spawn(move || {
                 let mut guest = guest;
-                guest.write_all(&bytes).unwrap();
+                send(&bytes, &mut guest, held);
             });
         }
         Direction::Input => {
@@ -107,7 +115,7 @@ async fn cut_and_taken_up(direction: Direction) {
             read = read_all(guest);
             let bytes = bytes.clone();
             let mut writer = std::fs::File::from(writer.unwrap());
-            sent = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+            sent = std::thread::spawn(move || send(&bytes, &mut writer, held));
         }
     }
     let mut cuts = 0;
@@ -127,6 +135,9 @@ async fn cut_and_taken_up(direction: Direction) {
                 task.abort();
                 let _ = task.await;
                 cuts += 1;
+                if cuts == 4 {
+                    end.send(()).unwrap();
+                }
             }
         }
         assert!(cuts < 60, "it does not come to an end");
