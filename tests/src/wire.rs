@@ -10,6 +10,7 @@ use containerd_sandbox::codec::MessageCodec;
 use hyper_util::rt::TokioIo;
 use kuasar_protos::controller as api;
 use kuasar_protos::cri as pod;
+use kuasar_protos::runc_options::CheckpointOptions;
 use kuasar_protos::shim::api as task;
 use kuasar_protos::shim::shim_async::TaskClient;
 use kuasar_protos::shim::types::mount::Mount;
@@ -20,6 +21,25 @@ use tonic::transport::{Endpoint, Uri};
 use tonic::{Code, Status};
 
 use crate::cri::{cgroup_root, runtime, unique};
+
+/// A checkpoint of container `id` into `path`, with options as containerd sends them.
+pub fn checkpoint_request(
+    id: &str,
+    path: &str,
+    options: &CheckpointOptions,
+) -> task::CheckpointTaskRequest {
+    let options = Any {
+        type_url: "containerd.runc.v1.CheckpointOptions".into(),
+        value: options.write_to_bytes().unwrap(),
+        ..Any::default()
+    };
+    task::CheckpointTaskRequest {
+        id: id.into(),
+        path: path.into(),
+        options: MessageField::some(options),
+        ..Default::default()
+    }
+}
 
 /// What containerd sends an exec's process as.
 pub const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";

@@ -8,10 +8,8 @@ use std::time::Duration;
 use kuasar_protos::runc_options::CheckpointOptions;
 use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
-use kuasar_tests::wire::{Bundle, Direct};
+use kuasar_tests::wire::{self, Bundle, Direct};
 use kuasar_tests::{bed, cri, handler, leaks, ours, skip, task, wait_for};
-use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageField};
 use tonic::Code;
 
 pub(crate) const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.1; done";
@@ -77,17 +75,7 @@ fn checkpoint(
     image: &Image,
     options: CheckpointOptions,
 ) -> Result<(), tonic::Status> {
-    let options = Any {
-        type_url: "containerd.runc.v1.CheckpointOptions".into(),
-        value: options.write_to_bytes().unwrap(),
-        ..Any::default()
-    };
-    let q = tasks::CheckpointTaskRequest {
-        id: id.into(),
-        path: image.text(),
-        options: MessageField::some(options),
-        ..Default::default()
-    };
+    let q = wire::checkpoint_request(id, &image.text(), &options);
     task!(&pod.socket, checkpoint, q).map(drop)
 }
 

@@ -8,8 +8,8 @@ use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
 use kuasar_tests::wire::{self, Bundle};
 use kuasar_tests::{leaks, on, switch, task, wait_for};
+use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageField};
 use tonic::Code;
 
 use crate::checkpoint::{COUNT, Image, fifo, number};
@@ -68,17 +68,7 @@ fn delete(pod: &Pod, id: &str) {
 
 fn checkpoint(pod: &Pod, id: &str, image: &Image, exit: bool) {
     let options = CheckpointOptions { exit, ..Default::default() };
-    let options = Any {
-        type_url: "containerd.runc.v1.CheckpointOptions".into(),
-        value: options.write_to_bytes().unwrap(),
-        ..Any::default()
-    };
-    let q = tasks::CheckpointTaskRequest {
-        id: id.into(),
-        path: image.text(),
-        options: MessageField::some(options),
-        ..Default::default()
-    };
+    let q = wire::checkpoint_request(id, &image.text(), &options);
     call!(pod, checkpoint, q).unwrap();
 }
 

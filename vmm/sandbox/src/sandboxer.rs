@@ -792,12 +792,14 @@ impl Sandboxer for VmmSandboxer {
         }
         let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
         let resources = files::updated_resources(value)?;
-        let live = self.running(&ctx.spec.id);
         // Refused before anything is changed.
-        let growth = match &live {
-            Some(live) => Some(growth::wanted(&*live.vm, &self.config().size, &resources)?),
-            None => None,
-        };
+        let machine_too = self
+            .running(&ctx.spec.id)
+            .map(|live| {
+                let growth = growth::wanted(&*live.vm, &self.config().size, &resources)?;
+                Ok::<_, Error>((live, growth))
+            })
+            .transpose()?;
         let path = &ctx.spec.config.linux.cgroup_parent;
         if !path.is_empty() {
             let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
@@ -807,7 +809,7 @@ impl Sandboxer for VmmSandboxer {
             })
             .await?;
         }
-        let (Some(live), Some(growth)) = (live, growth) else { return Ok(()) };
+        let Some((live, growth)) = machine_too else { return Ok(()) };
         let mut grown = wire::OnlineRequest::default();
         if let Some(cpus) = growth.cpus {
             live.vm.resize_cpus(cpus).await.map_err(machine)?;
