@@ -1,6 +1,8 @@
 #!/bin/bash
 # Runs the tests: run.sh all | unit | guest | packages [NAME] | e2e [NAME] | conformance HANDLER | bench
-# Counts what passed, failed and was skipped, and says so in its last line.
+# Counts what passed, failed and was skipped, and says so in its last line. With `all`, up to three tests
+# that failed run once more, by themselves: one that passes then is unsteady, which the last lines say
+# by name. It is a fault to mend all the same; it does not hide what the other tests have found.
 set -euo pipefail
 TOP=$(cd "$(dirname "$0")/.." && pwd)
 cd "$TOP"
@@ -9,17 +11,40 @@ BED_SH=$TOP/tests/bed/bed.sh
 LOG=$TOP/target/test.log
 mkdir -p "$TOP/target"
 : > "$LOG"
+PART=$TOP/target/test.part
+: > "$LOG.unsteady"
 failed=0
 extra=0
+again=
 trap '"$BED_SH" down || true' EXIT
 
 # Named by every cargo command here: what is selected decides on features, and with other features
 # everything would be compiled again. wasm-worker's tests use the Wasmtime that `make build` compiled.
 ALL=(--workspace --exclude wasm-worker --features kuasar-tests/e2e)
+# As in tests COMMAND…, a cargo test whose arguments may be followed by names.
+tests() {
+  local names name
+  "$@" 2>&1 | tee "$PART" && { cat "$PART" >> "$LOG"; return 0; }
+  cat "$PART" >> "$LOG"
+  # The list that ends a test program's output.
+  mapfile -t names < <(awk '/^failures:$/ { n = 0; next }
+    /^test result/ { for (i = 0; i < n; i++) print name[i]; n = 0 }
+    /^    [^ ]+$/ { name[n++] = $1 }' "$PART" | sort -u)
+  if [ -z "$again" ] || [ ${#names[@]} = 0 ] || [ ${#names[@]} -gt 3 ]; then failed=1; return 0; fi
+  for name in "${names[@]}"; do
+    echo "once more: $name"
+    if "$@" --exact "$name" > "$PART" 2>&1 && grep -qE '^test result: ok\. [1-9]' "$PART"; then
+      echo "$name" >> "$LOG.unsteady"
+    else
+      failed=1
+    fi
+    cat "$PART"
+  done
+}
 unit() {
   # Not the end-to-end suites, which their manifest leaves out unless they are named.
-  SANDBOX_PARENT_BIN=$TOP/target/release/sandbox-parent cargo test "${ALL[@]}" --no-fail-fast 2>&1 |
-    tee -a "$LOG" || failed=1
+  export SANDBOX_PARENT_BIN=$TOP/target/release/sandbox-parent
+  tests cargo test "${ALL[@]}" --no-fail-fast --
   make -s test-worker 2>&1 | tee -a "$LOG" || failed=1
 }
 e2e() {
@@ -27,7 +52,7 @@ e2e() {
   rm -f "$B/run/skipped"
   "$BED_SH" up
   # One at a time: some kill the daemon or containerd under everybody.
-  timeout "${LIMIT:-1500}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@" 2>&1 | tee -a "$LOG" || failed=1
+  tests timeout "${LIMIT:-1500}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@"
   "$BED_SH" down
 }
 # The guest's agent as PID 1 of machines that QEMU boots, driven without containerd.
@@ -37,7 +62,7 @@ guest() {
   KUASAR_QEMU=$B/vmm/bin/qemu-system-x86_64 KUASAR_VMLINUX=$TOP/target/guest/vmlinux \
     KUASAR_VHOST_VSOCK=$B/vmm/bin/vhost-device-vsock KUASAR_VIRTIOFSD=$B/vmm/bin/virtiofsd \
     KUASAR_VMM_TASK=$TOP/target/release/vmm-task KUASAR_BUSYBOX=$B/src/busybox \
-    cargo test "${ALL[@]}" --test agent -- --test-threads=1 --nocapture 2>&1 | tee -a "$LOG" || failed=1
+    tests cargo test "${ALL[@]}" --test agent -- --test-threads=1 --nocapture
 }
 conformance() {
   "$TOP/tests/conformance.sh" "$1" 2>&1 | tee -a "$LOG" || extra=1
@@ -48,6 +73,7 @@ packages() {
 }
 case ${1:-all} in
   all)
+    again=1
     unit
     guest
     # rpm packages are made and tried where the tool is to be had.
@@ -85,12 +111,17 @@ fi
 sum() { { grep -E '^test result:' "$LOG" || true; } | sed -E "s/.* ([0-9]+) $1.*/\1/" | paste -sd+ - | sed 's/^$/0/' | bc; }
 skipped=$(($(sum ignored) + $({ cat "$B/run/skipped" 2>/dev/null || true; } | wc -l)))
 passed=$(sum passed)
-bad=$(sum failed)
+unsteady=$(wc -l < "$LOG.unsteady")
+bad=$(($(sum failed) - unsteady))
 [ "$extra" = 0 ] || bad=$((bad + 1))
 [ "$failed" = 0 ] || [ "$bad" != 0 ] || bad=1
 if [ -s "$B/run/skipped" ]; then
   echo "skipped:"
   sort "$B/run/skipped" | uniq -c
 fi
-echo "$passed passed, $bad failed, $skipped skipped"
+if [ "$unsteady" != 0 ]; then
+  echo "unsteady, failed at first and passed when run once more:"
+  cat "$LOG.unsteady"
+fi
+echo "$((passed + unsteady)) passed ($unsteady of them unsteady), $bad failed, $skipped skipped"
 [ "$bad" = 0 ]
