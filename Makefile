@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest demo test unit check conformance bench install deb rpm packages compat clean bed bed-and-kernel test-worker
+.PHONY: help build deps fakes guest guest-distribution demo test unit check conformance bench install deb rpm packages compat clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -57,6 +57,10 @@ guest: build ## kernel and image of microVM guests, into target/guest (root; the
 	vmm/guest/build.sh kernel
 	vmm/guest/build.sh image $(GUEST_INIT)
 
+# Debian's own kernel with its modules, in place of ours: for machines with PCI.
+guest-distribution: build ## the distribution's kernel and an image with its modules, into target/guest (seconds)
+	vmm/guest/build.sh distribution $(GUEST_INIT)
+
 fakes:
 	$(MAKE) build FAKES=fake-quark
 
@@ -81,6 +85,7 @@ test: deps ## everything: unit tests, end-to-end suites on real containerd, crit
 	@# Beside each other: the bed waits for the network, and a linker keeps one processor at a time.
 	$(MAKE) -j2 fakes bed-and-kernel
 	vmm/guest/build.sh image $(GUEST_INIT)
+	@if [ "$$(uname -m)" = x86_64 ]; then vmm/guest/build.sh distribution $(GUEST_INIT); fi
 	tests/run.sh all
 
 bed-and-kernel: bed
@@ -133,6 +138,9 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
 	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \
 	  install -m 0644 target/guest/vmlinux target/guest/initramfs.cpio $(DESTDIR)$(PREFIX)/share/kuasar/; \
+	  for f in vmlinux-distribution initramfs-distribution.cpio; do \
+	    [ ! -e target/guest/$$f ] || install -m 0644 target/guest/$$f $(DESTDIR)$(PREFIX)/share/kuasar/; \
+	  done; \
 	else echo "install: no guest for microVM pods: run \`make guest\` first"; fi
 
 deb: build guest ## Debian packages, into target/packages

@@ -3,11 +3,14 @@
 #
 #   build.sh kernel             vmlinux, with its configuration
 #   build.sh image INIT         initramfs.cpio and guest.erofs, holding the static program INIT as /init
+#   build.sh distribution INIT  vmlinux-distribution, Debian's own "cloud" kernel with PCI, and
+#                               initramfs-distribution.cpio with INIT and the modules that it needs
 #
 # Reproducible: the same source package, compiler and files of this directory give the same bytes, in
 # whatever directory. What is there already, made from the same things, is not made again. Root is
 # needed for installing packages that are missing, and for the device node in the disk image.
 # FLAVOURS="pci microvm" also builds vmlinux-pci, for machines with PCI and ACPI (q35): not tried yet.
+# The distribution's is for these machines too, takes no compiler, and is larger and slower to boot.
 set -euo pipefail
 export LC_ALL=C TZ=UTC DEBIAN_FRONTEND=noninteractive
 SRC=$(cd "$(dirname "$0")" && pwd)
@@ -176,8 +179,81 @@ image() {
   echo "guest: $G/guest.erofs: $(stat -c %s "$G/guest.erofs") bytes"
 }
 
+# What vmm-task needs of a kernel and distributions have as modules, or built in.
+WANTED=(virtio_pci virtio_console virtio_net virtio_blk virtio_balloon vmw_vsock_virtio_transport virtiofs erofs ext4 overlay)
+
+# The kernel inside of a bzImage (Documentation/arch/x86/boot.rst: setup_sects, payload_offset,
+# payload_length). VMMs load it without a firmware's help, and nothing is unpacked at each boot.
+payload() { # IMAGE
+  local setup offset length part=$1.payload
+  number() { od -An -t "u$3" -j "$2" -N "$3" --endian=little "$1" | tr -d ' '; }
+  setup=$(number "$1" $((0x1f1)) 1)
+  offset=$(number "$1" $((0x248)) 4)
+  length=$(number "$1" $((0x24c)) 4)
+  tail -c "+$(((setup + 1) * 512 + offset + 1))" "$1" | head -c "$length" > "$part" || true
+  # behind the compressed bytes are four with the length, which makes unpackers grumble
+  case $(od -An -t x1 -N 4 "$part" | tr -d ' ') in
+    fd377a58) xz -dc --single-stream "$part" ;;
+    1f8b*) gzip -dc "$part" 2>/dev/null || true ;;
+    28b52ffd) packages zstd:zstd; zstd -dcq "$part" 2>/dev/null || true ;;
+    7f454c46) cat "$part" ;;
+    *) die "a kernel that is compressed in an unknown way" ;;
+  esac
+  rm -f "$part"
+}
+
+distribution() {
+  local init=$1 package made tree modules release name start list=() args=()
+  start=$(date +%s)
+  [ "$ARCH" = x86_64 ] || die "only for x86_64"
+  [ -f "$init" ] || die "$init is not there"
+  packages modinfo:kmod xz:xz-utils objcopy:binutils
+  mkdir -p "$G"
+  find_source
+  package=$(apt-cache pkgnames "linux-image-$SERIES" | grep -E -- '-cloud-amd64$' | sort -V | tail -n 1)
+  [ -n "$package" ] || die "no cloud kernel $SERIES where $PACKAGE is"
+  made=$package-$VERSION-$({ cat "$init"; declare -f distribution payload; echo "${WANTED[@]}"; } | sha256sum | cut -c1-16)
+  [ "$(cat "$G/vmlinux-distribution.stamp" 2>/dev/null)" != "$made" ] || return 0
+  tree=$(mktemp -d "$G/distribution.XXXXXX")
+  # shellcheck disable=SC2064 # this directory
+  trap "rm -rf '$tree'" EXIT
+  (cd "$tree" && apt-get download -qq -o APT::Sandbox::User=root "$package")
+  dpkg --fsys-tarfile "$tree"/*.deb | tar -x -C "$tree" ./boot ./lib/modules
+  release=$(basename "$tree"/lib/modules/*)
+  modules=$tree/lib/modules/$release
+  payload "$tree/boot/vmlinuz-$release" > "$tree/vmlinux"
+  [ "$(head -c 4 "$tree/vmlinux" | tail -c 3)" = ELF ] || die "no kernel in vmlinuz-$release"
+  # module NAME: what it depends on, then itself, each once
+  module() {
+    local file other name=${1//-/_}
+    case " ${list[*]} " in *" $name "*) return 0 ;; esac
+    ! sed 's|.*/||; s/\.ko$//; s/-/_/g' "$modules/modules.builtin" | grep -qx "$name" || return 0
+    file=$(find "$modules/kernel" -name "$name.ko*" -o -name "${name//_/-}.ko*" | head -n 1)
+    [ -n "$file" ] || die "$package has no $name"
+    for other in $(modinfo -F depends "$file" | tr ',' ' '); do module "$other"; done
+    list+=("$name")
+    case $file in
+      *.xz) xz -dc "$file" ;;
+      *.zst) packages zstd:zstd; zstd -dcq "$file" ;;
+      *) cat "$file" ;;
+    esac > "$tree/$name.ko"
+    # What a debugger wants of it is the most of it.
+    objcopy --strip-debug "$tree/$name.ko"
+    args+=(--module "$tree/$name.ko")
+  }
+  for name in "${WANTED[@]}"; do module "$name"; done
+  objcopy --strip-all "$init" "$tree/init"
+  (cd "$TOP" && cargo build --quiet -p guest-image)
+  "$TOP/target/debug/guest-image" --init "$tree/init" "${args[@]}" --initramfs "$G/initramfs-distribution.cpio"
+  mv "$tree/vmlinux" "$G/vmlinux-distribution"
+  echo "$made" > "$G/vmlinux-distribution.stamp"
+  echo "guest: $G/vmlinux-distribution: $(stat -c %s "$G/vmlinux-distribution") bytes, $package; modules: ${list[*]}"
+  echo "guest: took $(($(date +%s) - start)) s"
+}
+
 case ${1:-} in
   kernel) kernel ;;
   image) image "${2:?the program that becomes /init}" ;;
+  distribution) distribution "${2:?the program that becomes /init}" ;;
   *) sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac

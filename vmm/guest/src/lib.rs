@@ -3,7 +3,7 @@
 //! A guest holds one program, `/init`, and the places where that program mounts something before it
 //! can mount anything else: no shell, no library, no configuration. What an image holds is one list
 //! ([`entries`]); the initramfs and the tree that becomes a disk image are both made from it, so they
-//! cannot differ.
+//! cannot differ. With the kernel of a distribution its modules are in it, too.
 //!
 //! Two builds from the same program give the same bytes. Nothing of the building host gets in: order,
 //! owners, modes, times, inode and device numbers are all given here.
@@ -22,6 +22,12 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 /// Largest program that is put into an image, in bytes. One that is larger is a mistake (a debug
 /// build, another file): each guest would hold it in memory.
 pub const MAX_INIT: u64 = 64 << 20;
+
+/// Most bytes of modules in an image.
+pub const MAX_MODULES: u64 = 64 << 20;
+
+/// The directory of modules in an image, known to `vmm-task` too (`vmm/task/src/modules.rs`).
+const MODULES: &str = "modules";
 
 /// The directories of an image: what `/init` mounts over (`dev`, `proc`, `run`, `sys`, `tmp`), and
 /// `etc`, which it may. A disk image is mounted read-only, so none can be made later.
@@ -76,11 +82,20 @@ pub struct Entry<'a> {
     pub kind: Kind<'a>,
 }
 
-/// Everything an image holds, parents first, in the order of paths. `init` is the program's content.
+/// A module of the kernel that goes into an image.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Its file's path in the image, which says when it is loaded.
+    path: String,
+    content: Vec<u8>,
+}
+
+/// Everything an image holds, parents first, in the order of paths. `init` is the program's content;
+/// `modules` are for the kernel of a distribution, ours has everything built in.
 ///
 /// `/dev/console` is there because the kernel opens it as standard input, output and error of `/init`
 /// before anything is mounted.
-pub fn entries(init: &[u8]) -> Vec<Entry<'_>> {
+pub fn entries<'a>(init: &'a [u8], modules: &'a [Module]) -> Vec<Entry<'a>> {
     let mut list: Vec<Entry<'_>> = DIRECTORIES
         .iter()
         .map(|&path| Entry {
@@ -90,6 +105,15 @@ pub fn entries(init: &[u8]) -> Vec<Entry<'_>> {
         .collect();
     list.push(Entry { path: "dev/console", kind: Kind::Device(0o600, 5, 1) });
     list.push(Entry { path: "init", kind: Kind::File(0o755, init) });
+    if !modules.is_empty() {
+        list.push(Entry { path: MODULES, kind: Kind::Directory(0o755) });
+        list.extend(
+            modules.iter().map(|module| Entry {
+                path: &module.path,
+                kind: Kind::File(0o644, &module.content),
+            }),
+        );
+    }
     list.sort_by_key(|e| e.path);
     list
 }
@@ -120,6 +144,32 @@ pub fn read_init(path: &Path) -> Result<Vec<u8>, Error> {
         Some(true) => Err(unfit("dynamically linked: an image holds no libraries".into())),
         Some(false) => Ok(init),
     }
+}
+
+/// Reads modules of a kernel, in the order in which they are to be loaded: each is a relocatable ELF
+/// file, not compressed, and all together have no more than [`MAX_MODULES`] bytes.
+///
+/// # Errors
+/// [`Error::Init`] when one cannot be read, [`Error::Unfit`] when one is no module that a kernel loads.
+pub fn read_modules(paths: &[PathBuf]) -> Result<Vec<Module>, Error> {
+    const ET_REL: [u8; 2] = [1, 0];
+    let mut left = MAX_MODULES;
+    let read = |(n, path): (usize, &PathBuf)| {
+        let unreadable = |source| Error::Init { path: path.clone(), source };
+        let unfit = |reason: &str| Error::Unfit { path: path.clone(), reason: reason.into() };
+        let mut content = Vec::new();
+        let file = File::open(path).map_err(unreadable)?;
+        file.take(left + 1).read_to_end(&mut content).map_err(unreadable)?;
+        left = left.checked_sub(content.len() as u64).ok_or_else(|| {
+            unfit(&format!("all modules have more than {MAX_MODULES} bytes: each pod holds them"))
+        })?;
+        if !content.starts_with(b"\x7fELF\x02\x01") || content.get(16..18) != Some(&ET_REL) {
+            return Err(unfit("not a module of a 64-bit kernel; if it is compressed, unpack it"));
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Ok(Module { path: format!("{MODULES}/{n:03}-{name}"), content })
+    };
+    paths.iter().enumerate().map(read).collect()
 }
 
 /// Whether an ELF program asks for a loader (has a PT_INTERP header); nothing when it is none.
@@ -229,7 +279,7 @@ mod tests {
     #[test]
     fn parents_come_first_and_nothing_else_is_there() {
         let init = elf(false);
-        let list = entries(&init);
+        let list = entries(&init, &[]);
         let paths: Vec<_> = list.iter().map(|e| e.path).collect();
         assert_eq!(paths, ["dev", "dev/console", "etc", "init", "proc", "run", "sys", "tmp"]);
     }
@@ -258,7 +308,7 @@ mod tests {
     fn an_initramfs_that_cannot_be_written_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("out")).unwrap();
-        assert!(write_initramfs(&entries(b""), &dir.path().join("out")).is_err());
+        assert!(write_initramfs(&entries(b"", &[]), &dir.path().join("out")).is_err());
         let left: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["out"]);

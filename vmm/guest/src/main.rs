@@ -12,6 +12,10 @@ struct Args {
     /// The program that becomes /init: static, for the guest's architecture.
     #[arg(long)]
     init: PathBuf,
+    /// A module of the kernel that vmm-task loads at boot, not compressed; again for each one, in the
+    /// order in which they are loaded. For the kernel of a distribution: ours needs none.
+    #[arg(long = "module", value_name = "FILE")]
+    modules: Vec<PathBuf>,
     /// Where the initramfs goes (newc cpio, not compressed).
     #[arg(long)]
     initramfs: PathBuf,
@@ -23,7 +27,8 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let init = guest_image::read_init(&args.init)?;
-    let entries = guest_image::entries(&init);
+    let modules = guest_image::read_modules(&args.modules)?;
+    let entries = guest_image::entries(&init, &modules);
     let bytes = guest_image::write_initramfs(&entries, &args.initramfs)?;
     println!("guest: {}: {bytes} bytes", args.initramfs.display());
     if let Some(tree) = args.tree {

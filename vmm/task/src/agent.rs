@@ -20,7 +20,7 @@ use crate::guest::GuestService;
 use crate::kmsg::Kmsg;
 use crate::reaper::Reaper;
 use crate::spans::Spans;
-use crate::{boot, kmsg, limits, power, serial, streaming};
+use crate::{boot, kmsg, limits, modules, power, serial, streaming};
 
 /// Why PID 1 cannot do its duty.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -46,6 +46,7 @@ fn run(started_ns: u64, options: &mut Options) -> Result<Infallible, Failure> {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // SAFETY: nobody else reads or writes the environment now.
     unsafe { std::env::set_var("PATH", "/usr/sbin:/usr/bin:/sbin:/bin") };
+    let not_loaded = modules::load();
     let mounted = boot::mounts();
     let (read, unknown) = Options::read();
     *options = read;
@@ -58,6 +59,10 @@ fn run(started_ns: u64, options: &mut Options) -> Result<Infallible, Failure> {
         let source = std::error::Error::source(&error).map(ToString::to_string);
         format!("{error}: {}", source.unwrap_or_default())
     })?;
+    modules::close();
+    for why in not_loaded {
+        tracing::error!(why, "a module of the image cannot be loaded: is it of this kernel?");
+    }
     for option in unknown {
         tracing::warn!(option, "the kernel's command line has an option that is not known");
     }

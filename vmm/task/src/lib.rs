@@ -4,7 +4,8 @@
 //! sysctls and interfaces are set where PID 1 itself lives, and containers are given mount, PID
 //! and cgroup namespaces only. What is here:
 //!
-//! * [`boot`]: from the kernel's hand-over to a machine that containers can run on;
+//! * [`boot`]: from the kernel's hand-over to a machine that containers can run on, with [`modules`]
+//!   where the kernel is a distribution's;
 //! * [`channel`]: who may speak to us. Nobody, until the host that only the host can be (CID 2)
 //!   has given the token of this boot;
 //! * [`containers`]: the Task API's runtime, over the built-in OCI engine, with a storage of its
@@ -33,6 +34,7 @@ pub mod hotplug;
 pub mod init;
 pub mod kmsg;
 pub mod limits;
+pub mod modules;
 pub mod network;
 pub mod power;
 pub mod reaper;

@@ -279,7 +279,9 @@ fn computer(config: &QemuConfig, spec: &VmSpec, line: &mut Line<'_>) {
     line.option(
         "smp",
         if config.machine == Machine::Q35 && most > cpus {
-            format!("cpus={cpus},maxcpus={most},sockets=1,cores={most},threads=1")
+            // One in each socket: some kernels take no CPU that comes later into a package that is
+            // there (topology_register_apic).
+            format!("cpus={cpus},maxcpus={most},sockets={most},cores=1,threads=1")
         } else {
             format!("cpus={cpus}")
         },

@@ -20,7 +20,7 @@ use super::super::spec::{Channel, Disk, Nic, ShareKind, VmSpec};
 use super::super::{
     Event, Feature, Features, Kind, Processes, STATE_VERSION, Vm, VmState, console,
 };
-use super::config::{Machine as MachineType, QemuConfig};
+use super::config::{Accel, Machine as MachineType, QemuConfig};
 use super::slots::{self, Plugged, Slots};
 
 /// Events that a slow receiver may be behind.
@@ -34,6 +34,9 @@ pub(super) struct Private {
     /// Machine type that it was started with: the configuration may have changed since.
     pub machine: MachineType,
     pub balloon: bool,
+    /// As the machine type. Records of older daemons have none: their machines keep their CPUs.
+    #[serde(default = "tcg")]
+    pub accel: Accel,
     pub slots: Slots,
     /// Devices that cannot be saved, or nothing.
     pub unsaveable: Option<String>,
@@ -75,16 +78,22 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub(super) fn features(config: &QemuConfig) -> Features {
-    of_machine(config.machine, config.balloon)
+    of_machine(config.machine, config.balloon, config.accel)
 }
 
-fn of_machine(machine: MachineType, balloon: bool) -> Features {
+fn tcg() -> Accel {
+    Accel::Tcg
+}
+
+fn of_machine(machine: MachineType, balloon: bool, accel: Accel) -> Features {
     use Feature::*;
     let mut all = Features::of(&[Pause, Snapshot, Virtiofs, Ninep, HybridVsock, Serial]);
     if machine.pci() {
         all = all.with(DiskHotplug).with(NicHotplug);
     }
-    if machine == MachineType::Q35 {
+    // Linux takes a CPU that is absent at boot only where it knows its hypervisor, and TCG is none to
+    // it (acpi_is_processor_usable, since 6.12.6x and 6.18).
+    if machine == MachineType::Q35 && accel == Accel::Kvm {
         all = all.with(CpuResize);
     }
     if balloon {
@@ -99,7 +108,7 @@ pub(super) fn way_out(feature: Feature) -> &'static str {
             "use machine q35, or declare the device before the start"
         }
         Feature::CpuResize => {
-            "use machine q35; within the CPUs of the boot the guest's cgroups limit"
+            "use machine q35 with KVM; within the CPUs of the boot the guest's cgroups limit"
         }
         Feature::MemoryResize | Feature::FreePageReporting => "set balloon = true",
         Feature::Snapshot => {
@@ -127,6 +136,7 @@ impl Machine {
         let private = Private {
             machine: config.machine,
             balloon: config.balloon,
+            accel: config.accel,
             slots: Slots::new(ports),
             unsaveable: vsock.or(shared).map(str::to_owned),
             serial: matches!(spec.channel, Channel::Serial { .. }),
@@ -333,7 +343,7 @@ impl Vm for Machine {
 
     fn features(&self) -> Features {
         let state = self.locked();
-        of_machine(state.1.machine, state.1.balloon)
+        of_machine(state.1.machine, state.1.balloon, state.1.accel)
     }
 
     fn pid(&self) -> u32 {

@@ -76,7 +76,7 @@ fn q35_has_its_root_ports_and_can_grow() {
     spec.cpus = Range { at_boot: 1, most: 4 };
     spec.hugepages = true;
     let line = line(&config(Machine::Q35), &spec, &Sockets::default());
-    assert!(line.contains("-smp cpus=1,maxcpus=4,sockets=1,cores=4,threads=1 "));
+    assert!(line.contains("-smp cpus=1,maxcpus=4,sockets=4,cores=1,threads=1 "));
     assert!(line.contains("share=on,hugetlb=on,hugetlbsize=2M "));
     assert!(!line.contains("nolapic_timer"));
     assert!(line.ends_with(
