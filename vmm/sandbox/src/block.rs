@@ -299,7 +299,7 @@ impl Disks {
                 Ok(()) | Err(vmm::Error::NoDevice(_) | vmm::Error::Gone) => {}
                 Err(error) => tracing::warn!(
                     disk = disk.id,
-                    error = crate::sandboxer::chain(&error),
+                    error = crate::errors::chain(&error),
                     "a disk stays in the machine until its end"
                 ),
             }
@@ -377,7 +377,7 @@ fn rootfs_id(container: &str) -> String {
 }
 
 fn machine(error: vmm::Error) -> Error {
-    let text = crate::sandboxer::chain(&error);
+    let text = crate::errors::chain(&error);
     match error {
         vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
         vmm::Error::Invalid(_) => Error::InvalidArgument(text),

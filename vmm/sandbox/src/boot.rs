@@ -15,9 +15,11 @@ use vmm_common::guest as wire;
 use vmm_common::port;
 
 use crate::config::{Config, RootImage};
+use crate::drivers::{Hybrid, uds};
+use crate::errors::{chain, machine};
 use crate::guest::service;
 use crate::network::Plan;
-use crate::sandboxer::{CGROUP, Hybrid, PodState, VmmSandboxer, machine, uds};
+use crate::sandboxer::{CGROUP, PodState, VmmSandboxer};
 use crate::share::ShareTree;
 use crate::template;
 use crate::vmm::{
@@ -311,11 +313,9 @@ impl VmmSandboxer {
             };
             match made.await {
                 Ok(()) => tracing::info!(key, took = ?begun.elapsed(), "a template is ready"),
-                Err(error) => tracing::warn!(
-                    key,
-                    error = crate::sandboxer::chain(&error),
-                    "no template: pods boot cold"
-                ),
+                Err(error) => {
+                    tracing::warn!(key, error = chain(&error), "no template: pods boot cold")
+                }
             }
             let _ = std::fs::remove_dir_all(&dir);
             let removed = tokio::task::spawn_blocking(move || group.remove(CGROUP)).await;

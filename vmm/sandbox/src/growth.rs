@@ -1,8 +1,14 @@
 //! What the machine of a running pod gets when the pod's resources change.
 
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
+use containerd_sandbox::sandboxer::SandboxContext;
+use kuasar_pod::files::host;
+use vmm_common::guest as wire;
 
 use crate::config::SizeConfig;
+use crate::errors::machine;
+use crate::guest::service;
+use crate::sandboxer::{VmmSandboxer, state};
 use crate::vmm::{Feature, Vm};
 
 /// CPUs and memory of a running machine from now on; `None` is left as it is.
@@ -42,4 +48,50 @@ pub(crate) fn wanted(
         }
     }
     Ok(Growth { cpus, memory_mib })
+}
+
+impl VmmSandboxer {
+    /// Gives a pod other resources: its cgroup, and its machine where that can change.
+    ///
+    /// # Errors
+    /// What cannot be, before anything is changed.
+    pub(crate) async fn resize(
+        &self,
+        ctx: &SandboxContext,
+        resources: &serde_json::Value,
+    ) -> Result<()> {
+        // Refused before anything is changed.
+        let machine_too = self
+            .running(&ctx.spec.id)
+            .map(|live| {
+                let growth = wanted(&*live.vm, &self.config().size, resources)?;
+                Ok::<_, Error>((live, growth))
+            })
+            .transpose()?;
+        let path = &ctx.spec.config.linux.cgroup_parent;
+        if !path.is_empty() {
+            let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
+            let text = resources.to_string();
+            blocking(move || {
+                group.update(text.as_bytes()).map_err(host("update the pod's cgroup"))
+            })
+            .await?;
+        }
+        let Some((live, growth)) = machine_too else { return Ok(()) };
+        let mut grown = wire::OnlineRequest::default();
+        if let Some(cpus) = growth.cpus {
+            live.vm.resize_cpus(cpus).await.map_err(machine)?;
+            grown.cpus = cpus;
+        }
+        if let Some(memory) = growth.memory_mib {
+            live.vm.resize_memory(memory).await.map_err(machine)?;
+        }
+        if grown.cpus > 0 {
+            let _: wire::OnlineResponse =
+                live.guest.call_again(service::GUEST, "Online", &grown).await?;
+        }
+        let mut state = state(ctx);
+        state.vm = Some(live.vm.state());
+        self.save(ctx, &state).await
+    }
 }

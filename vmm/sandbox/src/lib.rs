@@ -4,6 +4,8 @@ pub mod block;
 mod boot;
 pub mod config;
 pub mod daemon;
+mod drivers;
+mod errors;
 pub mod forward;
 mod growth;
 pub mod guest;

@@ -20,9 +20,9 @@ use nix::sys::socket::{
 use tokio::io::unix::AsyncFd;
 use vmm_common::guest as wire;
 
+use crate::errors::chain;
 use crate::guest::{Guest, GuestError, service};
 use crate::network::{self, Interface, Plan};
-use crate::sandboxer::chain;
 use crate::vmm::{Feature, Nic, Vm};
 
 /// `RTMGRP_LINK`, `RTMGRP_NEIGH`, and addresses and routes of IPv4 and IPv6 (linux/rtnetlink.h).

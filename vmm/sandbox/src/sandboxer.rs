@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -34,26 +34,21 @@ use kuasar_pod::files::{self, host};
 use protobuf::MessageField;
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
 
 use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork};
-use crate::growth;
+use crate::drivers::{Hybrid, uds};
+use crate::errors::{chain, machine, net, task};
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::jail::Users;
 use crate::network::{self, Interface, Plan};
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
 use crate::template::Templates;
-use crate::vmm::cloud_hypervisor::CloudHypervisor;
-use crate::vmm::firecracker::Firecracker;
-use crate::vmm::helpers::HelpersConfig;
-use crate::vmm::qemu::Qemu;
-use crate::vmm::stratovirt::StratoVirt;
-use crate::vmm::{self, Launcher, Vm, VmState, Vmm};
+use crate::vmm::{Vm, VmState};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
 /// How long a killed process may take to leave its cgroup.
@@ -80,9 +75,9 @@ pub(crate) struct PodState {
 }
 
 /// A running machine.
-struct Live {
-    vm: Arc<dyn Vm>,
-    guest: Arc<Guest>,
+pub(crate) struct Live {
+    pub vm: Arc<dyn Vm>,
+    pub guest: Arc<Guest>,
     /// What watches it.
     watchers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -97,69 +92,19 @@ impl Drop for Live {
 /// Makes and removes pods.
 pub struct VmmSandboxer {
     config: Arc<RwLock<Arc<Config>>>,
-    parent: Parent,
+    pub(crate) parent: Parent,
     /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
     fresh: bool,
     pub(crate) cgroups: Arc<Layout>,
     pub(crate) dir: PathBuf,
-    exe: PathBuf,
+    pub(crate) exe: PathBuf,
     servers: Arc<TaskServers>,
     live: Mutex<HashMap<String, Arc<Live>>>,
     pub(crate) templates: Arc<Templates>,
     pub(crate) users: Arc<Users>,
 }
 
-/// Dials a guest through its unix socket.
-#[derive(Debug)]
-pub(crate) struct Hybrid(pub PathBuf);
-
-#[async_trait]
-impl Dial for Hybrid {
-    async fn dial(&self, port: u32, limit: Duration) -> std::io::Result<UnixStream> {
-        vmm::vsock::dial(&self.0, port, limit).await.map_err(std::io::Error::other)
-    }
-}
-
-pub(crate) fn machine(error: vmm::Error) -> Error {
-    let text = chain(&error);
-    match error {
-        vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
-        vmm::Error::Invalid(_) => Error::InvalidArgument(text),
-        vmm::Error::NoProgram(_) | vmm::Error::Ended { .. } => Error::FailedPrecondition(text),
-        vmm::Error::Exhausted(_) => Error::ResourceExhausted(text),
-        vmm::Error::Deadline { .. } => Error::DeadlineExceeded(text),
-        other => Error::internal("the machine", other),
-    }
-}
-
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
-}
-
-fn net(error: network::Error) -> Error {
-    match error {
-        network::Error::Unsupported(text) => Error::FailedPrecondition(text),
-        network::Error::Host { context, source } => Error::internal(context, source),
-    }
-}
-
-fn task(error: containerd_task::error::Error) -> Error {
-    use containerd_task::error::Error as Task;
-    match error {
-        Task::InvalidArgument(text) => Error::InvalidArgument(text),
-        Task::Unimplemented(text) => Error::Unimplemented(text),
-        other => Error::internal("the pod's files", other),
-    }
-}
-
-fn state(ctx: &SandboxContext) -> PodState {
+pub(crate) fn state(ctx: &SandboxContext) -> PodState {
     serde_json::from_value(ctx.state.clone()).unwrap_or_default()
 }
 
@@ -194,7 +139,7 @@ impl VmmSandboxer {
         }
     }
 
-    fn config(&self) -> Arc<Config> {
+    pub(crate) fn config(&self) -> Arc<Config> {
         self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -202,65 +147,8 @@ impl VmmSandboxer {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn running(&self, id: &str) -> Option<Arc<Live>> {
+    pub(crate) fn running(&self, id: &str) -> Option<Arc<Live>> {
         self.live().get(id).cloned()
-    }
-
-    /// The user of machine `id`; `None` where all machines have the same.
-    pub(crate) fn user(&self, id: &str, config: &Config) -> Result<Option<u32>> {
-        let range = config.jail.uid_range;
-        if range.1 == 0 || !config.jailed.0 {
-            return Ok(None);
-        }
-        self.users.take(id, range).map(Some).ok_or_else(|| {
-            Error::ResourceExhausted(format!(
-                "all {} users of jail.uid_range belong to machines: make the range larger, or \
-                 remove pods",
-                range.1
-            ))
-        })
-    }
-
-    fn launcher(&self, config: &Config, user: Option<u32>) -> Launcher {
-        let jail = config.jailed.0.then(|| {
-            let mut jail = config.jail.clone();
-            if let Some(user) = user {
-                (jail.uid, jail.gid) = (user, user);
-            }
-            jail.jailer = vec![self.exe.display().to_string(), "jail".into()];
-            jail
-        });
-        Launcher::new(Arc::new(self.parent.clone()), jail)
-    }
-
-    /// The driver of a VMM for a machine of `user`.
-    pub(crate) fn vmm(
-        &self,
-        config: &Config,
-        kind: vmm::Kind,
-        user: Option<u32>,
-    ) -> Result<(Arc<dyn Vmm>, Launcher)> {
-        let launcher = self.launcher(config, user);
-        let helpers: HelpersConfig = config.helpers.clone();
-        match kind {
-            vmm::Kind::Qemu => {
-                let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
-                Ok((Arc::new(qemu), launcher))
-            }
-            vmm::Kind::CloudHypervisor => {
-                let config = config.cloud_hypervisor.clone();
-                let vmm = CloudHypervisor::new(config, helpers, launcher.clone());
-                Ok((Arc::new(vmm), launcher))
-            }
-            vmm::Kind::StratoVirt => {
-                let vmm = StratoVirt::new(config.stratovirt.clone(), helpers, launcher.clone());
-                Ok((Arc::new(vmm), launcher))
-            }
-            vmm::Kind::Firecracker => {
-                let vmm = Firecracker::new(config.firecracker.clone(), launcher.clone());
-                Ok((Arc::new(vmm), launcher))
-            }
-        }
     }
 
     /// The group of a pod's VMM and helpers.
@@ -487,10 +375,6 @@ impl VmmSandboxer {
         })
         .await
     }
-}
-
-pub(crate) fn uds(dir: &Path) -> PathBuf {
-    dir.join("v").join("s")
 }
 
 #[async_trait]
@@ -792,38 +676,6 @@ impl Sandboxer for VmmSandboxer {
         }
         let Some((_, value)) = ctx.spec.extensions.get(RESOURCES) else { return Ok(()) };
         let resources = files::updated_resources(value)?;
-        // Refused before anything is changed.
-        let machine_too = self
-            .running(&ctx.spec.id)
-            .map(|live| {
-                let growth = growth::wanted(&*live.vm, &self.config().size, &resources)?;
-                Ok::<_, Error>((live, growth))
-            })
-            .transpose()?;
-        let path = &ctx.spec.config.linux.cgroup_parent;
-        if !path.is_empty() {
-            let group = self.cgroups.group(path).map_err(host("cgroup_parent"))?;
-            let text = resources.to_string();
-            blocking(move || {
-                group.update(text.as_bytes()).map_err(host("update the pod's cgroup"))
-            })
-            .await?;
-        }
-        let Some((live, growth)) = machine_too else { return Ok(()) };
-        let mut grown = wire::OnlineRequest::default();
-        if let Some(cpus) = growth.cpus {
-            live.vm.resize_cpus(cpus).await.map_err(machine)?;
-            grown.cpus = cpus;
-        }
-        if let Some(memory) = growth.memory_mib {
-            live.vm.resize_memory(memory).await.map_err(machine)?;
-        }
-        if grown.cpus > 0 {
-            let _: wire::OnlineResponse =
-                live.guest.call_again(service::GUEST, "Online", &grown).await?;
-        }
-        let mut state = state(ctx);
-        state.vm = Some(live.vm.state());
-        self.save(ctx, &state).await
+        self.resize(ctx, &resources).await
     }
 }

@@ -1,0 +1,93 @@
+//! The VMM of a pod: which driver, as which user, through which jail, and where its guest is dialled.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_sandbox::error::{Error, Result};
+use tokio::net::UnixStream;
+
+use crate::config::Config;
+use crate::guest::Dial;
+use crate::sandboxer::VmmSandboxer;
+use crate::vmm::cloud_hypervisor::CloudHypervisor;
+use crate::vmm::firecracker::Firecracker;
+use crate::vmm::helpers::HelpersConfig;
+use crate::vmm::qemu::Qemu;
+use crate::vmm::stratovirt::StratoVirt;
+use crate::vmm::{self, Launcher, Vmm};
+
+/// Dials a guest through its unix socket.
+#[derive(Debug)]
+pub(crate) struct Hybrid(pub PathBuf);
+
+#[async_trait]
+impl Dial for Hybrid {
+    async fn dial(&self, port: u32, limit: Duration) -> std::io::Result<UnixStream> {
+        vmm::vsock::dial(&self.0, port, limit).await.map_err(std::io::Error::other)
+    }
+}
+
+pub(crate) fn uds(dir: &Path) -> PathBuf {
+    dir.join("v").join("s")
+}
+
+impl VmmSandboxer {
+    /// The user of machine `id`; `None` where all machines have the same.
+    pub(crate) fn user(&self, id: &str, config: &Config) -> Result<Option<u32>> {
+        let range = config.jail.uid_range;
+        if range.1 == 0 || !config.jailed.0 {
+            return Ok(None);
+        }
+        self.users.take(id, range).map(Some).ok_or_else(|| {
+            Error::ResourceExhausted(format!(
+                "all {} users of jail.uid_range belong to machines: make the range larger, or \
+                 remove pods",
+                range.1
+            ))
+        })
+    }
+
+    fn launcher(&self, config: &Config, user: Option<u32>) -> Launcher {
+        let jail = config.jailed.0.then(|| {
+            let mut jail = config.jail.clone();
+            if let Some(user) = user {
+                (jail.uid, jail.gid) = (user, user);
+            }
+            jail.jailer = vec![self.exe.display().to_string(), "jail".into()];
+            jail
+        });
+        Launcher::new(Arc::new(self.parent.clone()), jail)
+    }
+
+    /// The driver of a VMM for a machine of `user`.
+    pub(crate) fn vmm(
+        &self,
+        config: &Config,
+        kind: vmm::Kind,
+        user: Option<u32>,
+    ) -> Result<(Arc<dyn Vmm>, Launcher)> {
+        let launcher = self.launcher(config, user);
+        let helpers: HelpersConfig = config.helpers.clone();
+        match kind {
+            vmm::Kind::Qemu => {
+                let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
+                Ok((Arc::new(qemu), launcher))
+            }
+            vmm::Kind::CloudHypervisor => {
+                let config = config.cloud_hypervisor.clone();
+                let vmm = CloudHypervisor::new(config, helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::StratoVirt => {
+                let vmm = StratoVirt::new(config.stratovirt.clone(), helpers, launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+            vmm::Kind::Firecracker => {
+                let vmm = Firecracker::new(config.firecracker.clone(), launcher.clone());
+                Ok((Arc::new(vmm), launcher))
+            }
+        }
+    }
+}

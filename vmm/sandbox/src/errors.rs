@@ -1,0 +1,45 @@
+//! What the Controller is told when a machine, its network or a pod's files fail: the gRPC code, and
+//! the whole chain of causes.
+
+use containerd_sandbox::error::Error;
+
+use crate::{network, vmm};
+
+pub(crate) fn machine(error: vmm::Error) -> Error {
+    let text = chain(&error);
+    match error {
+        vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
+        vmm::Error::Invalid(_) => Error::InvalidArgument(text),
+        vmm::Error::NoProgram(_) | vmm::Error::Ended { .. } => Error::FailedPrecondition(text),
+        vmm::Error::Exhausted(_) => Error::ResourceExhausted(text),
+        vmm::Error::Deadline { .. } => Error::DeadlineExceeded(text),
+        other => Error::internal("the machine", other),
+    }
+}
+
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+pub(crate) fn net(error: network::Error) -> Error {
+    match error {
+        network::Error::Unsupported(text) => Error::FailedPrecondition(text),
+        network::Error::Host { context, source } => Error::internal(context, source),
+    }
+}
+
+pub(crate) fn task(error: containerd_task::error::Error) -> Error {
+    use containerd_task::error::Error as Task;
+    match error {
+        Task::InvalidArgument(text) => Error::InvalidArgument(text),
+        Task::Unimplemented(text) => Error::Unimplemented(text),
+        other => Error::internal("the pod's files", other),
+    }
+}
