@@ -2,8 +2,9 @@
 //!
 //! Skipped where the daemon, QEMU or a guest is missing (`make guest`, `tests/bed/vmm.sh`).
 
+use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, daemon_pid, inside, on, programs, skip, switch, top, wait_for};
+use kuasar_tests::{bed, cri, daemon_pid, inside, on, programs, skip, switch, top, wait_for, wire};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -312,6 +313,37 @@ fn a_pod_on_the_hosts_network_is_refused_with_a_way_out() {
     options.namespace_options.get_or_insert_default().network = NamespaceMode::Node as i32;
     let error = Pod::try_run(config, HANDLER).map(|pod| pod.id.clone()).unwrap_err();
     assert!(error.message().contains("hostNetwork"), "{error:?}");
+}
+
+#[test]
+fn a_network_namespace_without_links_is_a_pod_without_network() {
+    let Some(_settings) = Settings::with(str::to_owned) else { return };
+    let id = format!("vm-no-links-{}", unique());
+    let made = inside(&["ip", "netns", "add", &id]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let named = |id: &str| id.to_owned();
+    let mut q = wire::create_with(&id, |config| {
+        let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        let options = options.namespace_options.mut_or_insert_default();
+        options.network = kuasar_protos::cri::NamespaceMode::POD.into();
+    });
+    q.netns_path = format!("/run/netns/{id}");
+    let _: api::ControllerCreateResponse = wire::controller("Create", q).unwrap();
+    let q = api::ControllerStartRequest { sandbox_id: named(&id), ..Default::default() };
+    let started: Result<api::ControllerStartResponse, _> = wire::controller("Start", q);
+    let q = api::ControllerStatusRequest { sandbox_id: named(&id), ..Default::default() };
+    let status: Result<api::ControllerStatusResponse, _> = wire::controller("Status", q);
+    let q = api::ControllerStopRequest { sandbox_id: named(&id), ..Default::default() };
+    let stopped: Result<api::ControllerStopResponse, _> = wire::controller("Stop", q);
+    let q = api::ControllerShutdownRequest { sandbox_id: named(&id), ..Default::default() };
+    let gone: Result<api::ControllerShutdownResponse, _> = wire::controller("Shutdown", q);
+    let deleted = inside(&["ip", "netns", "del", &id]);
+    started.unwrap();
+    assert_eq!(status.unwrap().state, "SANDBOX_READY");
+    stopped.unwrap();
+    gone.unwrap();
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
 }
 
 /// A guest that cannot start: the error says why, within its deadline, and nothing is left.
