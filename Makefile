@@ -102,6 +102,7 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
 	shellcheck -x tests/*.sh tests/bed/*.sh vmm/guest/build.sh packaging/*.sh .ci/run
 	shellcheck -s sh packaging/deb/*.in tests/packages/fake-systemctl
+	docs/pictures/draw.py --check
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
 	target/tools/bin/cargo-deny check
 
