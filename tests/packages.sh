@@ -145,6 +145,25 @@ need_rpm() { command -v rpmbuild >/dev/null && command -v rpm >/dev/null || skip
 FORMATS=both
 { command -v rpmbuild && command -v rpm; } >/dev/null || FORMATS=deb
 
+# What packages are made of is what `make deb` and `make rpm` have built before, from nothing.
+make_builds_all_that_packages_need() {
+  local format clone=$T/clone said package p
+  git clone -q "$TOP" "$clone" 2>/dev/null || skip "no git checkout here"
+  for format in deb rpm; do
+    said=$(make -s -n -C "$clone" "$format")
+    for package in kuasar-common kuasar-runc kuasar-vmm kuasar-gvisor kuasar-quark kuasar-wasm kuasar-ctl; do
+      # shellcheck disable=SC2016 # the inner shell's
+      for p in $(bash -c '. "$1" && programs "$2"' - "$TOP/packaging/packages.sh" "$package"); do
+        grep -qE "/$p( |\$)" <<<"$said" || fail "make $format does not build $p of $package"
+      done
+    done
+    for p in "kuasar-ctl man target/release/man" completions/kuasar-ctl.bash completions/_kuasar-ctl completions/kuasar-ctl.fish \
+      "build.sh kernel" "build.sh image target/release/vmm-task" "packaging/build.sh $format"; do
+      grep -qF "$p" <<<"$said" || fail "make $format: no $p"
+    done
+  done
+}
+
 the_same_programs_give_the_same_bytes() {
   need_programs
   local f
@@ -358,7 +377,7 @@ EOF
 }
 
 check systemd_accepts_every_unit no_unit_is_more_exposed_than_it_was pods_outlive_what_a_unit_does \
-  tmpfiles_make_private_directories dashboard_and_alerts_ask_for_metrics_that_exist the_same_programs_give_the_same_bytes bills_of_materials_hold_what_is_linked \
+  tmpfiles_make_private_directories dashboard_and_alerts_ask_for_metrics_that_exist make_builds_all_that_packages_need the_same_programs_give_the_same_bytes bills_of_materials_hold_what_is_linked \
   pictures_are_what_their_texts_give ctl_is_installed_alone_works_and_is_removed \
   deb_is_installed_upgraded_removed_and_purged rpm_is_installed_upgraded_and_erased a_pod_outlives_the_upgrade_of_its_daemon
 [ "$failed" = 0 ] && word=ok || word=FAILED
