@@ -12,9 +12,15 @@ KINDS := runc vmm gvisor quark wasm
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-deps: ## installs the Debian packages that building needs (root)
-	@dpkg -s libseccomp-dev pkg-config protobuf-compiler gcc libc6-dev >/dev/null 2>&1 || \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends libseccomp-dev pkg-config protobuf-compiler gcc libc6-dev >/dev/null; }
+# python3 makes the packages' bills of materials.
+DEBS := libseccomp-dev pkg-config protobuf-compiler gcc libc6-dev python3
+deps: ## installs the Debian packages that building needs (root); elsewhere says what is missing
+	@if command -v apt-get >/dev/null; then \
+	  dpkg -s $(DEBS) >/dev/null 2>&1 || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEBS) >/dev/null; }; \
+	else for p in pkg-config protoc gcc python3; do \
+	  command -v $$p >/dev/null || { echo "deps: no $$p: install it, and static libraries of libc and libseccomp" >&2; exit 1; }; \
+	done; fi
 
 # Static and never relocated: a program that is run for every container is to touch as little
 # memory and to be loaded as fast as can be.
@@ -107,6 +113,7 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
 	shellcheck -x tests/*.sh tests/bed/*.sh vmm/guest/build.sh packaging/*.sh .ci/run
 	shellcheck -s sh packaging/deb/*.in tests/packages/fake-systemctl
+	docs/pictures/draw.py --check
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
 	target/tools/bin/cargo-deny check
 

@@ -42,6 +42,11 @@ there() {
     [ "$1" = kuasar-ctl ] && { echo "packages: no $BIN/$p: kuasar-ctl left out"; return 1; }
     die "no $BIN/$p: run \`make build\` first, or leave $1 out with WITHOUT=$1"
   done
+  if [ "$1" = kuasar-ctl ]; then
+    for p in man/kuasar-ctl.1 completions/kuasar-ctl.bash completions/_kuasar-ctl completions/kuasar-ctl.fish; do
+      [ -s "$BIN/$p" ] || die "no $BIN/$p: run \`make build\` first, or leave $1 out with WITHOUT=$1"
+    done
+  fi
   if [ "$1" = kuasar-guest ]; then
     for p in vmlinux initramfs.cpio guest.erofs; do
       [ -e "$GUEST/$p" ] || die "no $GUEST/$p: run \`make guest\` first, or leave $1 out with WITHOUT=$1"

@@ -99,7 +99,8 @@ stage() {
       for page in "$TOP"/docs/*.md; do
         p=$(basename "$page" .md)
         [ -n "$(kind "kuasar-$p")" ] || install -m 0644 "$page" "$doc/"
-      done ;;
+      done
+      install -m 0644 "$TOP"/docs/*.svg "$doc/" ;;
     kuasar-guest)
       install -d "$root/usr/share/kuasar"
       for p in vmlinux initramfs.cpio guest.erofs; do install -m 0644 "$GUEST/$p" "$root/usr/share/kuasar/$p"; done
@@ -108,11 +109,9 @@ stage() {
       install -m 0644 "$GUEST/vmlinux.stamp" "$doc/kernel.source"
       install -m 0644 "$TOP/docs/vmm-guest.md" "$doc/" ;;
     kuasar-ctl)
-      if [ -d "$BIN/man" ]; then
-        install -d "$root/usr/share/man/man1"
-        for p in "$BIN"/man/*.1; do gzip -9nc "$p" > "$root/usr/share/man/man1/$(basename "$p").gz"; done
-      fi
-      completion() { [ ! -e "$1" ] || install -Dm 0644 "$1" "$root/usr/share/$2"; }
+      install -d "$root/usr/share/man/man1"
+      for p in "$BIN"/man/*.1; do gzip -9nc "$p" > "$root/usr/share/man/man1/$(basename "$p").gz"; done
+      completion() { install -Dm 0644 "$1" "$root/usr/share/$2"; }
       completion "$BIN/completions/kuasar-ctl.bash" bash-completion/completions/kuasar-ctl
       completion "$BIN/completions/_kuasar-ctl" zsh/site-functions/_kuasar-ctl
       completion "$BIN/completions/kuasar-ctl.fish" fish/vendor_completions.d/kuasar-ctl.fish ;;

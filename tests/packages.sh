@@ -111,6 +111,21 @@ tmpfiles_make_private_directories() {
 
 dashboard_and_alerts_ask_for_metrics_that_exist() { python3 "$TOP/tests/packages/monitoring_check.py" "$TOP"; }
 
+# Those of docs/, the dashboard's among them.
+pictures_are_what_their_texts_give() {
+  "$TOP/docs/pictures/draw.py" --check
+  # It would have said so.
+  mkdir -p "$T/drawn/docs" "$T/drawn/packaging"
+  cp -r "$TOP/docs/pictures" "$TOP"/docs/*.svg "$T/drawn/docs/"
+  cp -r "$TOP/packaging/monitoring" "$T/drawn/packaging/"
+  sed -i '0,/Requests to the Controller/s//Requests/' "$T/drawn/packaging/monitoring/grafana-dashboard.json"
+  sed -i 's/"sandbox-parent"/"another name"/' "$T/drawn/docs/pictures/pod-start.txt"
+  local said
+  ! said=$("$T/drawn/docs/pictures/draw.py" --check 2>&1) || fail "changed texts were not noticed"
+  case $said in *dashboard.svg*) ;; *) fail "$said" ;; esac
+  case $said in *pod-start.svg*) ;; *) fail "$said" ;; esac
+}
+
 # --- packages
 
 # Not compressed: that is most of the time, and not what is tried here.
@@ -129,6 +144,25 @@ need_rpm() { command -v rpmbuild >/dev/null && command -v rpm >/dev/null || skip
 # The formats that can be made here.
 FORMATS=both
 { command -v rpmbuild && command -v rpm; } >/dev/null || FORMATS=deb
+
+# What packages are made of is what `make deb` and `make rpm` have built before, from nothing.
+make_builds_all_that_packages_need() {
+  local format clone=$T/clone said package p
+  git clone -q "$TOP" "$clone" 2>/dev/null || skip "no git checkout here"
+  for format in deb rpm; do
+    said=$(make -s -n -C "$clone" "$format")
+    for package in kuasar-common kuasar-runc kuasar-vmm kuasar-gvisor kuasar-quark kuasar-wasm kuasar-ctl; do
+      # shellcheck disable=SC2016 # the inner shell's
+      for p in $(bash -c '. "$1" && programs "$2"' - "$TOP/packaging/packages.sh" "$package"); do
+        grep -qE "/$p( |\$)" <<<"$said" || fail "make $format does not build $p of $package"
+      done
+    done
+    for p in "kuasar-ctl man target/release/man" completions/kuasar-ctl.bash completions/_kuasar-ctl completions/kuasar-ctl.fish \
+      "build.sh kernel" "build.sh image target/release/vmm-task" "packaging/build.sh $format"; do
+      grep -qF "$p" <<<"$said" || fail "make $format: no $p"
+    done
+  done
+}
 
 the_same_programs_give_the_same_bytes() {
   need_programs
@@ -158,7 +192,7 @@ in_own_mounts() { # FUNCTION ARGUMENT…: what it mounts goes with it
   [ "$(id -u)" = 0 ] || skip "installing packages into a root directory needs root"
   # shellcheck disable=SC2163 # the function that is named
   export -f "$1"
-  export -f new_root fail skip units_did
+  export -f new_root fail skip units_did ctl_works ctl_left
   export T TOP FILTER KINDS WITHOUT B
   unshare --mount --propagation private bash -euc "$*"
 }
@@ -227,6 +261,48 @@ inside_deb() {
 deb_is_installed_upgraded_removed_and_purged() {
   both_versions
   in_own_mounts inside_deb
+}
+
+# The operator's tool by itself, on a host without any other package of ours.
+ctl_works() { # nothing is configured and nothing runs: 5 says that something of this host is bad
+  local r=$T/root code=0 page
+  [ "$(chroot "$r" kuasar-ctl --version)" = "kuasar-ctl 0.1.0" ] || fail "another version"
+  chroot "$r" kuasar-ctl check > "$T/check" || code=$?
+  [ "$code" = 0 ] || [ "$code" = 5 ] || fail "check: exit code $code: $(cat "$T/check")"
+  tail -n 1 "$T/check" | grep -qE '^[0-9]+ good, [0-9]+ absent, ' || fail "check: $(cat "$T/check")"
+  for page in kuasar-ctl kuasar-ctl-check kuasar-ctl-template; do
+    zcat "$r/usr/share/man/man1/$page.1.gz" | grep -q '^\.TH ' || fail "no manual page $page"
+  done
+  chroot "$r" bash -c '. /usr/share/bash-completion/completions/kuasar-ctl && complete -p kuasar-ctl' >/dev/null ||
+    fail "bash does not complete it"
+  grep -q '^#compdef kuasar-ctl' "$r/usr/share/zsh/site-functions/_kuasar-ctl" || fail "no completions for zsh"
+  grep -q 'complete -c kuasar-ctl' "$r/usr/share/fish/vendor_completions.d/kuasar-ctl.fish" || fail "no completions for fish"
+}
+ctl_left() { # nothing of it is left
+  local left
+  left=$(find "$T/layer/upper" -path '*/proc' -prune -o -name '*kuasar*' ! -type c -print)
+  [ -z "$left" ] || fail "removed: left: $left"
+}
+inside_ctl() { # the same as deb and, where rpm is here, as rpm
+  new_root
+  local r=$T/root
+  dpkg --root="$r" --install "$T"/1/kuasar-ctl_*.deb
+  ctl_works
+  dpkg --root="$r" --remove kuasar-ctl
+  [ ! -e "$r/usr/bin/kuasar-ctl" ] || fail "not removed"
+  dpkg --root="$r" --purge kuasar-ctl 2>/dev/null || true
+  ctl_left
+  command -v rpm >/dev/null && [ -e "$(echo "$T"/1/kuasar-ctl-*.rpm)" ] || return 0
+  local rpm=(rpm --root "$r" --nodeps)
+  ! rpm --help | grep -q force-debian || rpm+=(--force-debian)
+  "${rpm[@]}" -i "$T"/1/kuasar-ctl-*.rpm
+  ctl_works
+  "${rpm[@]}" -e kuasar-ctl
+  ctl_left
+}
+ctl_is_installed_alone_works_and_is_removed() {
+  both_versions
+  in_own_mounts inside_ctl
 }
 
 inside_rpm() {
@@ -301,7 +377,8 @@ EOF
 }
 
 check systemd_accepts_every_unit no_unit_is_more_exposed_than_it_was pods_outlive_what_a_unit_does \
-  tmpfiles_make_private_directories dashboard_and_alerts_ask_for_metrics_that_exist the_same_programs_give_the_same_bytes bills_of_materials_hold_what_is_linked \
+  tmpfiles_make_private_directories dashboard_and_alerts_ask_for_metrics_that_exist make_builds_all_that_packages_need the_same_programs_give_the_same_bytes bills_of_materials_hold_what_is_linked \
+  pictures_are_what_their_texts_give ctl_is_installed_alone_works_and_is_removed \
   deb_is_installed_upgraded_removed_and_purged rpm_is_installed_upgraded_and_erased a_pod_outlives_the_upgrade_of_its_daemon
 [ "$failed" = 0 ] && word=ok || word=FAILED
 echo "test result: $word. $passed passed; $failed failed; $skipped ignored; packages"

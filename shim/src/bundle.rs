@@ -41,12 +41,7 @@ pub(crate) fn sandbox_of(bundle: &Path, id: &str) -> Result<Option<String>, Erro
         |key: &str| spec.get("annotations")?.get(format!("io.kubernetes.cri.{key}"))?.as_str();
     match (note("container-type"), note("sandbox-id")) {
         (Some("container"), Some(sandbox)) => Ok(Some(sandbox.to_owned())),
-        (Some("sandbox"), _) => Err(Error::Bundle(
-            "containerd wants to run a pause container here: configure the runtime with \
-             sandboxer = \"shim\" or a proxy plugin (containerd 1.7: ENABLE_CRI_SANDBOXES=1 and \
-             sandbox_mode = \"shim\")"
-                .into(),
-        )),
+        // A pause container: the daemon makes a sandbox of it.
         _ => Ok(None),
     }
 }
@@ -76,8 +71,7 @@ mod tests {
         std::fs::write(&config, spec("container")).unwrap();
         assert_eq!(sandbox_of(dir.path(), "a").unwrap().as_deref(), Some("pod"));
         std::fs::write(&config, spec("sandbox")).unwrap();
-        let e = sandbox_of(dir.path(), "a").unwrap_err().to_string();
-        assert!(e.contains("sandboxer = \"shim\""), "{e}");
+        assert_eq!(sandbox_of(dir.path(), "pod").unwrap(), None);
         std::fs::write(&config, "{").unwrap();
         assert!(sandbox_of(dir.path(), "a").is_err());
         std::fs::write(dir.path().join("sandbox"), "pod2\n").unwrap();

@@ -136,14 +136,12 @@ fn start(daemon: &Daemon, args: &Args) -> Result<Vec<u8>, Error> {
     }
     let address = match bundle::sandbox_of(&bundle, &id)? {
         Some(sandbox) => daemon.open_existing(&sandbox)?,
-        None => {
-            let address = daemon.open(&id, &bundle, &namespace)?;
-            // containerd 1.7 looks for the pod's address here when it starts a container.
-            std::fs::write(bundle.join("address"), &address)
-                .map_err(|source| Error::Io { what: "cannot write the address file", source })?;
-            address
-        }
+        None => daemon.open(&id, &bundle, &namespace)?,
     };
+    // containerd 1.7 looks for the pod's address in the sandbox' bundle when it starts a container, and
+    // for each container's in its own when it was restarted.
+    std::fs::write(bundle.join("address"), &address)
+        .map_err(|source| Error::Io { what: "cannot write the address file", source })?;
     let version = bundle::bootstrap_version(&bundle);
     let answer = serde_json::json!({ "version": version, "address": address, "protocol": "ttrpc" });
     Ok(answer.to_string().into_bytes())

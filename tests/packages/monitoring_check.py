@@ -34,4 +34,7 @@ for expression in asked:
     assert expression.count("(") == expression.count(")"), expression
     assert expression.count("{") == expression.count("}"), expression
 shown = {n.removesuffix("_bucket") for e in asked for n in re.findall(r"kuasar_[a-z_]+", e)}
+# The other way round: what a daemon measures is looked at somewhere.
+unseen = known - shown - {f"{n}_{part}" for n in shown for part in ("bucket", "sum", "count")}
+assert not unseen, f"neither a panel nor an alert asks for {sorted(unseen)}"
 print(f"{len(panels)} panels and {len(names)} alerts ask for {len(shown)} metrics")

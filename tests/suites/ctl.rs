@@ -28,7 +28,7 @@ fn arguments(kinds: &[&str]) -> Vec<String> {
 }
 
 /// Runs the program in the bed's namespaces.
-fn ctl_on(kinds: &[&str], args: &[&str]) -> Output {
+pub(crate) fn ctl_on(kinds: &[&str], args: &[&str]) -> Output {
     let mut all = arguments(kinds);
     all.extend(args.iter().map(ToString::to_string));
     inside(&all.iter().map(String::as_str).collect::<Vec<_>>())
@@ -38,15 +38,15 @@ fn ctl(args: &[&str]) -> Output {
     ctl_on(&["runc"], args)
 }
 
-fn code(out: &Output) -> i32 {
+pub(crate) fn code(out: &Output) -> i32 {
     out.status.code().unwrap_or(-1)
 }
 
-fn out(o: &Output) -> String {
+pub(crate) fn out(o: &Output) -> String {
     String::from_utf8_lossy(&o.stdout).into_owned()
 }
 
-fn err(o: &Output) -> String {
+pub(crate) fn err(o: &Output) -> String {
     String::from_utf8_lossy(&o.stderr).into_owned()
 }
 
@@ -434,7 +434,7 @@ fn ctl_check_says_what_the_daemon_says_on_one_line() {
     std::fs::write(etc.0.join("wasm-sandboxer.toml"), &text).unwrap();
     let (all, exit) = check(&etc, &[]);
     assert_eq!(
-        (finding(&all, "both configured with it")["state"].as_str(), exit),
+        (finding(&all, "another daemon serves /")["state"].as_str(), exit),
         (Some("bad"), 5)
     );
     std::fs::write(etc.0.join("wasm-sandboxer.toml"), "dir = \"/nowhere/wasm\"\n").unwrap();

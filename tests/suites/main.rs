@@ -20,6 +20,7 @@ mod privileges;
 mod quark;
 mod reload;
 mod restart;
+mod same_words;
 mod security;
 mod stdio;
 mod terminal;

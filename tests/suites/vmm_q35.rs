@@ -4,6 +4,7 @@
 //! `KUASAR_PCI_KERNEL` names, such as `target/guest/vmlinux-pci`; the initramfs that goes with it is
 //! `KUASAR_PCI_INITRD`.
 
+use crate::ctl::{code, ctl_on, err, out};
 use crate::vmm::{HANDLER, Settings, log};
 use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
@@ -260,6 +261,59 @@ fn pods_of_a_template_start_sooner_and_share_no_identity() {
     assert!(log()[from..].contains("a template is damaged"), "{}", &log()[from..]);
     assert!(!template.exists());
     drop(pod);
+    drop(settings);
+    let _ = std::fs::remove_dir_all(&dir);
+}
+
+/// `kuasar-ctl template` on the running daemon: what it answers as JSON, and its exit code.
+fn template(args: &[&str]) -> (serde_json::Value, i32) {
+    let said = ctl_on(&["vmm"], &[&["-o", "json", "template"], args].concat());
+    let value = serde_json::from_str(&out(&said));
+    (value.unwrap_or_else(|e| panic!("{args:?}: {e}: {}", err(&said))), code(&said))
+}
+
+#[test]
+fn ctl_makes_verifies_and_removes_templates_of_a_running_daemon() {
+    let dir = bed().join("run/ctl-templates");
+    let _ = std::fs::remove_dir_all(&dir);
+    let lines = format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display());
+    let Some(settings) = q35(&lines) else { return };
+    let vmm = [("KIND", "vmm")];
+    kuasar_tests::switch(&["daemon", "stop"], &vmm);
+    kuasar_tests::switch(&["daemon", "start"], &vmm);
+    assert_eq!(template(&["list"]).0["templates"].as_array().unwrap().len(), 0);
+    let (made, exit) = template(&["make", "--limit", "300"]);
+    let all = made["templates"].as_array().unwrap();
+    assert_eq!((all.len(), &all[0]["finished"], exit), (1, &true.into(), 0), "{made:#}");
+    let key = all[0]["key"].as_str().unwrap().to_owned();
+    // The pod that it was made by is gone, and one of that size starts from it.
+    let pods = out(&ctl_on(&["vmm"], &["-o", "json", "ps"]));
+    assert_eq!(pods.trim(), "[]");
+    let from = log().len();
+    let pod = pod("ctl-template");
+    assert!(!log()[from..].contains("boots cold"), "{}", &log()[from..]);
+    let c = pod.start(&["sleep", "1000"]);
+    // A second one of the size is not made, and that is said.
+    let again = ctl_on(&["vmm"], &["template", "make", "--limit", "40"]);
+    assert_eq!(code(&again), 1, "{}", out(&again));
+    assert!(err(&again).contains("there is one of this size already"), "{}", err(&again));
+    // By the beginning of its key, under the pod that has come from it.
+    let (whole, exit) = template(&["verify", &key[..8]]);
+    assert_eq!((&whole["templates"][0]["verified"], exit), (&true.into(), 0), "{whole:#}");
+    let none = ctl_on(&["vmm"], &["template", "remove", "zzzz"]);
+    assert_eq!(code(&none), 4, "{}", err(&none));
+    // A damaged one is told from a whole one, stays until it is removed, and the pod goes on.
+    let state = dir.join(&key).join("state");
+    let copy = std::fs::read(&state).unwrap();
+    std::fs::remove_file(&state).unwrap();
+    std::fs::write(&state, &copy[..copy.len() - 1]).unwrap();
+    let (torn, exit) = template(&["verify"]);
+    assert_eq!((&torn["templates"][0]["verified"], exit), (&false.into(), 5), "{torn:#}");
+    let (left, exit) = template(&["remove", &key[..8]]);
+    assert_eq!((left["templates"].as_array().unwrap().len(), exit), (0, 0), "{left:#}");
+    assert!(!dir.join(&key).exists());
+    assert_eq!(c.sh("echo alive"), "alive");
+    pod.remove().unwrap();
     drop(settings);
     let _ = std::fs::remove_dir_all(&dir);
 }

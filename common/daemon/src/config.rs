@@ -32,7 +32,7 @@ pub enum ConfigError {
         message: String,
     },
     /// An unknown key.
-    #[error("{path}: unknown key `{key}`{}", nearest.as_ref().map(|n| format!(": did you mean `{n}`?")).unwrap_or_default())]
+    #[error("{path}: unknown key `{key}`: {}", remedy(nearest.as_deref()))]
     UnknownKey {
         /// The file, with the line where it is known.
         path: String,
@@ -41,6 +41,28 @@ pub enum ConfigError {
         /// The nearest known one.
         nearest: Option<String>,
     },
+    /// A file of upstream Kuasar's vmm-sandboxer.
+    #[error(
+        "{path}: `{key}` is of upstream Kuasar, and means nothing here: kuasar-ctl config migrate {file}"
+    )]
+    Upstream {
+        /// The file, with the line where it is known.
+        path: String,
+        /// The table.
+        key: String,
+        /// The file alone.
+        file: String,
+    },
+}
+
+/// Tables that only upstream's files have at their top level.
+const UPSTREAM: [&str; 2] = ["sandbox", "hypervisor"];
+
+fn remedy(nearest: Option<&str>) -> String {
+    match nearest {
+        Some(nearest) => format!("did you mean `{nearest}`?"),
+        None => "no key is like it: remove it".into(),
+    }
 }
 
 /// Reads `file` (which must exist) and the drop-ins beside it; without a file the defaults.
@@ -116,8 +138,10 @@ fn check_alone<T: DeserializeOwned>(
     shared: &[&str],
     only: bool,
 ) -> Result<(), ConfigError> {
+    let mut upstream = None;
     let mut checked = toml::de::DeTable::parse(text).map(|mut table| {
         let keys: Vec<String> = table.get_ref().keys().map(|k| k.get_ref().to_string()).collect();
+        upstream = keys.iter().find(|k| UPSTREAM.contains(&k.as_str())).cloned();
         for key in keys.iter().filter(|k| shared.contains(&k.as_str()) != only) {
             table.get_mut().remove(key.as_str());
         }
@@ -136,7 +160,13 @@ fn check_alone<T: DeserializeOwned>(
         Some(line) => format!("{}:{line}", path.display()),
         None => path.display().to_string(),
     };
-    Err(explain(error, &at, if only { &[] } else { shared }))
+    let error = explain(error, &at, if only { &[] } else { shared });
+    match (error, upstream) {
+        (ConfigError::UnknownKey { path: at, key, .. }, Some(table)) if key == table => {
+            Err(ConfigError::Upstream { path: at, key, file: path.display().to_string() })
+        }
+        (error, _) => Err(error),
+    }
 }
 
 fn merged(files: &[(PathBuf, String)]) -> Result<toml::Table, ConfigError> {
@@ -272,6 +302,14 @@ mod tests {
             ("[timeouts]\nstop = '5'", "10.toml:2"),
             ("\n\nshm_size = 'x'", "10.toml:3"),
             ("x = [", "10.toml"),
+            (
+                "quite_unlike_all = 1",
+                "10.toml:1: unknown key `quite_unlike_all`: no key is like it",
+            ),
+            (
+                "[sandbox]\nlog_level = 'info'\n[hypervisor]\nvcpus = 1",
+                "is of upstream Kuasar, and means nothing here: kuasar-ctl config migrate /",
+            ),
         ] {
             std::fs::write(&drop_in, text).unwrap();
             let e = load_with_common::<Own>(Some(&main)).unwrap_err().to_string();

@@ -4,6 +4,7 @@
 //! | module | its one idea |
 //! |---|---|
 //! | [`args`], [`common`], [`config`] | what an operator can set, and where |
+//! | [`diagnosis`] | what is wrong around a daemon, in the words of `kuasar-ctl check` |
 //! | [`program`] | what `main()` does around the daemon |
 //! | [`resident`] | what a daemon starts in which order, and how it ends |
 //! | [`sockets`] | sockets that sandbox-parent keeps: the pods', and the daemon's own |
@@ -16,6 +17,7 @@ pub mod admin;
 pub mod args;
 pub mod common;
 pub mod config;
+pub mod diagnosis;
 pub mod failpoint;
 pub mod logging;
 pub mod memory;

@@ -25,6 +25,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::admin::{Admin, EventLog};
 use crate::common::CommonConfig;
+use crate::diagnosis;
 use crate::logging::LevelHandle;
 use crate::peer::Allowed;
 use crate::registry::{Counter, Gauge};
@@ -40,8 +41,11 @@ pub enum ResidentError {
     /// The state directory cannot be used.
     #[error("state directory {}", .0.display())]
     Directory(PathBuf, #[source] kuasar_host::Error),
+    /// Another user has it.
+    #[error("{0}")]
+    Foreign(diagnosis::Problem),
     /// Another daemon uses it.
-    #[error("another daemon uses {}: stop it, or choose another directory with --dir", .0.display())]
+    #[error("{}", diagnosis::used_by_another(.0))]
     Locked(PathBuf),
     /// A daemon runs, and something was asked that needs it away.
     #[error("a daemon is running in {}: stop it first", .0.display())]
@@ -276,6 +280,14 @@ where
 {
     setup.common.check().map_err(ResidentError::Config)?;
     let (common, dir) = (&setup.common, setup.dir.clone());
+    let (what, own) = ("state directory", nix::unistd::geteuid().as_raw());
+    if let Some(problem) = diagnosis::owned_by_another(what, &dir, own) {
+        return Err(ResidentError::Foreign(problem));
+    }
+    if let Some(problem) = diagnosis::open_to_others(what, &dir, 0o700) {
+        // Said all the same: somebody has opened it, and may do so again.
+        tracing::warn!("{problem} (done)");
+    }
     kuasar_host::record::private_dir(&dir)
         .map_err(|error| ResidentError::Directory(dir.clone(), error))?;
     let _lock = lock(&dir, common.timeouts.finish + Duration::from_secs(2)).await?;
@@ -328,6 +340,10 @@ where
     crate::notify::send("READY=1");
     crate::memory::trim();
     tokio::spawn(crate::memory::trim_when_idle(QUIET));
+    if !common.events().is_empty() {
+        // Without events there is another engine.
+        tokio::spawn(diagnosis::warn_of_containerd());
+    }
     let (ended, shutdown) = tokio::sync::watch::channel(false);
     let admin = crate::admin::services(Admin {
         kind: setup.kind,

@@ -93,11 +93,8 @@ pub async fn own(parent: &Parent, path: &Path) -> io::Result<tokio::net::UnixLis
             // One that was kept for another path must not answer for us any more.
             give_up(parent).await;
             if kuasar_host::socket::is_served(path)? {
-                let text = format!(
-                    "somebody else serves {}: stop it, or choose another path with --listen",
-                    path.display()
-                );
-                return Err(io::Error::new(io::ErrorKind::AddrInUse, text));
+                let problem = crate::diagnosis::served_by_another(path);
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, problem.to_string()));
             }
             if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
                 use std::os::unix::fs::DirBuilderExt;

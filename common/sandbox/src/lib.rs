@@ -46,6 +46,7 @@ mod handle;
 mod info;
 mod open;
 pub mod options;
+mod pause;
 mod recovery;
 pub mod sandboxer;
 pub mod server;

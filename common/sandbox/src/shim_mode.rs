@@ -6,7 +6,8 @@
 //! connections are made before Start. So Task is served by [`LateTasks`] from the beginning, which
 //! forwards to the sandboxer's own services once they are there. For the sandbox' id,
 //! which no Task server knows, Connect and Pids are answered here: containerd asks them when it
-//! restarts and gives the pod up when they fail.
+//! restarts and gives the pod up when they fail. An engine without sandboxes makes other calls for it,
+//! too: [`pause`].
 
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ use ttrpc::proto::{Request, Response};
 use crate::controller::{Call, Controller};
 use crate::endpoint::Late;
 use crate::error::{Error, Result};
+use crate::pause;
 use crate::sandboxer::PodServices;
 use crate::ttrpc_service::call_of;
 use crate::wire::ttrpc_error;
@@ -270,6 +272,17 @@ impl LateTasks {
             _ => None,
         }
     }
+
+    /// The answer to any other call for the sandbox' own id, which an engine without sandboxes makes.
+    async fn pause(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        let (pod, call) = (&self.0, call_of(&context));
+        let work = pause::answer(&pod.controller, &call, &pod.id, pod.pid(), &request);
+        let payload = pod.controller.run("Pause", &call, Box::pin(work)).await;
+        let mut response = Response::new();
+        response.payload = payload.map_err(|e| ttrpc_error(&e))?;
+        response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
+        Ok(response)
+    }
 }
 
 impl Service for LateTasks {
@@ -283,6 +296,9 @@ impl Service for LateTasks {
             response.set_status(ttrpc::get_status(ttrpc::Code::OK, ""));
             response.payload = payload;
             return Some(Box::pin(async { Ok(response) }));
+        }
+        if pause::concerns(&request, &self.0.id) {
+            return Some(Box::pin(self.pause(context, request)));
         }
         let Some(services) = self.0.late.get() else {
             let early = Error::FailedPrecondition("the sandbox is not started".into());

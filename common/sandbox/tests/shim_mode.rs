@@ -168,3 +168,75 @@ async fn sockets_that_nobody_used_are_closed_and_probe_tells_what_lives() {
     endpoint.close(ctx(), &q).await.unwrap();
     assert!(probe("pod", "").await.alive);
 }
+
+/// A Task call, as an engine makes it that has no sandboxes.
+async fn task<A: protobuf::Message>(
+    client: &ttrpc::r#async::Client,
+    method: &str,
+    q: &impl protobuf::Message,
+) -> ttrpc::Result<A> {
+    let request = ttrpc::proto::Request {
+        service: "containerd.task.v2.Task".into(),
+        method: method.into(),
+        payload: q.write_to_bytes().unwrap(),
+        timeout_nano: 10_000_000_000,
+        ..Default::default()
+    };
+    let response = client.request(request).await?;
+    Ok(A::parse_from_bytes(&response.payload).unwrap())
+}
+
+#[tokio::test]
+async fn a_pause_containers_life_is_the_pods() {
+    use kuasar_protos::shim::api as t;
+    use protobuf::well_known_types::empty::Empty;
+    let bed = bed().await;
+    let endpoint = EndpointClient::new(bed.ttrpc().await);
+    let address = endpoint.open(ctx(), &open("pod")).await.unwrap().address;
+    let client = ttrpc::r#async::Client::connect(&address).await.unwrap();
+    let bundle = tempfile::tempdir().unwrap();
+    let create = t::CreateTaskRequest {
+        id: "pod".into(),
+        bundle: bundle.path().display().to_string(),
+        ..Default::default()
+    };
+    // A bundle that says nothing leaves nothing.
+    let failed = task::<t::CreateTaskResponse>(&client, "Create", &create).await;
+    assert_eq!(rpc_code(failed), ttrpc::Code::INVALID_ARGUMENT);
+    let spec = r#"{"hostname":"web","annotations":{"io.kubernetes.cri.container-type":"sandbox",
+        "io.kubernetes.cri.sandbox-name":"web-0"},"linux":{"namespaces":[{"type":"ipc"}]}}"#;
+    std::fs::write(bundle.path().join("config.json"), spec).unwrap();
+    let made: t::CreateTaskResponse = task(&client, "Create", &create).await.unwrap();
+    assert_eq!(made.pid, 42);
+    let seen = bed.sandboxer.seen.lock().unwrap().clone().unwrap().0;
+    assert_eq!((seen.config.hostname.as_str(), seen.namespace.as_str()), ("web", "k8s.io"));
+    assert_eq!(seen.config.metadata.name, "web-0");
+    let start = t::StartRequest { id: "pod".into(), ..Default::default() };
+    assert_eq!(task::<t::StartResponse>(&client, "Start", &start).await.unwrap().pid, 42);
+    let exec = t::StartRequest { exec_id: "e".into(), ..start };
+    let refused = task::<t::StartResponse>(&client, "Start", &exec).await;
+    assert_eq!(rpc_code(refused), ttrpc::Code::UNIMPLEMENTED);
+    // Containers are served beside it.
+    assert_eq!(straw_task::connect(&address, "c").await.unwrap().task_pid, 7);
+    let state = t::StateRequest { id: "pod".into(), ..Default::default() };
+    let running: t::StateResponse = task(&client, "State", &state).await.unwrap();
+    assert_eq!(running.status.enum_value_or_default(), t::Status::RUNNING);
+    let delete = t::DeleteRequest { id: "pod".into(), ..Default::default() };
+    let early = task::<t::DeleteResponse>(&client, "Delete", &delete).await;
+    assert_eq!(rpc_code(early), ttrpc::Code::FAILED_PRECONDITION);
+    let kill = |signal| t::KillRequest { id: "pod".into(), signal, ..Default::default() };
+    task::<Empty>(&client, "Kill", &kill(0)).await.unwrap();
+    assert!(bed.sandboxer.timeouts.lock().unwrap().is_empty(), "0 only asks");
+    // A wait that was begun before is answered by the end.
+    let wait = t::WaitRequest { id: "pod".into(), ..Default::default() };
+    let waiting = client.clone();
+    let waiting =
+        tokio::spawn(async move { task::<t::WaitResponse>(&waiting, "Wait", &wait).await });
+    task::<Empty>(&client, "Kill", &kill(9)).await.unwrap();
+    assert!(waiting.await.unwrap().unwrap().exited_at.is_some());
+    let twice = task::<Empty>(&client, "Kill", &kill(9)).await;
+    assert_eq!(rpc_code(twice), ttrpc::Code::NOT_FOUND);
+    task::<t::DeleteResponse>(&client, "Delete", &delete).await.unwrap();
+    assert!(!bed.sandbox_dir("pod").exists());
+    assert!(bed.sandboxer.world.lock().unwrap().is_empty());
+}

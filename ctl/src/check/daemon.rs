@@ -1,9 +1,11 @@
 //! Our daemons: configuration, directories and sockets, and whether they answer.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
+
+use kuasar_daemon::diagnosis;
 
 use super::{Finding, State};
 use crate::client::Client;
@@ -38,10 +40,11 @@ fn shared(daemons: &[Daemon]) -> Vec<Finding> {
         }
     }
     for ((key, path), kinds) in users.into_iter().filter(|(_, kinds)| kinds.len() > 1) {
-        let (path, kinds) = (path.display().to_string(), kinds.join(" and "));
-        let detail = format!("{kinds} are both configured with it");
-        let remedy = format!("give one of them another `{key}`");
-        all.push(Finding::other(State::Bad, AREA, path, detail, remedy));
+        let problem = match key {
+            "listen" => diagnosis::served_by_another(path),
+            _ => diagnosis::used_by_another(path),
+        };
+        all.push(Finding::bad(AREA, kinds.join(" and "), problem));
     }
     all
 }
@@ -50,15 +53,10 @@ fn permissions(path: &Path, what: &str, mode: u32) -> Option<Finding> {
     let meta = std::fs::symlink_metadata(path).ok()?;
     let shown = path.display().to_string();
     let found = meta.permissions().mode() & 0o777;
-    if found & !mode != 0 {
-        let detail = format!("{what} has mode {found:04o}: others get in");
-        let remedy = format!("chmod {mode:04o} {shown}");
-        return Some(Finding::other(State::Bad, AREA, shown, detail, remedy));
-    }
-    if meta.uid() != 0 && nix::unistd::geteuid().is_root() {
-        let detail = format!("{what} belongs to user {}", meta.uid());
-        let remedy = format!("chown root:root {shown}");
-        return Some(Finding::other(State::Bad, AREA, shown, detail, remedy));
+    let foreign = || diagnosis::owned_by_another(what, path, 0);
+    let foreign = nix::unistd::geteuid().is_root().then(foreign).flatten();
+    if let Some(problem) = diagnosis::open_to_others(what, path, mode).or(foreign) {
+        return Some(Finding::bad(AREA, shown, problem));
     }
     Some(Finding::good(AREA, shown, format!("{what}, mode {found:04o}")))
 }
@@ -79,8 +77,7 @@ async fn one(daemon: &Daemon) -> Vec<Finding> {
                     }
                     // In the daemon's own words, which say what to do.
                     Some(problem) => {
-                        let remedy = "correct the file";
-                        all.push(Finding::other(State::Bad, AREA, name.clone(), problem, remedy));
+                        all.push(Finding::other(State::Bad, AREA, name.clone(), problem, ""));
                     }
                 }
                 for warning in verdict.warnings {
@@ -131,10 +128,8 @@ async fn one(daemon: &Daemon) -> Vec<Finding> {
             let detail = format!("version {} answers, {} pods", info.version, info.sandboxes);
             all.push(Finding::good(AREA, name.clone(), detail));
             if !daemon.kind.is_empty() && daemon.kind != client.kind {
-                let detail =
-                    format!("{}-sandboxer serves {}", client.kind, daemon.address.display());
-                let remedy = "give one of the two another `listen`";
-                all.push(Finding::other(State::Bad, AREA, name.clone(), detail, remedy));
+                let problem = diagnosis::served_by_another(&daemon.address);
+                all.push(Finding::bad(AREA, name.clone(), problem));
             }
             if info.version != env!("CARGO_PKG_VERSION") {
                 let detail = format!(
@@ -178,19 +173,7 @@ mod tests {
         two[1].address = two[0].address.clone();
         let found = shared(&two);
         assert_eq!((found.len(), found[0].state), (1, State::Bad));
-        assert!(found[0].detail.contains("runc and vmm"), "{found:?}");
-    }
-
-    #[test]
-    fn open_directories_and_sockets_are_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let mode =
-            |mode| std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
-        mode(0o755);
-        let found = permissions(dir.path(), "state directory", 0o700).unwrap();
-        assert_eq!(found.state, State::Bad);
-        assert!(found.remedy.starts_with("chmod 0700 "), "{found:?}");
-        mode(0o700);
-        assert_eq!(permissions(Path::new("/nowhere/x"), "socket", 0o600), None);
+        assert_eq!(found[0].what, "runc and vmm");
+        assert!(found[0].detail.contains("another daemon serves /"), "{found:?}");
     }
 }

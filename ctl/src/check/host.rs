@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use kuasar_daemon::diagnosis::numbers;
 use kuasar_host::cgroup::Layout;
 
 use super::{Finding, State};
@@ -34,12 +35,6 @@ fn root() -> Finding {
             "sudo kuasar-ctl check",
         ),
     }
-}
-
-/// Major and minor number at the beginning of a version.
-pub fn numbers(version: &str) -> Option<(u32, u32)> {
-    let mut parts = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 /// Oldest kernel: mount_setattr(2), which id-mapped mounts and the built-in engine need.

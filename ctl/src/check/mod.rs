@@ -10,6 +10,7 @@ mod host;
 
 use std::path::PathBuf;
 
+use kuasar_daemon::diagnosis::Problem;
 use serde_json::{Value, json};
 
 use crate::daemons::Daemon;
@@ -68,6 +69,11 @@ impl Finding {
             detail: detail.into(),
             remedy: String::new(),
         }
+    }
+
+    /// What a daemon says in the same words.
+    pub fn bad(area: &'static str, what: impl Into<String>, problem: Problem) -> Self {
+        Self::other(State::Bad, area, what, problem.detail, problem.remedy)
     }
 
     /// Something that is not.

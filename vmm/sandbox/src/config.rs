@@ -188,7 +188,10 @@ impl GuestConfig {
         let search = |given: &Option<PathBuf>, key: &str, names: &[&str]| {
             if let Some(path) = given {
                 if !path.is_file() {
-                    return Err(format!("guest.{key}: {} does not exist", path.display()));
+                    return Err(format!(
+                        "guest.{key}: {} is no file: run `make guest`, or set guest.{key} to one",
+                        path.display()
+                    ));
                 }
                 return readable(key, path.clone());
             }
@@ -202,6 +205,7 @@ impl GuestConfig {
             readable(key, found)
         };
         let kernel = search(&self.kernel, "kernel", &["vmlinux"])?;
+        is_kernel(&kernel)?;
         let root = match &self.image {
             Some(_) => RootImage::Erofs(search(&self.image, "image", &[])?),
             None => RootImage::Initrd(search(&self.initrd, "initrd", &Self::INITRDS)?),
@@ -219,6 +223,22 @@ fn readable(key: &str, path: PathBuf) -> Result<PathBuf, String> {
             path = path.display()
         )),
     }
+}
+
+/// What VMMs load begins like one of these; whatever else is there boots nothing, and would be found
+/// out by the first pod alone.
+fn is_kernel(path: &Path) -> Result<(), String> {
+    use std::io::Read;
+    let mut head = Vec::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(1024).read_to_end(&mut head));
+    let at = |place: usize, magic: &[u8]| head.get(place..place + magic.len()) == Some(magic);
+    let why = match read {
+        // An ELF file, x86's bzImage and arm64's Image.
+        Ok(_) if at(0, b"\x7fELF") || at(0x202, b"HdrS") || at(0x38, b"ARM\x64") => return Ok(()),
+        Ok(_) => "is neither vmlinux, bzImage nor Image".to_owned(),
+        Err(error) => format!("cannot be read ({error})"),
+    };
+    Err(format!("guest.kernel: {path} {why}: set it to a kernel", path = path.display()))
 }
 
 /// How large machines are: `[size]`.
@@ -508,5 +528,18 @@ mod tests {
     fn a_missing_guest_says_what_to_do() {
         let config = GuestConfig { kernel: Some("/nowhere/vmlinux".into()), ..Default::default() };
         assert!(config.find().unwrap_err().contains("/nowhere/vmlinux"));
+        // What is no kernel is told before a pod is.
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("vmlinux");
+        std::fs::write(&kernel, "404: not found").unwrap();
+        let config = GuestConfig { kernel: Some(kernel.clone()), ..Default::default() };
+        let said = config.find().unwrap_err();
+        assert!(said.contains("is neither vmlinux, bzImage nor Image: set it"), "{said}");
+        for (place, magic) in [(0, &b"\x7fELF"[..]), (0x202, b"HdrS"), (0x38, b"ARM\x64")] {
+            let mut image = vec![0; 2048];
+            image[place..place + 4].copy_from_slice(magic);
+            std::fs::write(&kernel, image).unwrap();
+            is_kernel(&kernel).unwrap();
+        }
     }
 }
