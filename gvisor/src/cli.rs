@@ -105,6 +105,8 @@ pub struct Own {
     pub id: String,
     /// `linux.cgroupsPath` of the root container: where sentry and gofers are.
     pub cgroup: String,
+    /// Containers have names of their own to runsc: [`Own::name`].
+    pub own_names: bool,
     /// It waits for a checkpoint, or for a container without one.
     pub restore: bool,
     /// The sentry.
@@ -112,6 +114,19 @@ pub struct Own {
 }
 
 impl Own {
+    /// What a container is to runsc and to the sentry.
+    ///
+    /// runsc takes the id of a command for the beginning of one, among the containers of all pods:
+    /// `restore d` is for a sandbox `d07c…` if no other id begins so, and `start web` is refused
+    /// while there is a `web2`. A name that ends with the sandbox's is the beginning of no other.
+    /// Pods of a daemon that did not know this keep the ids that their containers have.
+    pub fn name(&self, container: &str) -> String {
+        match self.own_names {
+            true => format!("{container}.{}", self.id),
+            false => container.to_owned(),
+        }
+    }
+
     /// Whether gVisor asks systemd for cgroups.
     pub fn asks_systemd(&self) -> bool {
         self.args.iter().any(|arg| arg == "--systemd-cgroup")
@@ -427,6 +442,24 @@ mod tests {
         assert_eq!(date("0.0~20240729.0"), Some(20240729));
         assert_eq!(date("release-20260817.0-3-g3c5eee17d"), Some(20260817));
         assert_eq!(date("VERSION_MISSING"), None);
+    }
+
+    #[test]
+    fn no_name_of_a_container_begins_another() {
+        let own = |id: &str| Own { id: id.into(), own_names: true, ..Own::default() };
+        let (one, two) = (own("d07c1f2e3a4b5c6d"), own("e07c1f2e3a4b5c6d"));
+        let ids = ["d", "d0", "web", "web2", "d07c1f2e3a4b5c6d"];
+        let mut all: Vec<String> = ids.iter().map(|id| one.name(id)).collect();
+        all.extend(ids.iter().map(|id| two.name(id)));
+        all.extend([one.id.clone(), two.id]);
+        for a in &all {
+            let begun: Vec<_> = all.iter().filter(|b| b.starts_with(a.as_str())).collect();
+            // The sandbox's own id is asked for as well.
+            let expected = if *a == one.id { 2 } else { 1 };
+            assert_eq!(begun.len(), expected, "{a}: {begun:?}");
+        }
+        let old: Own = serde_json::from_value(serde_json::json!({ "id": "d07c" })).unwrap();
+        assert_eq!(old.name("web"), "web");
     }
 
     #[test]
