@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, handler, inside, leaks, ours, switch, wait_for};
+use kuasar_tests::{bed, cri, handler, inside, kind, leaks, ours, switch, wait_for};
 
 const POINTS: [&str; 8] = [
     "sandbox.create",
@@ -22,6 +22,8 @@ struct Counter {
     container: Container,
     pid: u32,
     flag: PathBuf,
+    /// Its last act but its exit.
+    gone: PathBuf,
     code: i32,
 }
 
@@ -35,12 +37,14 @@ impl Counter {
             ..Default::default()
         };
         let line = format!(
-            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; usleep 10000; done; echo last $i >&2; exit {code}"
+            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; usleep 10000; done; echo last $i >&2; touch /go/y; exit {code}"
         );
         let container = pod.start_with(&["sh", "-c", &line], |c| c.mounts = vec![mount]);
-        Self { pid: container.pid(), container, flag: dir.join("x"), code }
+        let [flag, gone] = ["x", "y"].map(|name| dir.join(name));
+        Self { pid: container.pid(), container, flag, gone, code }
     }
 
+    /// Its process, or the one of its pod's kernel.
     fn runs(&self) -> bool {
         Path::new(&format!("/proc/{}/exe", self.pid)).exists()
     }
@@ -48,8 +52,10 @@ impl Counter {
     /// Lets it end, with or without a daemon.
     fn go(&self) {
         std::fs::write(&self.flag, "").unwrap();
-        wait_for("it ends", Duration::from_secs(10), || {
-            std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err()
+        wait_for("it ends", Duration::from_secs(10), || match kind() {
+            "runc" => std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err(),
+            // The host does not see its process: that of the kernel goes on.
+            _ => self.gone.exists(),
         });
     }
 
@@ -86,9 +92,13 @@ fn life() -> Option<Pod> {
 
 #[test]
 fn it_may_die_at_every_failpoint() {
-    if !ours() {
-        return;
+    if ours() {
+        dies_at_every_failpoint();
     }
+}
+
+/// Of the daemon under test.
+pub(crate) fn dies_at_every_failpoint() {
     let before = leaks::snapshot();
     let bystander = Pod::run(pod_config("bystander"));
     let witness = Counter::new(&bystander, 99);
@@ -99,7 +109,7 @@ fn it_may_die_at_every_failpoint() {
         println!("failpoint {name}");
         let leaver = Counter::new(&bystander, 10 + i32::try_from(i).unwrap());
         switch(&["daemon", "stop"], &[]);
-        let stamp = bed().join("run/kuasar-runc/failpoint.done");
+        let stamp = bed().join(format!("run/kuasar-{}/failpoint.done", kind()));
         inside(&["rm", "-f", &stamp.to_string_lossy()]);
         switch(&["daemon", "start"], &[("KUASAR_FAILPOINT", &format!("{name}:kill"))]);
         let worker = std::thread::spawn(life);
@@ -127,12 +137,15 @@ fn it_may_die_at_every_failpoint() {
     leaks::assert_none(&before);
 }
 
-/// An operation that fails half-way is undone.
 #[test]
 fn a_failure_at_any_point_leaves_nothing() {
-    if !ours() {
-        return;
+    if ours() {
+        fails_at_any_point();
     }
+}
+
+/// An operation that fails half-way is undone, by the daemon under test.
+pub(crate) fn fails_at_any_point() {
     let before = leaks::snapshot();
     // A delete that fails each time keeps containerd trying: there is nothing to undo.
     for point in POINTS.iter().filter(|point| **point != "task.delete") {
