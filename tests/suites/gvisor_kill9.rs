@@ -1,8 +1,10 @@
 //! The daemon of gVisor's pods dies at any moment, at rest ([`crate::gvisor`]), under load and at each
 //! point of each operation, and nothing is lost or left behind: what is tried of runc's, on gVisor.
 
-use kuasar_tests::on;
+use kuasar_tests::cri::*;
+use kuasar_tests::{cri, leaks, on, wait_for};
 
+use crate::own_kernel::*;
 use crate::{failpoints, kill9};
 
 const HANDLER: &str = "kuasar-gvisor";
@@ -29,4 +31,32 @@ fn it_may_die_at_every_failpoint() {
 fn a_failure_at_any_point_leaves_nothing() {
     let Some(_on) = on(HANDLER) else { return };
     failpoints::fails_at_any_point();
+}
+
+/// Not an end but worse: the sentry is there and does not answer.
+#[test]
+fn a_sentry_that_hangs_holds_up_its_pod_alone() {
+    let Some(_on) = on(HANDLER) else { return };
+    let before = leaks::snapshot();
+    let configuration = Configuration::read("gvisor");
+    configuration.set(&format!("{}\n[runsc_timeouts]\nother = \"2s\"\n", configuration.text));
+    let (pod, other) = (Pod::run(pod_config("gv-hangs")), Pod::run(pod_config("gv-beside")));
+    let (c, beside) = (pod.start(&["sleep", "1000"]), other.start(&["sleep", "1000"]));
+    let pid = info(&pod, "gvisor").get("sentryPid").unwrap().as_u64().unwrap();
+    let stop = std::process::Command::new("kill").args(["-STOP", &pid.to_string()]).status();
+    assert!(stop.unwrap().success());
+    let q = ExecSyncRequest { container_id: c.id.clone(), cmd: vec!["true".into()], timeout: 20 };
+    let error = cri!(exec_sync, q).unwrap_err();
+    assert!(error.message().contains("did not answer within 2s"), "{error}");
+    assert_eq!(beside.sh("echo on"), "on");
+    wait_for("the pod can be removed", SOON, || match pod.remove() {
+        Ok(()) => true,
+        Err(error) => {
+            println!("{error}");
+            false
+        }
+    });
+    assert_eq!(beside.sh("echo on"), "on");
+    other.remove().unwrap();
+    leaks::assert_none(&before);
 }
