@@ -37,16 +37,25 @@ impl Counter {
             ..Default::default()
         };
         let line = format!(
-            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; usleep 10000; done; echo last $i >&2; touch /go/y; exit {code}"
+            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; echo $i > /go/n; usleep 10000; done; echo last $i >&2; touch /go/y; exit {code}"
         );
         let container = pod.start_with(&["sh", "-c", &line], |c| c.mounts = vec![mount]);
         let [flag, gone] = ["x", "y"].map(|name| dir.join(name));
         Self { pid: container.pid(), container, flag, gone, code }
     }
 
-    /// Its process, or the one of its pod's kernel.
+    /// It is there, and where the host does not see its process, it counts on.
     fn runs(&self) -> bool {
-        Path::new(&format!("/proc/{}/exe", self.pid)).exists()
+        if kind() == "runc" {
+            return Path::new(&format!("/proc/{}/exe", self.pid)).exists();
+        }
+        // Empty for the moment in which it is written.
+        let count = || std::fs::read_to_string(self.flag.with_file_name("n")).unwrap_or_default();
+        let before = count();
+        wait_for("it counts on", Duration::from_secs(10), || {
+            !count().is_empty() && count() != before
+        });
+        true
     }
 
     /// Lets it end, with or without a daemon.
