@@ -441,6 +441,16 @@ impl Runtime for Containers {
             }
             Err(CallError::Refused(words)) => Err(gone(&words)),
             Err(error @ CallError::Gone) => Err(gone(&error)),
+            // Nobody could stop its pod, and all that is asked of it hangs.
+            Err(error @ CallError::Late(_))
+                if signal == libc::SIGKILL && process.exec.is_empty() =>
+            {
+                tracing::error!(container = id, %error, "the sandbox hangs and is killed");
+                let pidfd = self.own.sentry.and_then(Identity::open);
+                pidfd
+                    .map_or(Ok(()), |pidfd| process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL))
+                    .map_err(internal("kill the sandbox"))
+            }
             Err(other) => Err(called("signal the process")(other)),
         }
     }
