@@ -431,15 +431,13 @@ mod tests {
     fn no_name_of_a_container_begins_another() {
         let own = |id: &str| Own { id: id.into(), own_names: true, ..Own::default() };
         let (one, two) = (own("d07c1f2e3a4b5c6d"), own("e07c1f2e3a4b5c6d"));
-        let ids = ["d", "d0", "web", "web2", "d07c1f2e3a4b5c6d"];
+        let ids = ["d", "d0", "web", "web2"];
         let mut all: Vec<String> = ids.iter().map(|id| one.name(id)).collect();
         all.extend(ids.iter().map(|id| two.name(id)));
         all.extend([one.id.clone(), two.id]);
         for a in &all {
             let begun: Vec<_> = all.iter().filter(|b| b.starts_with(a.as_str())).collect();
-            // The sandbox's own id is asked for as well.
-            let expected = if *a == one.id { 2 } else { 1 };
-            assert_eq!(begun.len(), expected, "{a}: {begun:?}");
+            assert_eq!(begun.len(), 1, "{a}: {begun:?}");
         }
         let old: Own = serde_json::from_value(serde_json::json!({ "id": "d07c" })).unwrap();
         assert_eq!(old.name("web"), "web");
