@@ -55,7 +55,8 @@ def read(name):
 stock, ours = read("stock"), read(handler)
 def again(*rounds):
     # What critest skipped on the handler alone, less what a later round has shown to be unsteady.
-    names = {n for n, v in ours.items() if v[0] == "skipped" and stock.get(n, ("",))[0] == "passed"}
+    names = {n for n, v in ours.items()
+             if v[0] == "skipped" and stock.get(n, ("",))[0] == "passed" and not reason(n)}
     for r in rounds:
         a, b = read(f"stock-{r}"), read(f"{handler}-{r}")
         names = {n for n in names if a.get(n, ("",))[0] != "skipped" and b.get(n, ("",))[0] != "passed"}
@@ -71,7 +72,7 @@ print(f"{handler}: {total(ours)}")
 worse = 0
 for n in sorted(set(stock) | set(ours)):
     a, b = stock.get(n, ("-", ""))[0], ours.get(n, ("-", ""))
-    if b[0] == "failed" and reason(n):
+    if (b[0] == "failed" or (a == "passed" and b[0] == "skipped")) and reason(n):
         print(f"  known: {n[5:]}: {reason(n)}")
         continue
     if a == "passed" and b[0] == "skipped" and n not in steady:

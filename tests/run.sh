@@ -52,7 +52,7 @@ e2e() {
   rm -f "$B/run/skipped"
   "$BED_SH" up
   # One at a time: some kill the daemon or containerd under everybody.
-  tests timeout "${LIMIT:-1500}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@"
+  tests timeout "${LIMIT:-1800}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@"
   "$BED_SH" down
 }
 # The guest's agent as PID 1 of machines that QEMU boots, driven without containerd.

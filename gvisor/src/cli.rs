@@ -1,15 +1,16 @@
 //! Commands of `runsc`: they are run by sandbox-parent, which becomes the parent of the sentries
 //! and gofers that they leave behind.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kuasar_host::live::Live;
-use kuasar_host::process::{Identity, find_program, pidfd_signal};
-use kuasar_oci::engine::last_error;
-use sandbox_parent::client::{Parent, ParentError, Spawn};
+use kuasar_host::process::{Identity, find_program};
+use kuasar_oci::command::{self, Unfinished};
+use kuasar_oci::processes::{self, Processes};
+use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Limits, Network};
@@ -29,7 +30,7 @@ pub const MASKED: &str = "run-masked";
 pub enum Failure {
     /// It cannot be run.
     #[error("run runsc")]
-    Spawn(#[from] ParentError),
+    Run(#[source] processes::Failure),
     /// It ended with these words.
     #[error("runsc {verb} failed: {reason}")]
     Failed {
@@ -59,7 +60,7 @@ impl From<Failure> for containerd_sandbox::error::Error {
             Failure::Late { .. } => Self::DeadlineExceeded(failure.to_string()),
             Failure::Other(text) => Self::FailedPrecondition(text),
             Failure::Failed { .. } => Self::internal("start the sandbox", failure),
-            Failure::Spawn(error) => Self::internal("run runsc", error),
+            Failure::Run(error) => Self::internal("run runsc", error),
         }
     }
 }
@@ -82,7 +83,7 @@ impl From<Failure> for containerd_task::error::Error {
                     Self::internal(format!("OCI runtime {verb} failed"), format!("runsc: {reason}"))
                 }
             }
-            Failure::Spawn(_) => Self::internal("run runsc", failure),
+            Failure::Run(_) => Self::internal("run runsc", failure),
         }
     }
 }
@@ -105,6 +106,8 @@ pub struct Own {
     pub id: String,
     /// `linux.cgroupsPath` of the root container: where sentry and gofers are.
     pub cgroup: String,
+    /// Containers have names of their own to runsc: [`Own::name`].
+    pub own_names: bool,
     /// It waits for a checkpoint, or for a container without one.
     pub restore: bool,
     /// The sentry.
@@ -112,6 +115,19 @@ pub struct Own {
 }
 
 impl Own {
+    /// What a container is to runsc and to the sentry.
+    ///
+    /// runsc takes the id of a command for the beginning of one, among the containers of all pods:
+    /// `restore d` is for a sandbox `d07c…` if no other id begins so, and `start web` is refused
+    /// while there is a `web2`. A name that ends with the sandbox's is the beginning of no other.
+    /// Pods of a daemon that did not know this keep the ids that their containers have.
+    pub fn name(&self, container: &str) -> String {
+        match self.own_names {
+            true => format!("{container}.{}", self.id),
+            false => container.to_owned(),
+        }
+    }
+
     /// Whether gVisor asks systemd for cgroups.
     pub fn asks_systemd(&self) -> bool {
         self.args.iter().any(|arg| arg == "--systemd-cgroup")
@@ -361,7 +377,6 @@ impl Runsc {
             && own.network == Network::Sandbox
             && date(&own.version).is_some_and(|date| date < KNOWS_NETNS);
         let log = dir.join("engine.log");
-        let _ = std::fs::remove_file(&log);
         let mut argv = Vec::new();
         if masked {
             argv.extend([self.own_program.clone(), MASKED.to_owned()]);
@@ -371,30 +386,13 @@ impl Runsc {
         argv.extend(["--log".into(), text(&log)?, "--log-format".into(), "json".into()]);
         argv.extend(own.args.iter().cloned());
         argv.extend(words);
-        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        let cookie = Parent::new_cookie();
-        let env = vec![format!("PATH={path}")];
-        let spawned = self.parent.spawn(Spawn { argv, env, fds: streams.to_vec(), cookie }).await?;
-        let exit = match tokio::time::timeout(limit, self.parent.exit_of(cookie)).await {
-            Ok(exit) => exit?,
-            Err(_) => {
-                // It may have ended just now.
-                let _ = pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
-                let parent = self.parent.clone();
-                tokio::spawn(async move {
-                    let _ = parent.exit_of(cookie).await;
-                    parent.acknowledge(cookie).await;
-                });
-                return Err(Failure::Late { verb, limit });
-            }
-        };
-        self.parent.acknowledge(cookie).await;
-        if exit.status == 0 {
-            return Ok(());
+        let processes: Arc<dyn Processes> = Arc::new(self.parent.clone());
+        match command::run(&processes, argv, streams.to_vec(), &log, limit).await {
+            Ok(_) => Ok(()),
+            Err(Unfinished::Failed(reason)) => Err(Failure::Failed { verb, reason }),
+            Err(Unfinished::Late(limit)) => Err(Failure::Late { verb, limit }),
+            Err(Unfinished::Spawn(error) | Unfinished::Wait(error)) => Err(Failure::Run(error)),
         }
-        let reason = last_error(&log)
-            .unwrap_or_else(|| format!("it ended with status {} and no message", exit.status));
-        Err(Failure::Failed { verb, reason })
     }
 }
 
@@ -427,6 +425,22 @@ mod tests {
         assert_eq!(date("0.0~20240729.0"), Some(20240729));
         assert_eq!(date("release-20260817.0-3-g3c5eee17d"), Some(20260817));
         assert_eq!(date("VERSION_MISSING"), None);
+    }
+
+    #[test]
+    fn no_name_of_a_container_begins_another() {
+        let own = |id: &str| Own { id: id.into(), own_names: true, ..Own::default() };
+        let (one, two) = (own("d07c1f2e3a4b5c6d"), own("e07c1f2e3a4b5c6d"));
+        let ids = ["d", "d0", "web", "web2"];
+        let mut all: Vec<String> = ids.iter().map(|id| one.name(id)).collect();
+        all.extend(ids.iter().map(|id| two.name(id)));
+        all.extend([one.id.clone(), two.id]);
+        for a in &all {
+            let begun: Vec<_> = all.iter().filter(|b| b.starts_with(a.as_str())).collect();
+            assert_eq!(begun.len(), 1, "{a}: {begun:?}");
+        }
+        let old: Own = serde_json::from_value(serde_json::json!({ "id": "d07c" })).unwrap();
+        assert_eq!(old.name("web"), "web");
     }
 
     #[test]

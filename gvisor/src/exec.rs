@@ -53,6 +53,7 @@ impl Containers {
             .map_err(parent_error("keep the connection"))?;
         let [stdin, stdout, stderr] = &streams;
         let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+        let container = &self.name(container);
         let run = async {
             let pid =
                 self.run_exec(&connection, container, &process, terminal.is_some(), fds).await?;

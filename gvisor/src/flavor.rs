@@ -170,6 +170,7 @@ impl Flavor for Gvisor {
             args: flags.args,
             network: flags.network,
             platform: flags.platform,
+            own_names: true,
             restore: flags.restore,
             id: kernel::short_id(&sandbox.id),
             cgroup,

@@ -149,7 +149,7 @@ impl Containers {
         };
         let streams = [stdin, stdout, stderr].map(|fd| fd.as_ref().map(AsFd::as_fd));
         let begun = Instant::now();
-        let exit = self.expect(id, None);
+        let (exit, name) = (self.expect(id, None), self.name(id));
         {
             let _only = self.root.lock().await;
             let mut progress = self.begin_restore(&image).await?;
@@ -160,9 +160,9 @@ impl Containers {
                 )));
             }
             // A daemon that was killed may have come as far as this.
-            if !self.runsc.is_running(&self.own.id, id) {
+            if !self.runsc.is_running(&self.own.id, &name) {
                 let dir = self.pod.container(id);
-                self.runsc.restore(&self.own, &dir, id, &image, streams).await?;
+                self.runsc.restore(&self.own, &dir, &name, &image, streams).await?;
             }
             if !progress.done.iter().any(|done| done == id) {
                 progress.done.push(id.to_owned());
@@ -171,7 +171,7 @@ impl Containers {
         }
         Metrics("gvisor").phase("engine_restore", begun.elapsed());
         meta.started = true;
-        meta.gofer = self.runsc.gofer(&self.own.id, id);
+        meta.gofer = self.runsc.gofer(&self.own.id, &name);
         save(&self.pod.container(id), &meta)?;
         self.follow(id, meta.handle).await?;
         Ok(Spawned { pid: self.sentry_pid(), handle: meta.handle, terminal: None, exit })

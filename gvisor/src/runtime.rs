@@ -31,7 +31,7 @@ use kuasar_oci::pod::Pod;
 use kuasar_pod::Metrics;
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::cli::{Own, Runsc};
@@ -162,6 +162,11 @@ impl Containers {
             .map_err(|error| Error::internal(format!("read {}", path.display()), error))
     }
 
+    /// What a container is to runsc and to the sentry.
+    pub(crate) fn name(&self, id: &str) -> String {
+        self.own.name(id)
+    }
+
     fn cgroup(&self, id: &str) -> Result<Cgroup> {
         let meta = self.meta(id)?;
         self.cgroups.group(&meta.cgroup).map_err(internal(format!("cgroup of container {id}")))
@@ -192,13 +197,11 @@ impl Containers {
         let source = request.bundle.join("config.json");
         let mut loaded =
             kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
+        loaded.set_terminal(meta.terminal);
         let rootfs = request.bundle.join("rootfs");
         let mut value = Value::Object(std::mem::take(loaded.value_mut()));
         meta.cgroup = spec::container(&mut value, pod, own, &request.id, &rootfs)
             .map_err(Error::InvalidArgument)?;
-        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            process.insert("terminal".into(), json!(meta.terminal));
-        }
         meta.rootfs = (!request.rootfs.is_empty()).then(|| rootfs.clone());
         save(&dir, meta)?;
         if !request.rootfs.is_empty() {
@@ -245,7 +248,8 @@ impl Containers {
                 self.wake().await?;
                 let console = Console::listen(&self.pod.dir)?;
                 let begun = Instant::now();
-                self.runsc.create_container(&self.own, &dir, &request.id, console.path()).await?;
+                let name = self.name(&request.id);
+                self.runsc.create_container(&self.own, &dir, &name, console.path()).await?;
                 Metrics("gvisor").phase("engine_create", begun.elapsed());
                 (None, Some(console.master(size)?))
             }
@@ -295,7 +299,7 @@ impl Containers {
             .keep(&self.kept(handle), connection.as_fd())
             .await
             .map_err(parent_error("keep the connection"))?;
-        Sentry::ask_end(&connection, id).await.map_err(called("ask for the end"))?;
+        Sentry::ask_end(&connection, &self.name(id)).await.map_err(called("ask for the end"))?;
         self.watch(id, connection);
         Ok(())
     }
@@ -329,7 +333,8 @@ impl Containers {
         {
             let sentry = self.sentry();
             for container in self.containers() {
-                let _ = sentry.signal(&container, pid, libc::SIGKILL, Receiver::Process).await;
+                let name = self.name(&container);
+                let _ = sentry.signal(&name, pid, libc::SIGKILL, Receiver::Process).await;
             }
         }
         let _ = self.parent().forget(name).await;
@@ -371,20 +376,20 @@ impl Runtime for Containers {
 
     async fn start(&self, container: &str, _pid: u32) -> Result<()> {
         let mut meta = self.meta(container)?;
-        let dir = self.pod.container(container);
+        let (dir, name) = (self.pod.container(container), self.name(container));
         let begun = Instant::now();
         if meta.terminal {
-            self.runsc.start_container(&self.own, &dir, container).await?;
+            self.runsc.start_container(&self.own, &dir, &name).await?;
         } else {
             self.wake().await?;
             let streams = self.streams(container).await?;
             let [stdin, stdout, stderr] = &streams;
             let streams = [stdin, stdout, stderr].map(|fd| fd.as_ref().map(AsFd::as_fd));
-            self.runsc.run_container(&self.own, &dir, container, streams).await?;
+            self.runsc.run_container(&self.own, &dir, &name, streams).await?;
         }
         Metrics("gvisor").phase("engine_start", begun.elapsed());
         meta.started = true;
-        meta.gofer = self.runsc.gofer(&self.own.id, container);
+        meta.gofer = self.runsc.gofer(&self.own.id, &name);
         save(&dir, &meta)?;
         self.follow(container, meta.handle).await?;
         // The sandbox has them now, and a reader has to see their end when it gives them up.
@@ -419,15 +424,15 @@ impl Runtime for Containers {
         let gone = |words: &dyn std::fmt::Display| {
             Error::NotFound(format!("process of container {id} has ended: {words}"))
         };
-        let sentry = self.sentry();
+        let (sentry, name) = (self.sentry(), self.name(id));
         let pid = if process.exec.is_empty() { 0 } else { process.pid };
         let sent = match (signal, all) {
-            (0, _) => sentry.processes(id).await.and_then(|pids| match pids.is_empty() {
+            (0, _) => sentry.processes(&name).await.and_then(|pids| match pids.is_empty() {
                 true => Err(CallError::Refused("no process".into())),
                 false => Ok(()),
             }),
-            (_, true) => sentry.signal(id, 0, signal, Receiver::All).await,
-            (_, false) => sentry.signal(id, pid, signal, Receiver::Process).await,
+            (_, true) => sentry.signal(&name, 0, signal, Receiver::All).await,
+            (_, false) => sentry.signal(&name, pid, signal, Receiver::Process).await,
         };
         match sent {
             Ok(()) => Ok(()),
@@ -436,17 +441,25 @@ impl Runtime for Containers {
             }
             Err(CallError::Refused(words)) => Err(gone(&words)),
             Err(error @ CallError::Gone) => Err(gone(&error)),
+            // Nobody could stop its pod, and all that is asked of it hangs.
+            Err(error @ CallError::Late(_))
+                if signal == libc::SIGKILL && process.exec.is_empty() =>
+            {
+                tracing::error!(container = id, %error, "the sandbox hangs and is killed");
+                let pidfd = self.own.sentry.and_then(Identity::open);
+                pidfd
+                    .map_or(Ok(()), |pidfd| process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL))
+                    .map_err(internal("kill the sandbox"))
+            }
             Err(other) => Err(called("signal the process")(other)),
         }
     }
 
     async fn resized(&self, process: &ProcessRef) {
         let pid = if process.exec.is_empty() { 0 } else { process.pid };
-        let sentry = self.sentry();
+        let (sentry, name) = (self.sentry(), self.name(&process.container));
         // A sandbox reads the size from the host's terminal, and tells nobody by itself.
-        if let Err(error) =
-            sentry.signal(&process.container, pid, libc::SIGWINCH, Receiver::Foreground).await
-        {
+        if let Err(error) = sentry.signal(&name, pid, libc::SIGWINCH, Receiver::Foreground).await {
             tracing::debug!(container = process.container, %error, "the new size is not told");
         }
     }
@@ -463,15 +476,16 @@ impl Runtime for Containers {
             .forget(&self.kept_streams(container))
             .await
             .map_err(parent_error("give up the container's streams"))?;
-        match self.sentry().destroy(container).await {
+        let name = self.name(container);
+        match self.sentry().destroy(&name).await {
             Ok(()) | Err(CallError::Gone | CallError::Refused(_)) => {}
             Err(other) => return Err(called("end the container")(other)),
         }
         let meta = self.meta(container).ok();
         let gofer = meta.as_ref().and_then(|meta| meta.gofer);
-        let gofer = gofer.or_else(|| self.runsc.gofer(&self.own.id, container));
+        let gofer = gofer.or_else(|| self.runsc.gofer(&self.own.id, &name));
         let handle = meta.as_ref().map(|meta| meta.handle);
-        let (runsc, sandbox, id) = (self.runsc.clone(), self.own.id.clone(), container.to_owned());
+        let (runsc, sandbox) = (self.runsc.clone(), self.own.id.clone());
         let cgroup = meta.as_ref().and_then(|meta| self.cgroups.group(&meta.cgroup).ok());
         blocking(move || {
             if let Some(pidfd) = gofer.and_then(Identity::open) {
@@ -481,7 +495,7 @@ impl Runtime for Containers {
                     let _ = process::pidfd_ended(pidfd.as_fd(), GOFER);
                 }
             }
-            runsc.forget(&sandbox, Some(&id));
+            runsc.forget(&sandbox, Some(&name));
             if let Some(cgroup) = &cgroup {
                 cgroup.remove(CGROUP_DEADLINE).map_err(internal("remove the cgroup"))?;
             }
@@ -500,7 +514,7 @@ impl Runtime for Containers {
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
         self.meta(container)?;
-        let pids = self.sentry().processes(container).await.unwrap_or_default();
+        let pids = self.sentry().processes(&self.name(container)).await.unwrap_or_default();
         // containerd takes an empty list for a leaked shim.
         Ok(if pids.is_empty() { vec![self.sentry_pid()] } else { pids })
     }
@@ -533,10 +547,10 @@ impl Runtime for Containers {
     async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {
         let cgroup = self.cgroup(container)?;
         // Between exit and delete nobody answers for the container.
-        let usage = self.sentry().usage(container).await.unwrap_or_default();
+        let name = self.name(container);
+        let usage = self.sentry().usage(&name).await.unwrap_or_default();
         let root = self.root_cgroup();
-        let id = container.to_owned();
-        blocking(move || Ok(stats::message(&cgroup, root.as_ref(), &usage, &id, flavor))).await
+        blocking(move || Ok(stats::message(&cgroup, root.as_ref(), &usage, &name, flavor))).await
     }
 
     async fn oom_watch(&self, _container: &str) -> Option<OwnedFd> {

@@ -34,7 +34,7 @@ use kuasar_oci::spec::plain_process;
 use kuasar_pod::Metrics;
 use kuasar_protos::shim::api;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tokio::sync::watch;
 
 use crate::engine::{self, Quark};
@@ -133,13 +133,11 @@ impl Containers {
         let source = request.bundle.join("config.json");
         let mut loaded =
             kuasar_host::spec::Spec::load(&source).map_err(internal("read the bundle"))?;
+        loaded.set_terminal(terminal);
         let mut value = Value::Object(std::mem::take(loaded.value_mut()));
         let needs = spec::container(&mut value, pod, pid, id, &request.bundle)
             .map_err(Error::InvalidArgument)?;
         save(&dir, &Meta { cgroup: needs.cgroup, ..Meta::default() })?;
-        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            process.insert("terminal".into(), json!(terminal));
-        }
         let begun = Instant::now();
         tree.add_rootfs(id, &request.rootfs, &needs.rootfs)?;
         for volume in &needs.volumes {
@@ -259,7 +257,7 @@ impl Containers {
         let (tree, id, name) = (self.tree.clone(), container.to_owned(), exec.to_owned());
         let streams = blocking(move || streams::prepare(&tree, &id, &name, io)).await?;
         let mut process = process.clone();
-        process.insert("terminal".into(), json!(streams.terminal));
+        kuasar_host::spec::set_terminal(&mut process, streams.terminal, size);
         self.tasks.exec(container, exec, &process, streams.terminal, streams.names.clone()).await?;
         let started = async {
             if let Some(size) = size {

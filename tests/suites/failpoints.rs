@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, handler, inside, leaks, ours, switch, wait_for};
+use kuasar_tests::{bed, cri, handler, inside, kind, leaks, ours, switch, wait_for};
 
 const POINTS: [&str; 8] = [
     "sandbox.create",
@@ -22,6 +22,8 @@ struct Counter {
     container: Container,
     pid: u32,
     flag: PathBuf,
+    /// Its last act but its exit.
+    gone: PathBuf,
     code: i32,
 }
 
@@ -35,21 +37,34 @@ impl Counter {
             ..Default::default()
         };
         let line = format!(
-            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; usleep 10000; done; echo last $i >&2; exit {code}"
+            "i=0; while [ ! -e /go/x ]; do i=$((i+1)); echo $i; echo $i > /go/n; usleep 10000; done; echo last $i >&2; touch /go/y; exit {code}"
         );
         let container = pod.start_with(&["sh", "-c", &line], |c| c.mounts = vec![mount]);
-        Self { pid: container.pid(), container, flag: dir.join("x"), code }
+        let [flag, gone] = ["x", "y"].map(|name| dir.join(name));
+        Self { pid: container.pid(), container, flag, gone, code }
     }
 
+    /// It is there, and where the host does not see its process, it counts on.
     fn runs(&self) -> bool {
-        Path::new(&format!("/proc/{}/exe", self.pid)).exists()
+        if kind() == "runc" {
+            return Path::new(&format!("/proc/{}/exe", self.pid)).exists();
+        }
+        // Empty for the moment in which it is written.
+        let count = || std::fs::read_to_string(self.flag.with_file_name("n")).unwrap_or_default();
+        let before = count();
+        wait_for("it counts on", Duration::from_secs(10), || {
+            !count().is_empty() && count() != before
+        });
+        true
     }
 
     /// Lets it end, with or without a daemon.
     fn go(&self) {
         std::fs::write(&self.flag, "").unwrap();
-        wait_for("it ends", Duration::from_secs(10), || {
-            std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err()
+        wait_for("it ends", Duration::from_secs(10), || match kind() {
+            "runc" => std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_err(),
+            // The host does not see its process: that of the kernel goes on.
+            _ => self.gone.exists(),
         });
     }
 
@@ -86,9 +101,13 @@ fn life() -> Option<Pod> {
 
 #[test]
 fn it_may_die_at_every_failpoint() {
-    if !ours() {
-        return;
+    if ours() {
+        dies_at_every_failpoint();
     }
+}
+
+/// Of the daemon under test.
+pub(crate) fn dies_at_every_failpoint() {
     let before = leaks::snapshot();
     let bystander = Pod::run(pod_config("bystander"));
     let witness = Counter::new(&bystander, 99);
@@ -99,7 +118,7 @@ fn it_may_die_at_every_failpoint() {
         println!("failpoint {name}");
         let leaver = Counter::new(&bystander, 10 + i32::try_from(i).unwrap());
         switch(&["daemon", "stop"], &[]);
-        let stamp = bed().join("run/kuasar-runc/failpoint.done");
+        let stamp = bed().join(format!("run/kuasar-{}/failpoint.done", kind()));
         inside(&["rm", "-f", &stamp.to_string_lossy()]);
         switch(&["daemon", "start"], &[("KUASAR_FAILPOINT", &format!("{name}:kill"))]);
         let worker = std::thread::spawn(life);
@@ -127,12 +146,15 @@ fn it_may_die_at_every_failpoint() {
     leaks::assert_none(&before);
 }
 
-/// An operation that fails half-way is undone.
 #[test]
 fn a_failure_at_any_point_leaves_nothing() {
-    if !ours() {
-        return;
+    if ours() {
+        fails_at_any_point();
     }
+}
+
+/// An operation that fails half-way is undone, by the daemon under test.
+pub(crate) fn fails_at_any_point() {
     let before = leaks::snapshot();
     // A delete that fails each time keeps containerd trying: there is nothing to undo.
     for point in POINTS.iter().filter(|point| **point != "task.delete") {

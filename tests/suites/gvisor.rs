@@ -443,12 +443,17 @@ fn a_runsc_that_crashes_or_hangs_fails_the_pod_alone() {
     let Some(_on) = gvisor() else { return };
     let configuration = Configuration::read("gvisor");
     let before = leaks::snapshot();
-    let fakes =
-        [("kill -9 $$", "no message"), ("exec sleep 100", "runsc run did not finish within")];
-    for (line, words) in fakes {
-        let fake = fake_runsc("release-20240729.0", line);
+    let known = "release-20240729.0";
+    let fakes = [
+        (known, "kill -9 $$", "no message"),
+        (known, "exec sleep 100", "runsc run did not finish within"),
+        ("$(exec sleep 100)", "exit 0", "--version did not answer within"),
+    ];
+    for (version, line, words) in fakes {
+        let fake = fake_runsc(version, line);
         let changed = with_path(&configuration.text, &fake.to_string_lossy());
-        configuration.set(&format!("{changed}\n[runsc_timeouts]\ncreate = \"2s\"\n"));
+        let limits = "create = \"2s\"\nother = \"2s\"";
+        configuration.set(&format!("{changed}\n[runsc_timeouts]\n{limits}\n"));
         let error = Pod::try_run(pod_config("gv-bad"), HANDLER).map(drop).unwrap_err();
         let _ = std::fs::remove_file(&fake);
         assert!(error.message().contains(words), "{error}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, on, task, wait_for, wire};
+use kuasar_tests::{bed, leaks, on, task, wait_for, wire};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
@@ -91,6 +91,51 @@ fn a_checkpoint_is_written_and_the_container_goes_on() {
     assert_eq!(c.sh("echo in"), "in");
     c.stop(0).unwrap();
     assert_eq!(c.wait(), 137);
+}
+
+/// runsc takes an id for the beginning of one.
+#[test]
+fn containers_whose_ids_begin_alike_are_told_apart() {
+    let Some(_on) = on("kuasar-gvisor") else { return };
+    let before = leaks::snapshot();
+    let (pod, other) = (Pod::run(pod_config("gv-alike")), Pod::run(pod_config("gv-alike2")));
+    // In another pod too, and with a terminal, for which runsc looks a container up by its id.
+    let sockets = [&other, &pod, &pod].map(|pod| wire::task_socket(&pod.id));
+    let [a, b, c] = &sockets;
+    let all = [(a, "web-10", false), (b, "web-1", true), (c, "web", true)];
+    let mut bundles = Vec::new();
+    for (socket, id, terminal) in all {
+        let mut bundle = wire::Bundle::new(&["sh", "-c", "sleep 1000"]);
+        bundle.spec["process"]["terminal"] = terminal.into();
+        bundle.spec["linux"]["cgroupsPath"] = format!("/{}/{}", cgroup_root(), unique()).into();
+        let (stdout, reader) = crate::checkpoint::fifo(&bundle.dir);
+        let q = tasks::CreateTaskRequest { terminal, stdout, ..bundle.request(id) };
+        task!(socket, create, q).unwrap();
+        bundles.push((bundle, reader));
+    }
+    for (socket, id, _) in all.iter().rev() {
+        let q = tasks::StartRequest { id: (*id).into(), ..Default::default() };
+        task!(socket, start, q).unwrap();
+    }
+    // Only the one that is meant is killed.
+    for (i, (socket, id, _)) in all.iter().enumerate().rev() {
+        let id = (*id).to_owned();
+        let q = tasks::KillRequest { id: id.clone(), signal: 9, ..Default::default() };
+        task!(socket, kill, q).unwrap();
+        let q = tasks::WaitRequest { id: id.clone(), ..Default::default() };
+        assert_eq!(task!(socket, wait, q).unwrap().exit_status, 137, "{id}");
+        let q = tasks::DeleteRequest { id: id.clone(), ..Default::default() };
+        task!(socket, delete, q).unwrap();
+        for (socket, id, _) in all.iter().take(i) {
+            let q = tasks::StateRequest { id: (*id).into(), ..Default::default() };
+            let state = task!(socket, state, q).unwrap();
+            assert_eq!(format!("{:?}", state.status), "RUNNING", "{id}");
+        }
+    }
+    for pod in [pod, other] {
+        pod.remove().unwrap();
+    }
+    leaks::assert_none(&before);
 }
 
 #[test]

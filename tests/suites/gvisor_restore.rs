@@ -134,8 +134,11 @@ fn there_and_back(between: impl Fn()) {
 
     let second = waiting("gv-back");
     let socket = wire::task_socket(&second.id);
+    // The beginning of the sandbox's own id, which runsc would take for the sandbox itself.
+    let own = info(&second, "gvisor").get("sandbox").unwrap().as_str().unwrap().to_owned();
+    let (c, d) = (&own[..2], &own[..1]);
     let mut outputs = bundles.each_ref().map(|bundle| fifo(&bundle.dir));
-    for (id, (bundle, (stdout, _))) in ["c", "d"].iter().zip(bundles.iter().zip(&outputs)) {
+    for (id, (bundle, (stdout, _))) in [c, d].iter().zip(bundles.iter().zip(&outputs)) {
         let q = tasks::CreateTaskRequest {
             stdout: stdout.clone(),
             checkpoint: image.text(),
@@ -146,7 +149,7 @@ fn there_and_back(between: impl Fn()) {
     }
     between();
     // In another order: they are known by their names.
-    assert!(start(&second, "d").unwrap() > 0);
+    assert!(start(&second, d).unwrap() > 0);
     between();
     // It would be lost when the kernel of the checkpoint takes over.
     let early = bundle("early", &["true"]);
@@ -155,7 +158,7 @@ fn there_and_back(between: impl Fn()) {
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     assert!(refused.message().contains("1 of 2"), "{refused}");
     delete(&second, "early");
-    start(&second, "c").unwrap();
+    start(&second, c).unwrap();
     between();
     for ((_, lines), last) in outputs.iter_mut().zip(last) {
         // What was written after it was read last and before the checkpoint is not told again.
@@ -167,40 +170,31 @@ fn there_and_back(between: impl Fn()) {
             next = n;
         }
     }
-    assert_eq!(exec(&second, "c", &["sh", "-c", "exit 21"]), 21);
+    assert_eq!(exec(&second, c, &["sh", "-c", "exit 21"]), 21);
     // The addresses are the new pod's.
     let seen = format!("busybox ip addr | busybox grep -q {}", ip(&second));
-    assert_eq!(exec(&second, "d", &["sh", "-c", &seen]), 0);
+    assert_eq!(exec(&second, d, &["sh", "-c", &seen]), 0);
     // The sandbox is one like any other from now on.
     let late = bundle("late", &["sh", "-c", "exit 22"]);
     task!(&socket, create, late.request("late")).unwrap();
     start(&second, "late").unwrap();
     assert_eq!(wait(&second, "late"), 22);
-    kill(&second, "c");
-    assert_eq!(wait(&second, "c"), 137);
-    delete(&second, "c");
+    kill(&second, c);
+    assert_eq!(wait(&second, c), 137);
+    delete(&second, c);
     second.remove().unwrap();
     leaks::assert_none(&before);
 }
 
-/// gVisor under test, where its restore is asked for: `runsc` fails in it now and then.
-fn restores() -> Option<kuasar_tests::Chosen> {
-    if std::env::var_os("KUASAR_GVISOR_RESTORE").is_none_or(|v| v != "1") {
-        kuasar_tests::skip("runsc's restore fails now and then: KUASAR_GVISOR_RESTORE=1 tries it");
-        return None;
-    }
-    on(HANDLER)
-}
-
 #[test]
 fn a_pod_goes_on_from_a_checkpoint_in_another_pod() {
-    let Some(_on) = restores() else { return };
+    let Some(_on) = on(HANDLER) else { return };
     there_and_back(|| {});
 }
 
 #[test]
 fn a_restore_survives_kills_of_the_daemon_at_each_step() {
-    let Some(_on) = restores() else { return };
+    let Some(_on) = on(HANDLER) else { return };
     there_and_back(|| {
         switch(&["daemon", "kill"], &[]);
         switch(&["daemon", "start"], &[]);
@@ -209,7 +203,7 @@ fn a_restore_survives_kills_of_the_daemon_at_each_step() {
 
 #[test]
 fn what_gvisor_cannot_restore_is_refused_in_words() {
-    let Some(_on) = restores() else { return };
+    let Some(_on) = on(HANDLER) else { return };
     let before = leaks::snapshot();
     let image = Image::new();
     let counts = bundle("counts", &["sh", "-c", COUNT]);
@@ -267,7 +261,7 @@ fn what_gvisor_cannot_restore_is_refused_in_words() {
 
 #[test]
 fn a_damaged_checkpoint_ends_its_pod_alone() {
-    let Some(_on) = restores() else { return };
+    let Some(_on) = on(HANDLER) else { return };
     let before = leaks::snapshot();
     let image = Image::new();
     let mut bytes = b"gVisorSF".to_vec();

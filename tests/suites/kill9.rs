@@ -4,10 +4,7 @@ use kuasar_tests::cri::*;
 use kuasar_tests::{handler, leaks, ours, switch, wait_for};
 use std::time::Duration;
 
-fn kill_and_start() {
-    switch(&["daemon", "kill"], &[]);
-    switch(&["daemon", "start"], &[]);
-}
+use crate::own_kernel::kill_and_start;
 
 #[test]
 fn a_container_survives_kill_9_of_its_daemon() {
@@ -69,9 +66,13 @@ fn an_exit_while_the_daemon_is_away_is_told() {
 
 #[test]
 fn a_terminal_survives() {
-    if !ours() {
-        return;
+    if ours() {
+        terminal_survives();
     }
+}
+
+/// On the handler under test.
+pub(crate) fn terminal_survives() {
     let pod = Pod::run(pod_config("ttykill"));
     let c = pod.start_with(
         &["sh", "-c", "for i in $(seq 1 100); do echo $i; sleep 0.02; done; exit 6"],
@@ -88,9 +89,13 @@ fn a_terminal_survives() {
 
 #[test]
 fn killing_it_again_and_again_under_load_loses_no_container() {
-    if !ours() {
-        return;
+    if ours() {
+        killed_again_and_again_under_load();
     }
+}
+
+/// The daemon of the handler under test.
+pub(crate) fn killed_again_and_again_under_load() {
     let before = leaks::snapshot();
     let pod = Pod::run(pod_config("load"));
     let keep = pod.start(&["sleep", "1000"]);

@@ -11,6 +11,7 @@ mod failpoints;
 mod features;
 mod gvisor;
 mod gvisor_control;
+mod gvisor_kill9;
 mod gvisor_restore;
 mod isulad;
 mod kill9;

@@ -10,6 +10,7 @@ use kuasar_tests::cri::*;
 use kuasar_tests::{Chosen, inside, leaks, on, switch, task, wait_for, wire};
 
 use crate::own_kernel::*;
+use crate::{failpoints, kill9};
 
 const HANDLER: &str = "kuasar-quark";
 
@@ -165,6 +166,30 @@ fn a_killed_quark_ends_all_containers_at_once() {
 fn a_quark_that_ends_while_the_daemon_is_away_is_found_out() {
     let Some(_on) = quark() else { return };
     an_end_while_the_daemon_is_away_is_found_out("q-both", process);
+}
+
+#[test]
+fn a_terminal_survives() {
+    let Some(_on) = quark() else { return };
+    kill9::terminal_survives();
+}
+
+#[test]
+fn killing_it_again_and_again_under_load_loses_no_container() {
+    let Some(_on) = quark() else { return };
+    kill9::killed_again_and_again_under_load();
+}
+
+#[test]
+fn it_may_die_at_every_failpoint() {
+    let Some(_on) = quark() else { return };
+    failpoints::dies_at_every_failpoint();
+}
+
+#[test]
+fn a_failure_at_any_point_leaves_nothing() {
+    let Some(_on) = quark() else { return };
+    failpoints::fails_at_any_point();
 }
 
 #[test]

@@ -16,6 +16,8 @@ pub mod record;
 pub mod safe_path;
 pub mod socket;
 pub mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::path::PathBuf;
 

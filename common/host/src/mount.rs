@@ -370,22 +370,6 @@ mod tests {
         }
     }
 
-    /// Runs `test` in a mount namespace of its own; not at all without root.
-    fn as_root_in_private_mounts(test: impl FnOnce() + Send + 'static) {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root");
-            return;
-        }
-        let thread = std::thread::spawn(|| {
-            use nix::sched::{CloneFlags, unshare};
-            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
-            let (none, flags) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-            nix::mount::mount(none, "/", none, flags, none).unwrap();
-            test();
-        });
-        thread.join().unwrap();
-    }
-
     /// `/proc/self` is the process; a thread's own mounts are in `/proc/thread-self`.
     fn mounted(path: &Path) -> bool {
         let text = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
@@ -399,11 +383,10 @@ mod tests {
 
     #[test]
     fn more_layers_than_a_page_of_options_are_mounted() {
-        as_root_in_private_mounts(|| {
-            let dir = tempfile::tempdir().unwrap();
-            mount_shm(dir.path(), 1 << 20).unwrap();
+        crate::testing::apart(|dir| {
+            mount_shm(dir, 1 << 20).unwrap();
             let at = |s: String| {
-                let p = dir.path().join(s);
+                let p = dir.join(s);
                 std::fs::create_dir_all(&p).unwrap();
                 p.to_str().unwrap().to_owned()
             };
@@ -430,13 +413,12 @@ mod tests {
             overlay::mount_relative(fd.as_fd(), "overlay", MsFlags::MS_RDONLY, &data).unwrap();
             assert!(Path::new(&target).join("deep").exists());
             unmount(Path::new(&target)).unwrap();
-            unmount(dir.path()).unwrap();
         });
     }
 
     #[test]
     fn a_bind_is_read_only_and_a_failure_undoes_the_first_mounts() {
-        as_root_in_private_mounts(|| {
+        crate::testing::apart(|_| {
             let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
             let ro = ["rbind".into(), "ro".into(), "rprivate".into()];
             let bind = mount("bind", a.path(), "", &ro);
@@ -452,7 +434,7 @@ mod tests {
 
     #[test]
     fn a_planted_link_does_not_move_a_mount_out_of_the_rootfs() {
-        as_root_in_private_mounts(|| {
+        crate::testing::apart(|_| {
             let (root, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
             std::os::unix::fs::symlink(out.path(), root.path().join("data")).unwrap();
             let tmpfs = mount("tmpfs", Path::new("tmpfs"), "/data", &[]);

@@ -165,6 +165,13 @@ impl Spec {
         self.get("/process")?.as_object()
     }
 
+    /// Makes `process`, if there is one, have a terminal or none, whatever the bundle says.
+    pub fn set_terminal(&mut self, terminal: bool) {
+        if let Some(Value::Object(process)) = self.0.get_mut("process") {
+            set_terminal(process, terminal, None);
+        }
+    }
+
     /// `linux.resources`.
     pub fn resources(&self) -> Option<&Map<String, Value>> {
         self.get("/linux/resources")?.as_object()
@@ -293,6 +300,19 @@ fn mount_value(kind: &str, source: &str, destination: &str, options: &[&str]) ->
     json!({ "destination": destination, "type": kind, "source": source, "options": options })
 }
 
+/// Makes a `process` object, of a container or of an exec, agree with the streams that it gets: with
+/// a terminal, of this width and height if they are known, or without one.
+pub fn set_terminal(process: &mut Map<String, Value>, terminal: bool, size: Option<(u16, u16)>) {
+    process.insert("terminal".into(), json!(terminal));
+    match (terminal, size) {
+        (true, Some((width, height))) => {
+            process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
+        }
+        (true, None) => {}
+        (false, _) => drop(process.remove("consoleSize")),
+    }
+}
+
 /// Edits the object at `key`, making one where there is none.
 fn edit_object<R>(
     map: &mut Map<String, Value>,
@@ -359,6 +379,26 @@ mod tests {
             let e = Spec::parse(text).unwrap_err().to_string();
             assert!(e.contains(pointer), "{e}");
         }
+    }
+
+    #[test]
+    fn a_process_has_the_terminal_that_was_asked_for_whatever_the_bundle_says() {
+        let parse = |text: &str| Spec::parse(text.as_bytes()).unwrap();
+        let size = r#"{"process":{"consoleSize":{"width":1,"height":2}}}"#;
+        let mut spec = parse(size);
+        spec.set_terminal(true);
+        assert_eq!(spec.get("/process/terminal"), Some(&json!(true)));
+        assert_eq!(spec.get("/process/consoleSize/width"), Some(&json!(1)));
+        spec.set_terminal(false);
+        assert_eq!(spec.process(), json!({ "terminal": false }).as_object());
+        let mut process = Map::new();
+        set_terminal(&mut process, true, Some((80, 24)));
+        let wanted = json!({ "terminal": true, "consoleSize": { "width": 80, "height": 24 } });
+        assert_eq!(Value::Object(process), wanted);
+        // What is missing is refused by whoever needs it.
+        let mut none = parse("{}");
+        none.set_terminal(true);
+        assert_eq!(none.process(), None);
     }
 
     #[test]

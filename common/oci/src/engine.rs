@@ -7,7 +7,7 @@
 //! and starting or deleting a container of the built-in engine is a connect or an unlink.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -17,9 +17,10 @@ use kuasar_host::cgroup::{Layout, Warmer};
 use kuasar_host::live::Live;
 use serde::Deserialize;
 
+use crate::command::{self, Unfinished};
 use crate::control::{Control, OnHost};
 use crate::observer::Observer;
-use crate::processes::{Command, Processes, new_cookie};
+use crate::processes::Processes;
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
@@ -348,7 +349,6 @@ impl Engine {
     ) -> Result<u64> {
         let verb = words.first().cloned().unwrap_or_default();
         let log = dir.join("engine.log");
-        let _ = std::fs::remove_file(&log);
         let mut argv = match &self.cli {
             // An engine without a command line is only made where there is a built-in one.
             None => {
@@ -372,39 +372,24 @@ impl Engine {
         };
         argv.extend(["--root".into(), text(&dir.join("engine"))?, "--log".into(), text(&log)?]);
         argv.extend(words);
-        let cookie = new_cookie();
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
-        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        let command = Command { argv, env: vec![format!("PATH={path}")], fds, cookie };
         let processes = &self.all.backend.processes;
-        let spawned = processes
-            .spawn(command)
-            .await
-            .map_err(|error| Error::internal(format!("run engine {}", self.name), error))?;
-        let exit = match tokio::time::timeout(limit, processes.exit_of(cookie)).await {
-            Ok(exit) => exit.map_err(|error| Error::internal("wait for the engine", error))?,
-            Err(_) => {
-                // It may have ended just now.
-                let _ = kuasar_host::process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
-                // It is reaped and forgotten as soon as the kernel has ended it.
-                let processes = processes.clone();
-                tokio::spawn(async move {
-                    let _ = processes.exit_of(cookie).await;
-                    processes.acknowledge(cookie).await;
-                });
+        let reason = match command::run(processes, argv, fds, &log, limit).await {
+            Ok(since) => return Ok(since),
+            Err(Unfinished::Failed(reason)) => reason,
+            Err(Unfinished::Spawn(error)) => {
+                return Err(Error::internal(format!("run engine {}", self.name), error));
+            }
+            Err(Unfinished::Wait(error)) => {
+                return Err(Error::internal("wait for the engine", error));
+            }
+            Err(Unfinished::Late(limit)) => {
                 return Err(Error::DeadlineExceeded(format!(
                     "engine {} did not finish {verb} within {limit:?}",
                     self.name
                 )));
             }
         };
-        processes.acknowledge(cookie).await;
-        if exit.status == 0 {
-            return Ok(spawned.since);
-        }
-        let reason = last_error(&log).unwrap_or_else(|| {
-            format!("the engine ended with status {} and no message", exit.status)
-        });
         let message = format!("OCI runtime {verb} failed: {}: {reason}", self.name);
         // The image or the pod asks for a command that is not there: not the node's fault.
         let theirs = [
@@ -427,28 +412,6 @@ fn text(path: &Path) -> Result<String> {
     path.to_str()
         .map(str::to_owned)
         .ok_or_else(|| Error::InvalidArgument(format!("path {} is not UTF-8", path.display())))
-}
-
-/// The message of the last error line of an engine's log (runc's and crun's JSON format).
-pub fn last_error(log: &Path) -> Option<String> {
-    let text = std::fs::read(log).ok()?;
-    let text = String::from_utf8_lossy(&text);
-    let mut last = None;
-    for line in text.lines() {
-        match serde_json::from_str::<serde_json::Value>(line) {
-            Ok(entry) => {
-                let level = entry.get("level").and_then(|level| level.as_str()).unwrap_or("error");
-                if matches!(level, "error" | "fatal") {
-                    last =
-                        entry.get("msg").and_then(|msg| msg.as_str()).map(str::to_owned).or(last);
-                }
-            }
-            Err(_) if !line.trim().is_empty() => last = Some(line.trim().to_owned()),
-            Err(_) => {}
-        }
-    }
-    // Part of it may be a container's words: bounded, and in one line.
-    last.map(|text| text.chars().filter(|c| !c.is_control()).take(2000).collect())
 }
 
 /// The built-in engine's start: its init process waits in `accept` on `notify.sock`.
@@ -524,16 +487,5 @@ mod tests {
         let stream = start_builtin(dir.path(), "c").unwrap();
         let (_theirs, _) = listener.accept().unwrap();
         executed("c", stream, Duration::from_millis(1)).await.unwrap();
-    }
-
-    #[test]
-    fn the_last_error_of_a_log_is_the_message() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("log");
-        std::fs::write(&log, "{\"level\":\"warning\",\"msg\":\"w\"}\n{\"level\":\"error\",\"msg\":\"first\"}\n{\"level\":\"error\",\"msg\":\"se\\ncond\"}\n{\"level\":\"info\",\"msg\":\"i\"}\n").unwrap();
-        assert_eq!(last_error(&log).unwrap(), "second");
-        std::fs::write(&log, "plain words\n").unwrap();
-        assert_eq!(last_error(&log).unwrap(), "plain words");
-        assert!(last_error(&dir.path().join("none")).is_none());
     }
 }

@@ -1,7 +1,8 @@
 //! Containers of an engine behind an OCI command line (`runc`, `crun`, `runsc`, …), and an engine
 //! of our own that has the same command line.
 //!
-//! * [`engine`] runs commands of an engine; [`runtime::Containers`] is containerd's Task API on
+//! * [`command`] runs a command of whatever engine to its end.
+//! * [`engine`] is what commands an engine has; [`runtime::Containers`] is containerd's Task API on
 //!   top of that, for the containers of one [`pod::Pod`].
 //! * [`processes::Processes`] is who forks and reaps: sandbox-parent on a host (feature
 //!   `parent`), the init process itself in a guest.
@@ -16,6 +17,7 @@
 #[cfg(feature = "builtin")]
 pub mod builtin;
 pub mod checkpoint;
+pub mod command;
 pub mod console;
 pub mod control;
 pub mod engine;

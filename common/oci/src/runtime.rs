@@ -21,6 +21,7 @@ use containerd_task::runtime::{
 use futures::future::BoxFuture;
 use kuasar_host::cgroup::Layout;
 use kuasar_host::mount::IdMap;
+use kuasar_host::spec::set_terminal;
 use kuasar_host::{process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -222,7 +223,7 @@ impl Containers {
         let passed = spec::edit(&mut value, &pod.spec(files, &shm), &rootfs, engine.descriptors())
             .map_err(Error::InvalidArgument)?;
         if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            set_terminal(process, terminal);
+            set_terminal(process, terminal.is_some(), terminal.flatten());
         }
         if !engine.is_builtin() {
             checkpoint::annotate(&mut value, &dir);
@@ -391,21 +392,6 @@ fn terminal_of(io: &ProcessIo) -> Option<Option<(u16, u16)>> {
     }
 }
 
-/// Makes the `process` object agree with the streams that the request has.
-fn set_terminal(
-    process: &mut serde_json::Map<String, Value>,
-    terminal: Option<Option<(u16, u16)>>,
-) {
-    process.insert("terminal".into(), json!(terminal.is_some()));
-    match terminal {
-        Some(Some((width, height))) => {
-            process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
-        }
-        Some(None) => {}
-        None => drop(process.remove("consoleSize")),
-    }
-}
-
 fn plain<'a>(
     stdin: &'a Option<OwnedFd>,
     stdout: &'a Option<OwnedFd>,
@@ -515,7 +501,8 @@ impl Runtime for Containers {
         let mut value: serde_json::Map<String, Value> = serde_json::from_slice(spec)
             .map_err(|error| Error::InvalidArgument(format!("the exec's process: {error}")))?;
         spec::plain_process(&mut value).map_err(Error::InvalidArgument)?;
-        set_terminal(&mut value, terminal_of(&io));
+        let terminal = terminal_of(&io);
+        set_terminal(&mut value, terminal.is_some(), terminal.flatten());
         let text = serde_json::to_vec(&value).map_err(|error| Error::internal("exec", error))?;
         let file = dir.join(format!("exec-{exec}.json"));
         record::write_file(&file, &text, 0o600).map_err(internal("write the exec's process"))?;

@@ -12,7 +12,6 @@ use containerd_task::runtime::CreateContainer;
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::record;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use crate::block::{self, Disks, StorageConfig};
 use crate::share::ShareTree;
@@ -134,11 +133,9 @@ impl Host {
         self.save(id, &Meta::default())?;
         let source = request.bundle.join("config.json");
         let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(host("read the bundle"))?;
+        loaded.set_terminal(terminal);
         let mut value = std::mem::take(loaded.value_mut());
         let needs = spec::edit(&mut value, id, self.pid)?;
-        if let Some(process) = value.get_mut("process").and_then(Value::as_object_mut) {
-            process.insert("terminal".into(), json!(terminal));
-        }
         if let (Some(first), false) = (needs.blocks.first(), self.disks.pluggable()) {
             return Err(self.disks.cannot(&format!("block volume {:.200}", first.path)));
         }

@@ -26,7 +26,7 @@ use kuasar_forward::stdio::{self, Direction, Stream};
 use kuasar_forward::task::{Tasks, any, checked_pid};
 use kuasar_protos::shim::api;
 use protobuf::MessageField;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
@@ -248,10 +248,7 @@ impl Runtime for Containers {
             ProcessIo::Streams { .. } => None,
         };
         let (ends, [stdin, stdout, stderr], terminal) = ends(io, container, exec);
-        process.insert("terminal".into(), json!(terminal));
-        if let Some((width, height)) = size {
-            process.insert("consoleSize".into(), json!({ "width": width, "height": height }));
-        }
+        kuasar_host::spec::set_terminal(&mut process, terminal, size);
         self.tasks.exec(container, exec, &process, terminal, [stdin, stdout, stderr]).await?;
         let started = async {
             if let Some(size) = size {

@@ -167,24 +167,9 @@ fn open_dir(path: &Path) -> Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use kuasar_host::testing::apart;
 
-    /// Runs a test in a mount namespace of its own.
-    fn apart(test: impl FnOnce(&Path) + Send + 'static) {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root");
-            return;
-        }
-        let done = std::thread::spawn(move || {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-            let dir = tempfile::tempdir().unwrap();
-            test(dir.path());
-            kuasar_host::mount::unmount_below(dir.path()).unwrap();
-        });
-        done.join().unwrap();
-    }
+    use super::*;
 
     fn bind(from: &Path) -> Mount {
         Mount {

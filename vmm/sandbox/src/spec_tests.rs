@@ -125,16 +125,8 @@ fn wrong_specs_are_named() {
 
 #[test]
 fn an_empty_dir_in_memory_is_the_guests_own() {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root");
-        return;
-    }
-    let done = std::thread::spawn(|| {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-        let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
-        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("volumes/kubernetes.io~empty-dir/cache");
+    kuasar_host::testing::apart(|dir| {
+        let path = dir.join("volumes/kubernetes.io~empty-dir/cache");
         std::fs::create_dir_all(&path).unwrap();
         let mut on_disk = spec();
         on_disk["mounts"][1]["source"] = json!(path);
@@ -147,9 +139,7 @@ fn an_empty_dir_in_memory_is_the_guests_own() {
         assert_eq!(storage.kind, "tmpfs");
         assert!(storage.options.contains(&"size=1048576".to_owned()), "{storage:?}");
         assert_eq!(spec["mounts"][1]["source"], storage.target.as_str());
-        kuasar_host::mount::unmount(&path).unwrap();
     });
-    done.join().unwrap();
 }
 
 #[test]

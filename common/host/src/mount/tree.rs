@@ -117,16 +117,7 @@ mod tests {
 
     #[test]
     fn a_copy_is_read_only_before_it_is_seen() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root");
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().to_owned();
-        std::thread::spawn(move || {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-            let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
-            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        crate::testing::apart(|path| {
             for name in ["from", "from/below", "to"] {
                 std::fs::create_dir(path.join(name)).unwrap();
             }
@@ -141,9 +132,6 @@ mod tests {
             assert_eq!(errno("to/file"), Some(libc::EROFS));
             assert_eq!(errno("to/below/file"), Some(libc::EROFS));
             assert_eq!(errno("from/below/file"), None);
-            crate::mount::unmount_below(&path).unwrap();
-        })
-        .join()
-        .unwrap();
+        });
     }
 }
