@@ -359,11 +359,16 @@ fn refused(name: &str, lines: &str, words: &[&str]) {
 }
 
 #[test]
-fn a_kernel_that_is_none_is_refused_by_its_vmm_and_leaves_nothing() {
+fn a_kernel_that_is_none_is_refused_and_leaves_nothing() {
     let junk = std::env::temp_dir().join("kuasar-junk-kernel");
-    std::fs::write(&junk, vec![0x5a; 1 << 20]).unwrap();
     let lines = format!("[guest]\nkernel = \"{}\"", junk.display());
-    refused("vm-junk-kernel", &lines, &["qemu"]);
+    std::fs::write(&junk, vec![0x5a; 1 << 20]).unwrap();
+    refused("vm-junk-kernel", &lines, &["guest.kernel"]);
+    // What looks like one is for the VMM to refuse.
+    let mut bytes = vec![0x5a; 1 << 20];
+    bytes[..4].copy_from_slice(b"\x7fELF");
+    std::fs::write(&junk, bytes).unwrap();
+    refused("vm-torn-kernel", &lines, &["qemu"]);
     std::fs::remove_file(&junk).unwrap();
 }
 

@@ -129,6 +129,8 @@ fn sealed_copy(program: &Path, name: &str) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
 
+    const WAIT: &str = "KUASAR_TEST_WAIT";
+
     fn refuses_writing(fd: &OwnedFd) -> bool {
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         match std::fs::OpenOptions::new().write(true).open(path) {
@@ -150,6 +152,11 @@ mod tests {
             eprintln!("skipped: needs root");
             return;
         }
+        // What the process below does, which runs this test: it is there until it is let go.
+        if std::env::var_os(WAIT).is_some() {
+            let _ = io::Read::read(&mut io::stdin(), &mut [0]);
+            return;
+        }
         let fd = match read_only_clone(Path::new("/proc/self/exe")) {
             Ok(fd) => fd,
             Err(error) => {
@@ -161,13 +168,16 @@ mod tests {
         // The same through /proc/PID/exe of a process that runs from it, as a container sees it.
         let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         let mut child = std::process::Command::new(path)
-            .args(["--list", "--include-ignored"])
-            .stdout(std::process::Stdio::piped())
+            .args(["--exact", "selfexe::tests::a_process_cannot_write_the_executable_it_runs_from"])
+            .env(WAIT, "1")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
         let exe = format!("/proc/{}/exe", child.id());
         let error = std::fs::OpenOptions::new().append(true).open(exe).unwrap_err();
+        // Closes its standard input first.
+        assert!(child.wait().unwrap().success(), "the test has another name now");
         assert!(matches!(error.raw_os_error(), Some(libc::EROFS | libc::ETXTBSY)), "{error}");
-        child.wait().unwrap();
     }
 }
