@@ -165,7 +165,7 @@ impl Runsc {
         &self.parent
     }
 
-    fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> Limits {
         self.config.get().runsc_timeouts
     }
 

@@ -441,18 +441,18 @@ impl Runtime for Containers {
             }
             Err(CallError::Refused(words)) => Err(gone(&words)),
             Err(error @ CallError::Gone) => Err(gone(&error)),
-            // Nobody could stop its pod, and all that is asked of it hangs.
-            Err(error @ CallError::Late(_))
-                if signal == libc::SIGKILL && process.exec.is_empty() =>
-            {
-                tracing::error!(container = id, %error, "the sandbox hangs and is killed");
-                let pidfd = self.own.sentry.and_then(Identity::open);
-                pidfd
-                    .map_or(Ok(()), |pidfd| process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL))
-                    .map_err(internal("kill the sandbox"))
-            }
             Err(other) => Err(called("signal the process")(other)),
         }
+    }
+
+    fn unkillable_after(&self) -> Option<std::time::Duration> {
+        Some(self.runsc.limits().other)
+    }
+
+    async fn end_kernel(&self) {
+        let Some(pidfd) = self.own.sentry.and_then(Identity::open) else { return };
+        // Nothing to do about one that cannot be killed, nor about one that has gone meanwhile.
+        let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
     }
 
     async fn resized(&self, process: &ProcessRef) {

@@ -11,7 +11,7 @@
 //! memory are those of its cgroup. Task.Shutdown is never forwarded: Quark ends by it.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -27,7 +27,7 @@ use kuasar_daemon::tasks::ParentKeeper;
 use kuasar_forward::stdio;
 use kuasar_forward::task::{Tasks, V2, checked_pid};
 use kuasar_host::cgroup::{Cgroup, Layout};
-use kuasar_host::record;
+use kuasar_host::{process, record};
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::Pod;
 use kuasar_oci::spec::plain_process;
@@ -65,6 +65,8 @@ pub struct Containers {
     tasks: Tasks,
     keeper: Arc<dyn Keeper>,
     drain: std::time::Duration,
+    /// How long a container may outlive its SIGKILL before Quark is killed.
+    kill: std::time::Duration,
     /// Ends of containers that never ran: nobody else would tell them.
     unborn: Mutex<HashMap<String, watch::Sender<Option<Exit>>>>,
     /// Execs that a recovery has taken up.
@@ -96,7 +98,9 @@ impl Containers {
         let keeper = ParentKeeper::new(quark.parent().clone(), pod.id.clone());
         let (tree, keeper) = (Tree::new(&pod.dir), Arc::new(keeper));
         let (unborn, reattached) = (Mutex::default(), Mutex::default());
-        Self { pod, own, cgroups, tree, tasks, keeper, drain, unborn, reattached }
+        // The answer may be late, and then the output.
+        let kill = quark.limits().other.saturating_add(drain);
+        Self { pod, own, cgroups, tree, tasks, keeper, drain, kill, unborn, reattached }
     }
 
     /// What the pod's pid is.
@@ -342,6 +346,16 @@ impl Runtime for Containers {
             return Ok(());
         }
         self.tasks.kill(process, signal, all).await
+    }
+
+    fn unkillable_after(&self) -> Option<std::time::Duration> {
+        Some(self.kill)
+    }
+
+    async fn end_kernel(&self) {
+        let Some(pidfd) = self.own.process.and_then(|process| process.open()) else { return };
+        // Nothing to do about one that cannot be killed, nor about one that has gone meanwhile.
+        let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {

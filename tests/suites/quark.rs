@@ -231,6 +231,28 @@ fn a_missing_quark_or_kvm_is_told_with_the_remedy() {
 }
 
 #[test]
+fn a_quark_that_spares_what_it_was_to_kill_holds_up_no_pod() {
+    let Some(_on) = quark() else { return };
+    let configuration = Configuration::read("quark");
+    let before = leaks::snapshot();
+    let other = Pod::run(pod_config("q-beside"));
+    let beside = other.start(&["sleep", "1000"]);
+    configuration.set(&format!(
+        "{}args = [\"--fake\", \"spares\"]\n[quark_timeouts]\nother = \"1s\"\n",
+        configuration.text
+    ));
+    let pod = Pod::run(pod_config("q-spares"));
+    let c = pod.start(&["sleep", "1000"]);
+    let begun = std::time::Instant::now();
+    wait_for("the pod can be removed", Duration::from_secs(60), || pod.remove().is_ok());
+    println!("{:?}", begun.elapsed());
+    drop(c);
+    assert_eq!(beside.sh("echo on"), "on");
+    other.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
 fn a_quark_that_fails_hangs_dies_or_lies_fails_the_pod_alone() {
     let Some(_on) = quark() else { return };
     let configuration = Configuration::read("quark");

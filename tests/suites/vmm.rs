@@ -219,6 +219,22 @@ fn a_killed_vmm_is_told_at_once_and_leaves_nothing() {
 }
 
 #[test]
+fn a_machine_that_hangs_holds_up_no_pod() {
+    let lines = "[guest_timeouts]\ncall = \"2s\"\ndrain = \"2s\"\nkill = \"3s\"";
+    let Some(_settings) = Settings::with(|text| format!("{text}\n{lines}\n")) else { return };
+    let (hung, other) = (pod("vm-hangs"), pod("vm-beside"));
+    let (c, beside) = (hung.start(&["sleep", "1000"]), other.start(&["sleep", "1000"]));
+    // SAFETY: a pid that we have just found in the pod's own cgroup.
+    unsafe { libc::kill(vmm_pid(&hung) as i32, libc::SIGSTOP) };
+    // The engine kills a pod's containers first, and goes on when they have ended.
+    wait_for("the pod can be removed", Duration::from_secs(60), || hung.remove().is_ok());
+    drop(c);
+    assert_eq!(beside.sh("echo on"), "on");
+    other.remove().unwrap();
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn a_killed_helper_ends_its_pod_and_no_other() {
     if !able() {
         return;

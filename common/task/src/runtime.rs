@@ -148,6 +148,18 @@ pub trait Runtime: Send + Sync + 'static {
     /// Sends a signal; with `all`, to every process of the container. Signal 0 probes.
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()>;
 
+    /// How long a container's init may outlive SIGKILL before [`Runtime::end_kernel`] is called, where
+    /// containers run on a kernel of their own; [`crate::TaskOptions::drain`], for which an exit waits
+    /// for its output, comes on top. `None` where the host's kernel kills.
+    fn unkillable_after(&self) -> Option<std::time::Duration> {
+        None
+    }
+
+    /// Ends the kernel that the containers of this pod run on, and with it all of them: it has not
+    /// ended one that was sent SIGKILL. It hangs, or it says what is not so; either way the engine,
+    /// which stops containers before their pod, would never get to the pod.
+    async fn end_kernel(&self) {}
+
     /// The terminal of a running process has a new size. The kernel tells its own processes; a
     /// kernel of another kind has to be told.
     async fn resized(&self, process: &ProcessRef) {

@@ -68,6 +68,8 @@ pub(crate) struct Process {
     io: Mutex<Io>,
     exited: watch::Sender<Option<Exit>>,
     size: Mutex<Option<(u16, u16)>>,
+    /// It was sent SIGKILL, and somebody sees to its end.
+    doomed: std::sync::atomic::AtomicBool,
 }
 
 pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -82,6 +84,7 @@ impl Process {
             state: Mutex::new(record),
             io: Mutex::default(),
             size: Mutex::new(None),
+            doomed: std::sync::atomic::AtomicBool::new(false),
         })
     }
 
@@ -323,11 +326,35 @@ impl TaskServer {
         if !(0..=64).contains(&signal) {
             return Err(Error::InvalidArgument(format!("there is no signal {signal}")));
         }
+        if signal == libc::SIGKILL && exec.is_empty() && r.exit.is_none() {
+            self.see_it_end(id, &p);
+        }
         match self.runtime.kill(&c.reference(&p), signal, all).await {
             // With `all` on an ended container there may be nobody left, which is what is wanted.
             Err(Error::NotFound(_)) if all => Ok(()),
             other => other,
         }
+    }
+
+    /// Sees to it that a container which is sent SIGKILL ends, whatever its kernel says of it.
+    fn see_it_end(&self, id: &str, p: &Process) {
+        let Some(limit) = self.runtime.unkillable_after() else { return };
+        if p.doomed.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            return;
+        }
+        let limit = limit.saturating_add(self.options.drain);
+        let (runtime, id) = (self.runtime.clone(), id.to_owned());
+        let mut exited = p.exited.subscribe();
+        tokio::spawn(async move {
+            if tokio::time::timeout(limit, exited.wait_for(Option::is_some)).await.is_err() {
+                tracing::error!(
+                    container = id,
+                    ?limit,
+                    "has not ended by SIGKILL: the kernel of its pod is ended"
+                );
+                runtime.end_kernel().await;
+            }
+        });
     }
 
     pub(crate) async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<()> {

@@ -45,7 +45,7 @@ pub fn main(tree: &str, id: &str, mode: Mode) -> Result<(), Failure> {
                 let (mut socket, _) = listener.accept().await?;
                 tokio::spawn(async move { while socket.write_all(b"rubbish\n").await.is_ok() {} });
             },
-            _ => serve(listener, id, exe).await,
+            _ => serve(listener, id, exe, mode == Mode::Spares).await,
         }
     })
 }
@@ -96,10 +96,15 @@ fn enter(tree: &Path, spec: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn serve(listener: UnixListener, id: &str, exe: SelfExe) -> Result<(), Failure> {
+async fn serve(
+    listener: UnixListener,
+    id: &str,
+    exe: SelfExe,
+    spares: bool,
+) -> Result<(), Failure> {
     let reaper = Reaper::default();
     reaper.run()?;
-    let containers = FakeContainers::new(id, reaper, &exe)?;
+    let containers = FakeContainers::new(id, spares, reaper, &exe)?;
     let options = TaskOptions { sandbox_id: id.into(), ..TaskOptions::default() };
     let tasks = TaskServer::new(
         Arc::new(containers),

@@ -36,6 +36,8 @@ pub enum Mode {
     Rubbish,
     /// The pid file names another process.
     Lies,
+    /// It says that it has killed what it has not.
+    Spares,
 }
 
 impl Mode {
@@ -47,6 +49,7 @@ impl Mode {
             "deaf" => Self::Deaf,
             "rubbish" => Self::Rubbish,
             "lies" => Self::Lies,
+            "spares" => Self::Spares,
             "none" => Self::None,
             _ => return None,
         })

@@ -237,6 +237,11 @@ impl Disks {
         Self { vm, dir: dir.to_owned(), turn: tokio::sync::Mutex::default() }
     }
 
+    /// The machine, while there is one.
+    pub(crate) fn machine(&self) -> Option<&Arc<dyn Vm>> {
+        self.vm.as_ref()
+    }
+
     /// Whether the machine takes disks while it runs.
     pub fn pluggable(&self) -> bool {
         self.vm.as_ref().is_some_and(|vm| vm.features().has(Feature::DiskHotplug))

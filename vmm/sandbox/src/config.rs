@@ -336,6 +336,10 @@ pub struct GuestTimeouts {
     /// How long a guest may take to power off before its VMM is killed.
     #[serde(with = "duration")]
     pub shutdown: Duration,
+    /// How long a container may outlive its SIGKILL before its machine is killed; longer than
+    /// `drain`.
+    #[serde(with = "duration")]
+    pub kill: Duration,
     /// Between two looks at a guest's health, at which its clock is set, too; `0s`: none.
     #[serde(with = "duration")]
     pub health: Duration,
@@ -354,6 +358,7 @@ impl Default for GuestTimeouts {
             create: s(60),
             drain: s(10),
             shutdown: s(3),
+            kill: s(30),
             health: s(30),
             unwell: 0,
         }
@@ -414,6 +419,7 @@ impl Config {
             ("create", t.create),
             ("drain", t.drain),
             ("shutdown", t.shutdown),
+            ("kill", t.kill),
         ] {
             if value.is_zero() || value > Duration::from_secs(3600) {
                 return Err(format!("guest_timeouts.{key}: more than nothing and at most 1h"));

@@ -48,6 +48,8 @@ pub struct Pod {
     pub drain: Duration,
     /// How long a container may take to be made or started in the guest.
     pub create: Duration,
+    /// How long a container may outlive its SIGKILL before the machine is killed.
+    pub kill: Duration,
 }
 
 /// Out-of-memory kills of a container.
@@ -269,6 +271,17 @@ impl Runtime for Containers {
 
     async fn kill(&self, process: &ProcessRef, signal: i32, all: bool) -> Result<()> {
         self.tasks.kill(process, signal, all).await
+    }
+
+    fn unkillable_after(&self) -> Option<Duration> {
+        Some(self.pod.kill)
+    }
+
+    async fn end_kernel(&self) {
+        let Some(vm) = self.host.disks.machine() else { return };
+        if let Err(error) = vm.stop(Duration::ZERO).await {
+            tracing::error!(sandbox = self.pod.id, %error, "its machine cannot be killed");
+        }
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {

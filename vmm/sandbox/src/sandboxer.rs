@@ -259,6 +259,7 @@ impl VmmSandboxer {
             pid: vm.pid(),
             drain: times.drain,
             create: times.create,
+            kill: times.kill,
         };
         let disks = Disks::new(Some(vm.clone()), &ctx.dir);
         let storage = config.storage.clone();
@@ -554,6 +555,7 @@ impl Sandboxer for VmmSandboxer {
                     pid: 0,
                     drain: times.drain,
                     create: times.create,
+                    kill: times.kill,
                 };
                 let disks = Disks::new(None, &ctx.dir);
                 let storage = config.storage.clone();
