@@ -206,16 +206,21 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
     pod.remove().unwrap();
 }
 
-#[test]
-fn pods_of_a_template_start_sooner_and_share_no_identity() {
-    let dir = bed().join("run/templates");
+/// A daemon with q35 that makes templates, in this empty directory.
+fn with_templates(name: &str) -> Option<(PathBuf, Settings)> {
+    let dir = bed().join("run").join(name);
     let _ = std::fs::remove_dir_all(&dir);
-    let lines = format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display());
-    let Some(settings) = q35(&lines) else { return };
+    let settings = q35(&format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display()))?;
     // Where templates are counts from a daemon's start.
     let vmm = [("KIND", "vmm")];
     kuasar_tests::switch(&["daemon", "stop"], &vmm);
     kuasar_tests::switch(&["daemon", "start"], &vmm);
+    Some((dir, settings))
+}
+
+#[test]
+fn pods_of_a_template_start_sooner_and_share_no_identity() {
+    let Some((dir, settings)) = with_templates("templates") else { return };
     let from = log().len();
     let begun = Instant::now();
     let first = pod("template-cold");
@@ -274,13 +279,7 @@ fn template(args: &[&str]) -> (serde_json::Value, i32) {
 
 #[test]
 fn ctl_makes_verifies_and_removes_templates_of_a_running_daemon() {
-    let dir = bed().join("run/ctl-templates");
-    let _ = std::fs::remove_dir_all(&dir);
-    let lines = format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display());
-    let Some(settings) = q35(&lines) else { return };
-    let vmm = [("KIND", "vmm")];
-    kuasar_tests::switch(&["daemon", "stop"], &vmm);
-    kuasar_tests::switch(&["daemon", "start"], &vmm);
+    let Some((dir, settings)) = with_templates("ctl-templates") else { return };
     assert_eq!(template(&["list"]).0["templates"].as_array().unwrap().len(), 0);
     let (made, exit) = template(&["make", "--limit", "300"]);
     let all = made["templates"].as_array().unwrap();
