@@ -450,9 +450,9 @@ impl Runtime for Containers {
     }
 
     async fn end_kernel(&self) {
-        let Some(pidfd) = self.own.sentry.and_then(Identity::open) else { return };
-        // Nothing to do about one that cannot be killed, nor about one that has gone meanwhile.
-        let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        if let Some(sentry) = self.own.sentry {
+            sentry.kill();
+        }
     }
 
     async fn resized(&self, process: &ProcessRef) {

@@ -11,7 +11,7 @@
 //! memory are those of its cgroup. Task.Shutdown is never forwarded: Quark ends by it.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -27,7 +27,7 @@ use kuasar_daemon::tasks::ParentKeeper;
 use kuasar_forward::stdio;
 use kuasar_forward::task::{Tasks, V2, checked_pid};
 use kuasar_host::cgroup::{Cgroup, Layout};
-use kuasar_host::{process, record};
+use kuasar_host::record;
 use kuasar_oci::observer::Observer;
 use kuasar_oci::pod::Pod;
 use kuasar_oci::spec::plain_process;
@@ -353,9 +353,9 @@ impl Runtime for Containers {
     }
 
     async fn end_kernel(&self) {
-        let Some(pidfd) = self.own.process.and_then(|process| process.open()) else { return };
-        // Nothing to do about one that cannot be killed, nor about one that has gone meanwhile.
-        let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        if let Some(process) = self.own.process {
+            process.kill();
+        }
     }
 
     async fn delete(&self, container: &str, _bundle: &Path) -> Result<()> {

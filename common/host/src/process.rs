@@ -1,6 +1,6 @@
 //! Processes by pidfd, and what identifies a process across a restart.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::{Context, Result};
@@ -85,6 +85,14 @@ impl Identity {
         let fd = pidfd_open(self.pid).ok()?;
         (start_time(self.pid)? == self.start).then_some(fd)
     }
+
+    /// Kills exactly this process. Nothing is to be done about one that has ended meanwhile, nor
+    /// about one that cannot be killed.
+    pub fn kill(self) {
+        if let Some(pidfd) = self.open() {
+            let _ = pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        }
+    }
 }
 
 /// Start time of a process in clock ticks since boot (`/proc/<pid>/stat`, field 22): with the pid
@@ -101,7 +109,6 @@ pub fn start_time(pid: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
 
     use super::*;
 

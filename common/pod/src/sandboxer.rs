@@ -8,7 +8,7 @@
 //! id: one `forget` removes it all.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,7 +22,8 @@ use kuasar_daemon::metrics::timed;
 use kuasar_daemon::resident::Parts;
 use kuasar_daemon::tasks::{TaskServers, Tasks};
 use kuasar_host::cgroup::Layout;
-use kuasar_host::{namespace, process};
+use kuasar_host::namespace;
+use kuasar_host::process::Identity;
 use kuasar_oci::pod::{Modes, Pod};
 use sandbox_parent::client::Parent;
 
@@ -74,11 +75,8 @@ impl<F: Flavor> NamespaceSandboxer<F> {
                 }
             }
             // Only the process that was recorded, never another with its pid.
-            if let Some((pid, started)) = init
-                && process::start_time(pid) == Some(started)
-                && let Ok(pidfd) = process::pidfd_open(pid)
-            {
-                let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+            if let Some((pid, start)) = init {
+                Identity { pid, start }.kill();
             }
         };
         let _ = tokio::task::spawn_blocking(work).await;

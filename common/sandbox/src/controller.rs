@@ -150,6 +150,13 @@ impl Drop for Seen<'_> {
 }
 
 impl Controller {
+    /// The pid that stands for a sandbox: containerd wants one that is not 0, and where the sandbox
+    /// has no process the daemon's is it.
+    pub(crate) fn pid(&self, id: &str) -> u32 {
+        let pid = self.core.find(id).map(|s| s.record().started.pid);
+        pid.ok().filter(|pid| *pid > 0).unwrap_or_else(std::process::id)
+    }
+
     /// Opens the state directory; nothing is recovered or served yet.
     ///
     /// # Errors

@@ -49,26 +49,24 @@ pub(crate) async fn answer(
     c: &Controller,
     call: &Call,
     id: &str,
-    pid: u32,
     request: &Request,
 ) -> Result<Vec<u8>> {
     match request.method.as_str() {
         "Create" => {
             let q: task::CreateTaskRequest = parse(request)?;
             create(c, call, &q).await?;
-            let pid = c.core.find(id)?.record().started.pid;
-            bytes(&task::CreateTaskResponse { pid: own(pid), ..Default::default() })
+            bytes(&task::CreateTaskResponse { pid: c.pid(id), ..Default::default() })
         }
         "Start" if parse::<task::StartRequest>(request)?.exec_id.is_empty() => {
             c.core.find(id)?;
-            bytes(&task::StartResponse { pid, ..Default::default() })
+            bytes(&task::StartResponse { pid: c.pid(id), ..Default::default() })
         }
         "State" => {
             let record = c.core.find(id)?.record();
             let mut answer = task::StateResponse {
                 id: id.into(),
-                bundle: parse::<task::StateRequest>(request)?.id,
-                pid,
+                bundle: record.bundle.as_ref().map(|b| b.display().to_string()).unwrap_or_default(),
+                pid: c.pid(id),
                 status: EnumOrUnknown::new(match record.phase {
                     Phase::Creating | Phase::Created | Phase::Starting => task::Status::CREATED,
                     Phase::Ready | Phase::Stopping => task::Status::RUNNING,
@@ -76,8 +74,6 @@ pub(crate) async fn answer(
                 }),
                 ..Default::default()
             };
-            answer.bundle =
-                record.bundle.as_ref().map(|b| b.display().to_string()).unwrap_or_default();
             if let Some(exit) = &record.exit {
                 (answer.exit_status, answer.exited_at) = (exit.status, timestamp(exit.at));
             }
@@ -102,7 +98,7 @@ pub(crate) async fn answer(
             Ok(Vec::new())
         }
         "Delete" if parse::<task::DeleteRequest>(request)?.exec_id.is_empty() => {
-            let answer = deleted(&c.core.find(id)?.record(), pid)?;
+            let answer = deleted(&c.core.find(id)?.record(), c.pid(id))?;
             c.shut_down(call, id, true).await?;
             bytes(&answer)
         }
@@ -112,11 +108,6 @@ pub(crate) async fn answer(
             "{method} of a pod's own container: there is none, the pod has a sandbox instead"
         ))),
     }
-}
-
-/// containerd wants a pid that is not 0; where the pod has no process, the daemon stands for it.
-fn own(pid: u32) -> u32 {
-    if pid > 0 { pid } else { std::process::id() }
 }
 
 fn deleted(record: &Record, pid: u32) -> Result<task::DeleteResponse> {

@@ -53,12 +53,6 @@ impl Pod {
         Err(Error::NotFound(format!("this is the socket of sandbox {}", self.id)))
     }
 
-    /// The pid that stands for the sandbox; containerd wants one that is not 0.
-    fn pid(&self) -> u32 {
-        let pid = self.controller.core.find(&self.id).map(|s| s.record().started.pid);
-        pid.ok().filter(|pid| *pid > 0).unwrap_or_else(std::process::id)
-    }
-
     async fn run<T>(
         &self,
         ctx: &TtrpcContext,
@@ -248,7 +242,7 @@ struct LateTasks(Arc<Pod>);
 impl LateTasks {
     /// The answer for the sandbox' own id, to the two questions that concern it.
     fn own(&self, request: &Request) -> Option<Vec<u8>> {
-        let pid = self.0.pid();
+        let pid = self.0.controller.pid(&self.0.id);
         match request.method.as_str() {
             "Connect" => {
                 let q = task::ConnectRequest::parse_from_bytes(&request.payload).ok()?;
@@ -276,7 +270,7 @@ impl LateTasks {
     /// The answer to any other call for the sandbox' own id, which an engine without sandboxes makes.
     async fn pause(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
         let (pod, call) = (&self.0, call_of(&context));
-        let work = pause::answer(&pod.controller, &call, &pod.id, pod.pid(), &request);
+        let work = pause::answer(&pod.controller, &call, &pod.id, &request);
         let payload = pod.controller.run("Pause", &call, Box::pin(work)).await;
         let mut response = Response::new();
         response.payload = payload.map_err(|e| ttrpc_error(&e))?;
