@@ -138,7 +138,11 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	  [ -e $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml ] || \
 	    install -m 0644 packaging/$$kind-sandboxer.toml $(DESTDIR)/etc/kuasar/$$kind-sandboxer.toml; \
 	done
-	install -m 0644 packaging/systemd/kuasar.target $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -m 0644 packaging/systemd/kuasar.target packaging/systemd/kuasar-metrics.socket \
+	  $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-metrics.service \
+	  > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-metrics.service
+	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-metrics.service
 	@# A runtime type of its own for pods that run on WasmEdge.
 	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-wasmedge-v1
 	@# What microVMs boot, where `make guest` has made it.

@@ -93,6 +93,8 @@ deb() {
     for d in postinst prerm postrm; do fill "$TOP/packaging/deb/sandboxer.$d.in" "$kind" "$root/DEBIAN/$d"; done
   elif [ "$package" = kuasar-common ]; then
     for d in postinst postrm; do fill "$TOP/packaging/deb/common.$d.in" "" "$root/DEBIAN/$d"; done
+  elif [ "$package" = kuasar-ctl ]; then
+    for d in postinst prerm postrm; do fill "$TOP/packaging/deb/ctl.$d.in" "" "$root/DEBIAN/$d"; done
   fi
   cat > "$root/usr/share/doc/$package/copyright" <<EOF
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -217,6 +219,26 @@ fi
 %preun -n kuasar-common
 if [ $1 -eq 0 ] && [ -x /usr/bin/systemctl ]; then
   systemctl --no-reload disable kuasar.target >/dev/null 2>&1 || :
+fi
+
+EOF
+    fi
+    if [ "$package" = kuasar-ctl ]; then
+      cat <<'EOF'
+%preun -n kuasar-ctl
+if [ $1 -eq 0 ] && [ -d /run/systemd/system ]; then
+  systemctl --no-reload disable --now kuasar-metrics.service kuasar-metrics.socket >/dev/null 2>&1 || :
+elif [ $1 -eq 0 ] && [ -x /usr/bin/systemctl ]; then
+  systemctl --no-reload disable kuasar-metrics.socket >/dev/null 2>&1 || :
+fi
+
+%postun -n kuasar-ctl
+if [ -d /run/systemd/system ]; then systemctl daemon-reload >/dev/null 2>&1 || :; fi
+
+%posttrans -n kuasar-ctl
+if [ -d /run/systemd/system ]; then
+  systemctl daemon-reload >/dev/null 2>&1 || :
+  systemctl try-restart kuasar-metrics.service >/dev/null 2>&1 || :
 fi
 
 EOF

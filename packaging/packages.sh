@@ -32,7 +32,8 @@ description() {
     kuasar-guest)
       echo "A Linux kernel and an initramfs with vmm-task, the guest's agent, for kuasar-vmm." ;;
     kuasar-ctl)
-      echo "Checks a host, shows and stops pods, runs commands in them, reads logs and metrics." ;;
+      echo "Checks a host, shows and stops pods, runs commands in them, reads logs and metrics, and"
+      echo "serves the metrics of all sandboxers of a node to Prometheus." ;;
     *)
       echo "One resident daemon serves containerd's Sandbox API and Task API for all pods of this"
       echo "kind on a node: no shim and no pause process runs per pod. Upgrading or removing the"
@@ -109,7 +110,10 @@ stage() {
       install -m 0644 "$GUEST/vmlinux.stamp" "$doc/kernel.source"
       install -m 0644 "$TOP/docs/vmm-guest.md" "$doc/" ;;
     kuasar-ctl)
-      install -d "$root/usr/share/man/man1"
+      install -d "$root/usr/share/man/man1" "$root/usr/lib/systemd/system"
+      sed 's|/usr/local/bin/|/usr/bin/|' "$TOP/packaging/systemd/kuasar-metrics.service" \
+        > "$root/usr/lib/systemd/system/kuasar-metrics.service"
+      install -m 0644 "$TOP/packaging/systemd/kuasar-metrics.socket" "$root/usr/lib/systemd/system/"
       for p in "$BIN"/man/*.1; do gzip -9nc "$p" > "$root/usr/share/man/man1/$(basename "$p").gz"; done
       completion() { install -Dm 0644 "$1" "$root/usr/share/$2"; }
       completion "$BIN/completions/kuasar-ctl.bash" bash-completion/completions/kuasar-ctl

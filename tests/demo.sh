@@ -5,7 +5,12 @@ TOP=$(cd "$(dirname "$0")/.." && pwd)
 B=${BED:-$TOP/target/bed}
 BED_SH=$TOP/tests/bed/bed.sh
 K=${KUASAR_BIN_DIR:-$TOP/target/release}
-trap '"$BED_SH" down || true' EXIT
+# The pods' parent cgroup is ours, as kubelet's are kubelet's: nobody else takes it away.
+clean_up() {
+  "$BED_SH" down || true
+  find /sys/fs/cgroup -depth -type d -path '*/kuasar-demo*' -exec rmdir {} + 2>/dev/null || true
+}
+trap clean_up EXIT
 "$BED_SH" up
 T=$(mktemp -d "$B/run/demo.XXXXXX")
 crictl() { CRI_CONFIG_FILE=$B/etc/crictl.yaml "$BED_SH" run "$B/bin/crictl" "$@"; }
@@ -19,7 +24,7 @@ for handler in $handlers; do
   cat > "$T/pod.json" <<EOF
 { "metadata": { "name": "demo", "namespace": "demo", "uid": "$handler", "attempt": 1 },
   "hostname": "demo", "log_directory": "$T/logs",
-  "linux": { "security_context": { "namespace_options": { "pid": 1 } } } }
+  "linux": { "cgroup_parent": "/kuasar-demo", "security_context": { "namespace_options": { "pid": 1 } } } }
 EOF
   cat > "$T/container.json" <<EOF
 { "metadata": { "name": "hello" }, "image": { "image": "localhost/busybox:latest" },

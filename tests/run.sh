@@ -71,17 +71,22 @@ conformance() {
 packages() {
   "$TOP/tests/packages.sh" "$@" 2>&1 | tee -a "$LOG" || failed=1
 }
+timed() { # FUNCTION ARGUMENT…: says how long it took
+  local begun=$SECONDS
+  "$@"
+  echo "$1: $((SECONDS - begun)) s"
+}
 case ${1:-all} in
   all)
     again=1
-    unit
-    guest
+    timed unit
+    timed guest
     # rpm packages are made and tried where the tool is to be had.
     command -v rpmbuild >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm; } >/dev/null 2>&1 || true
-    packages
-    e2e
+    timed packages
+    timed e2e
     # The handler to which containerd offers all that it offers to stock runc.
-    conformance kuasar-runc-v2
+    timed conformance kuasar-runc-v2
     ;;
   unit) unit ;;
   guest) guest ;;

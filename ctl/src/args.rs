@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 use crate::output::Format;
-use crate::{bench, check, config, exec, observe, pods, run, template, top};
+use crate::{bench, check, config, exec, exporter, observe, pods, run, template, top};
 
 const EXIT_CODES: &str = "Exit codes:
   0    good
@@ -50,6 +50,23 @@ impl Arguments {
     pub fn timeout(&self) -> Duration {
         Duration::from_secs(self.answer.max(1))
     }
+
+    /// The daemons that the command line is about, for what goes on asking for them.
+    pub fn wanted(&self) -> Wanted {
+        let (kind, addresses) = (self.sandboxer.clone(), self.address.clone());
+        Wanted { kind, addresses, config_dir: self.config_dir.clone() }
+    }
+}
+
+/// Which daemons a command is about.
+#[derive(Debug)]
+pub struct Wanted {
+    /// `--sandboxer`.
+    pub kind: Option<String>,
+    /// `--address`.
+    pub addresses: Vec<String>,
+    /// `--config-dir`.
+    pub config_dir: PathBuf,
 }
 
 /// What to do.
@@ -75,8 +92,8 @@ pub enum Command {
     Console(observe::ConsoleArgs),
     /// Follow what happens to pods and containers
     Events(observe::EventsArgs),
-    /// Show the daemons' metrics
-    Metrics,
+    /// Show the daemons' metrics, or serve them for Prometheus
+    Metrics(exporter::MetricsArgs),
     /// End pods
     Stop(pods::StopArgs),
     /// Remove what nobody will come back for

@@ -6,6 +6,7 @@
 //! | [`daemons`], [`mod@client`] | which daemons there are, and connections to them |
 //! | [`pods`] | `ps`, `inspect`, `stop`, `gc`, and how a pod is named |
 //! | [`observe`], [`top`] | `events`, `metrics`, `logs`, `console`, `top` |
+//! | [`exporter`] | `metrics --listen`: one endpoint for a node |
 //! | [`process`], [`stdio`], [`exec`] | a process, its streams, signals and end; `exec` |
 //! | [`run`], [`mod@bench`], [`template`] | pods that this program makes itself |
 //! | [`check`], [`config`], [`migrate`] | what a host can run, and how its daemons are configured |
@@ -20,6 +21,7 @@ mod config;
 mod daemons;
 mod error;
 mod exec;
+mod exporter;
 mod migrate;
 mod observe;
 mod output;
@@ -122,7 +124,10 @@ async fn dispatch(arguments: Arguments) -> Result<()> {
         Command::Logs(args) => observe::logs(&clients(&arguments).await?, args, format).await,
         Command::Console(args) => observe::console(&clients(&arguments).await?, args).await,
         Command::Events(args) => observe::events(&clients(&arguments).await?, args, format).await,
-        Command::Metrics => observe::metrics(&clients(&arguments).await?, format).await,
+        Command::Metrics(args) if args.listen.is_empty() => {
+            observe::metrics(&clients(&arguments).await?, format).await
+        }
+        Command::Metrics(args) => exporter::serve(arguments.wanted(), args).await,
         Command::Stop(args) => pods::stop(&clients(&arguments).await?, args, format).await,
         Command::Gc(args) => pods::gc(&clients(&arguments).await?, args, format).await,
         Command::Exec(args) => {

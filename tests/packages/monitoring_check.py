@@ -8,7 +8,7 @@ from pathlib import Path
 
 top = Path(sys.argv[1])
 known = set()
-for crate in ("common", "runc", "vmm", "gvisor", "quark", "wasm"):
+for crate in ("common", "runc", "vmm", "gvisor", "quark", "wasm", "ctl"):
     for file in (top / crate).rglob("*.rs"):
         # Tests make names of their own.
         text = file.read_text().split("#[cfg(test)]")[0]

@@ -17,7 +17,7 @@ fn state() -> PathBuf {
 }
 
 /// The daemons of the bed that answer Admin: those under test here.
-fn arguments(kinds: &[&str]) -> Vec<String> {
+pub(crate) fn arguments(kinds: &[&str]) -> Vec<String> {
     let mut all = vec![programs().join("kuasar-ctl").display().to_string()];
     all.extend(["--state-dir".to_owned(), state().display().to_string()]);
     for kind in kinds {
@@ -63,7 +63,7 @@ fn json(args: &[&str]) -> Value {
 }
 
 /// Starts the program and leaves it running.
-fn spawn(kinds: &[&str], args: &[&str]) -> Child {
+pub(crate) fn spawn(kinds: &[&str], args: &[&str]) -> Child {
     let ns = std::fs::read_to_string(bed().join("run/ns.pid")).unwrap();
     Command::new("nsenter")
         .args(["-t", ns.trim(), "-n", "-m", "--"])
@@ -76,7 +76,7 @@ fn spawn(kinds: &[&str], args: &[&str]) -> Child {
         .unwrap()
 }
 
-fn signal(child: &Child, signal: i32) {
+pub(crate) fn signal(child: &Child, signal: i32) {
     // SAFETY: a process of ours that was not waited for.
     assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }

@@ -4,6 +4,7 @@
 mod bad_input;
 mod checkpoint;
 mod ctl;
+mod ctl_metrics;
 mod docs;
 mod engines;
 mod events;

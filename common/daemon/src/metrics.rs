@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::future::Future;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -119,18 +121,22 @@ pub fn process_memory(pid: u32) -> Option<ProcessMemory> {
 const MAX_CONNECTIONS: usize = 8;
 
 /// A loopback `address:port`; `None` for an absolute path.
-fn loopback(address: &str) -> Result<Option<std::net::SocketAddr>, String> {
+fn loopback(address: &str) -> Result<Option<SocketAddr>, String> {
+    match tcp(address)? {
+        Some(to) if !to.ip().is_loopback() => {
+            Err(format!("metrics address {address} is not the loopback"))
+        }
+        to => Ok(to),
+    }
+}
+
+/// An `address:port`; `None` for an absolute path.
+fn tcp(address: &str) -> Result<Option<SocketAddr>, String> {
     if address.starts_with('/') {
         return Ok(None);
     }
-    let to: std::net::SocketAddr = address
-        .parse()
-        .map_err(|_| format!("metrics address {address:?}: use a path or 127.0.0.1:port"))?;
-    if to.ip().is_loopback() {
-        Ok(Some(to))
-    } else {
-        Err(format!("metrics address {address} is not the loopback"))
-    }
+    let to = address.parse();
+    to.map(Some).map_err(|_| format!("metrics address {address:?}: use a path or 127.0.0.1:port"))
 }
 
 /// What is wrong with an address for [`serve`].
@@ -152,36 +158,96 @@ where
     F: Fn() -> T + Clone + Send + 'static,
     T: Future<Output = String> + Send + 'static,
 {
-    let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
-    let to = loopback(address)
-        .map_err(|text| std::io::Error::new(std::io::ErrorKind::InvalidInput, text))?;
-    let Some(to) = to else {
-        let fd = kuasar_host::socket::bind_private(std::path::Path::new(address))?;
-        let listener = std::os::unix::net::UnixListener::from(fd);
-        let listener = tokio::net::UnixListener::from_std(listener)?;
+    let invalid = |text| std::io::Error::new(std::io::ErrorKind::InvalidInput, text);
+    loopback(address).map_err(invalid)?;
+    Listener::bind(address)?.serve(text).await
+}
+
+/// A listening socket for [`Listener::serve`].
+#[derive(Debug)]
+pub enum Listener {
+    /// Of a path.
+    Unix(tokio::net::UnixListener),
+    /// Of an address and a port.
+    Tcp(tokio::net::TcpListener),
+}
+
+impl Listener {
+    /// Listens on a unix socket (an absolute path, 0600) or on `address:port`, which may be one that
+    /// others reach: who asks for that has decided it.
+    ///
+    /// # Errors
+    /// Those of bind(2) and listen(2); `InvalidInput` for what is neither.
+    pub fn bind(address: &str) -> std::io::Result<Self> {
+        let invalid = |text| std::io::Error::new(std::io::ErrorKind::InvalidInput, text);
+        match tcp(address).map_err(invalid)? {
+            Some(to) => Self::inherited(std::net::TcpListener::bind(to)?.into()),
+            None => {
+                Self::inherited(kuasar_host::socket::bind_private(std::path::Path::new(address))?)
+            }
+        }
+    }
+
+    /// A socket that listens already, from a service manager for example (sd_listen_fds(3)).
+    ///
+    /// # Errors
+    /// When it is none of those families.
+    pub fn inherited(fd: OwnedFd) -> std::io::Result<Self> {
+        use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+        let family = getsockname::<SockaddrStorage>(fd.as_raw_fd())?.family();
+        Ok(match family {
+            Some(AddressFamily::Unix) => {
+                let listener = std::os::unix::net::UnixListener::from(fd);
+                listener.set_nonblocking(true)?;
+                Self::Unix(tokio::net::UnixListener::from_std(listener)?)
+            }
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+                let listener = std::net::TcpListener::from(fd);
+                listener.set_nonblocking(true)?;
+                Self::Tcp(tokio::net::TcpListener::from_std(listener)?)
+            }
+            _ => {
+                let text = "a socket that is neither a unix socket nor of TCP";
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
+            }
+        })
+    }
+
+    /// Answers requests until the future is dropped; `text` is asked for each.
+    ///
+    /// # Errors
+    /// None at present: what cannot be accepted is tried again.
+    pub async fn serve<F, T>(self, text: F) -> std::io::Result<()>
+    where
+        F: Fn() -> T + Clone + Send + 'static,
+        T: Future<Output = String> + Send + 'static,
+    {
+        let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
         loop {
             let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
-            let Ok((socket, _)) = listener.accept().await else {
+            let accepted = match &self {
+                Self::Unix(listener) => listener.accept().await.map(|(socket, _)| {
+                    tokio::spawn(async move { (answer(socket, text).await, drop(slot)) });
+                }),
+                Self::Tcp(listener) => listener.accept().await.map(|(socket, _)| {
+                    tokio::spawn(async move { (answer(socket, text).await, drop(slot)) });
+                }),
+            };
+            if accepted.is_err() {
                 // Out of descriptors, for example; others will give some back.
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
+            }
         }
-    };
-    let listener = tokio::net::TcpListener::bind(to).await?;
-    loop {
-        let (slot, text) = (slots.clone().acquire_owned().await, text.clone());
-        let Ok((socket, _)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
-        };
-        tokio::spawn(async move { (answer(socket, text().await).await, drop(slot)) });
     }
 }
 
 /// Answers one HTTP/1 request with `text`; the request is bounded in size and time.
-pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, text: String) {
+async fn answer<S, F, T>(mut socket: S, text: F)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: Fn() -> T,
+    T: Future<Output = String>,
+{
     let mut request = Vec::new();
     let read = async {
         let mut buf = [0u8; 1024];
@@ -196,10 +262,14 @@ pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, text: Stri
     if !matches!(tokio::time::timeout(Duration::from_secs(5), read).await, Ok(true)) {
         return;
     }
-    let (status, body) = if request.starts_with(b"GET /metrics") {
-        ("200 OK", text)
-    } else {
-        ("404 Not Found", "metrics are at /metrics\n".to_owned())
+    let line = request.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let mut words = line.split(|byte| *byte == b' ');
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let path = target.split(|byte| *byte == b'?').next().unwrap_or_default();
+    let (status, body) = match (method, path) {
+        (b"GET" | b"HEAD", b"/metrics") => ("200 OK", text().await),
+        (b"GET" | b"HEAD", _) => ("404 Not Found", "metrics are at /metrics\n".to_owned()),
+        _ => ("405 Method Not Allowed", "metrics are read with GET\n".to_owned()),
     };
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\n\
@@ -208,7 +278,9 @@ pub async fn answer<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, text: Stri
     );
     let write = async {
         socket.write_all(head.as_bytes()).await?;
-        socket.write_all(body.as_bytes()).await?;
+        if method != b"HEAD" {
+            socket.write_all(body.as_bytes()).await?;
+        }
         socket.shutdown().await
     };
     // A client that hangs up early has what it wanted; one that never reads is left.
@@ -254,7 +326,13 @@ mod tests {
         };
         let text = ask(b"GET /metrics HTTP/1.1\r\n\r\n").await;
         assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("\r\n\r\na 1\n"), "{text}");
-        assert!(ask(b"GET /other HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
+        let text = ask(b"HEAD /metrics?x=1 HTTP/1.1\r\n\r\n").await;
+        assert!(text.starts_with("HTTP/1.1 200") && text.ends_with("\r\n\r\n"), "{text}");
+        for other in ["/other", "/metricsother"] {
+            let text = ask(format!("GET {other} HTTP/1.1\r\n\r\n").as_bytes()).await;
+            assert!(text.starts_with("HTTP/1.1 404"), "{other}: {text}");
+        }
+        assert!(ask(b"POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
         server.abort();
         assert!(serve("0.0.0.0:0", async || String::new()).await.is_err());
     }

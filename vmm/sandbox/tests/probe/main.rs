@@ -212,11 +212,13 @@ fn over_serial() {
     let named = names("/sys/class/virtio-ports").into_iter().find(|port| {
         first_line(format!("/sys/class/virtio-ports/{port}/name")) == "org.kuasar.agent.0"
     });
-    // A StratoVirt microvm's only port is a console, which is a terminal to its guest.
-    let port = named.unwrap_or_else(|| "hvc0".into());
-    let mut stream =
-        fs::OpenOptions::new().read(true).write(true).open(format!("/dev/{port}")).unwrap();
-    if port == "hvc0" {
+    let open = |name: &str| fs::OpenOptions::new().read(true).write(true).open(name);
+    // A StratoVirt microvm's only port is a console: it has our name, but is opened as a terminal alone.
+    let (mut stream, console) = match named.map(|port| open(&format!("/dev/{port}"))) {
+        Some(Ok(port)) => (port, false),
+        _ => (open("/dev/hvc0").unwrap(), true),
+    };
+    if console {
         let mut raw = c::Termios([0; 16]);
         unsafe {
             c::tcgetattr(stream.as_raw_fd(), &mut raw);

@@ -112,8 +112,8 @@ pub(super) fn build(
             option("device", "virtio-serial-device,id=channel".into());
             let socket = value(places.serial)?;
             option("chardev", format!("socket,id=agent,path={socket},server,nowait"));
-            // A microvm has one port, number 0, which has to be a console: the guest finds it as
-            // /dev/hvc0, without a name.
+            // A microvm has one port, number 0, which has to be a console: it has our name, but the
+            // guest can open it as /dev/hvc0 alone (/dev/vport*p0 is ENXIO).
             option("device", format!("virtconsole,id={SERIAL_PORT},chardev=agent,nr=0"));
         }
         Channel::KernelVsock { cid } => {
