@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest guest-distribution demo test unit check conformance bench install deb rpm packages compat clean bed bed-and-kernel test-worker
+.PHONY: help build deps fakes guest guest-distribution demo test unit check conformance bench install deb rpm packages node compat clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -95,7 +95,11 @@ test: deps ## everything: unit tests, end-to-end suites on real containerd, crit
 	tests/run.sh all
 
 bed-and-kernel: bed
+	tests/node.sh make
 	vmm/guest/build.sh kernel
+
+node: build bed guest ## a machine with systemd and cgroup v2: the packages installed, pods, restarts, removal
+	tests/run.sh node
 
 demo: build bed guest ## a pod on stock runc and on each sandboxer, with timings; cleans up
 	tests/demo.sh

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the tests: run.sh all | unit | guest | packages [NAME] | e2e [NAME] | conformance HANDLER | bench
+# Runs the tests: run.sh all | unit | guest | packages [NAME] | node | e2e [NAME] | conformance HANDLER | bench
 # Counts what passed, failed and was skipped, and says so in its last line. With `all`, up to three tests
 # that failed run once more, by themselves: one that passes then is unsteady, which the last lines say
 # by name. It is a fault to mend all the same; it does not hide what the other tests have found.
@@ -16,7 +16,8 @@ PART=$TOP/target/test.part
 failed=0
 extra=0
 again=
-trap '"$BED_SH" down || true' EXIT
+node_pid=
+trap '[ -z "$node_pid" ] || kill -- "-$node_pid" 2>/dev/null; "$BED_SH" down || true' EXIT
 
 # Named by every cargo command here: what is selected decides on features, and with other features
 # everything would be compiled again. wasm-worker's tests use the Wasmtime that `make build` compiled.
@@ -49,7 +50,6 @@ unit() {
 }
 e2e() {
   [ "$(id -u)" = 0 ] || { echo "the end-to-end suites need root" >&2; exit 1; }
-  rm -f "$B/run/skipped"
   "$BED_SH" up
   # One at a time: some kill the daemon or containerd under everybody.
   tests timeout "${LIMIT:-1800}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@"
@@ -71,25 +71,40 @@ conformance() {
 packages() {
   "$TOP/tests/packages.sh" "$@" 2>&1 | tee -a "$LOG" || failed=1
 }
+# A machine with systemd and cgroup v2 on which the packages are installed.
+node() {
+  "$TOP/tests/node.sh" 2>&1 | tee -a "$LOG" || failed=1
+}
 timed() { # FUNCTION ARGUMENT…: says how long it took
   local begun=$SECONDS
   "$@"
   echo "$1: $((SECONDS - begun)) s"
 }
+rm -f "$B/run/skipped"
 case ${1:-all} in
   all)
     again=1
+    # The machine is emulated, on a processor of its own or two, and nobody waits for it.
+    node_log=$TOP/target/node.log
+    begun=$SECONDS
+    setsid "$TOP/tests/node.sh" > "$node_log" 2>&1 &
+    node_pid=$!
     timed unit
     timed guest
     # rpm packages are made and tried where the tool is to be had.
     command -v rpmbuild >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm; } >/dev/null 2>&1 || true
     timed packages
+    wait "$node_pid" || failed=1
+    node_pid=
+    cat "$node_log" && cat "$node_log" >> "$LOG"
+    echo "node: $((SECONDS - begun)) s beside the others"
     timed e2e
     # The handler to which containerd offers all that it offers to stock runc.
     timed conformance kuasar-runc-v2
     ;;
   unit) unit ;;
   guest) guest ;;
+  node) node ;;
   packages) shift; packages "$@" ;;
   e2e) shift; e2e "$@" ;;
   conformance) conformance "${2:-kuasar-runc}" ;;
@@ -98,7 +113,7 @@ case ${1:-all} in
     cargo run -q --release -p kuasar-tests --features e2e --bin kuasar-bench
     exit 0
     ;;
-  *) echo "usage: run.sh all|unit|guest|packages|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
+  *) echo "usage: run.sh all|unit|guest|packages|node|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
 esac
 # Ours are those that run a program of this checkout, whatever they call themselves.
 left=
