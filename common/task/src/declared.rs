@@ -150,6 +150,11 @@ impl Declared {
         stdio(stdin, stdout, stderr, terminal)
     }
 
+    /// Whether nothing is announced.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether this container is announced. Whoever announces (iSulad) calls no CloseIO: its
     /// processes' input ends when it closes its FIFO, which it has opened before.
     pub fn has(&self, container: &str) -> bool {

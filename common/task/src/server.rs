@@ -244,6 +244,12 @@ impl TaskServer {
             .ok_or_else(|| Error::NotFound(format!("container {id:.130} is not known")))
     }
 
+    /// Whether the engine has containers here, or has announced some: they may be somebody else's,
+    /// as a guest's.
+    pub fn is_used(&self) -> bool {
+        !lock(&self.containers).is_empty() || !self.declared().is_empty()
+    }
+
     /// Ids of the containers.
     pub fn containers(&self) -> Vec<String> {
         lock(&self.containers).keys().cloned().collect()
