@@ -15,6 +15,7 @@ mod gvisor_control;
 mod gvisor_kill9;
 mod gvisor_restore;
 mod isulad;
+mod isulad_vmm;
 mod kill9;
 mod lifecycle;
 mod own_kernel;

@@ -82,7 +82,11 @@ fn pod(name: &str) -> Pod {
 /// Pids of the pod's machine and its helpers: whoever has the pod's id on its command line or in
 /// its cgroup.
 fn machine(pod: &Pod) -> Vec<(u32, String)> {
-    let group = format!("machine-{}", pod.id);
+    machine_of(&pod.id)
+}
+
+fn machine_of(id: &str) -> Vec<(u32, String)> {
+    let group = format!("machine-{id}");
     let mut all = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -98,12 +102,17 @@ fn machine(pod: &Pod) -> Vec<(u32, String)> {
 }
 
 fn vmm_pid(pod: &Pod) -> u32 {
-    let all = machine(pod);
+    vmm_pid_of(&pod.id)
+}
+
+/// Pid of the VMM of a sandbox.
+pub(crate) fn vmm_pid_of(id: &str) -> u32 {
+    let all = machine_of(id);
     let vmm = all.iter().find(|(_, name)| name.starts_with("qemu"));
     vmm.unwrap_or_else(|| panic!("no QEMU among {all:?}")).0
 }
 
-fn kill(pid: u32) {
+pub(crate) fn kill(pid: u32) {
     // SAFETY: a pid that we have just found in the pod's own cgroup.
     unsafe { libc::kill(pid as i32, libc::SIGKILL) };
 }

@@ -21,7 +21,7 @@ fn path(variable: &str, name: &str) -> Option<PathBuf> {
 }
 
 /// The daemon with q35 and these lines more; nothing, and a note, where that does not run.
-fn q35(lines: &str) -> Option<Settings> {
+pub(crate) fn q35(lines: &str) -> Option<Settings> {
     let kernel = path("KUASAR_PCI_KERNEL", "vmlinux-distribution");
     let initrd = path("KUASAR_PCI_INITRD", "initramfs-distribution.cpio");
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else {

@@ -256,7 +256,7 @@ fn controller_options(
         })),
         changed: Some(Arc::new(move |record| recent.sandbox(record))),
         busy: Some(Arc::new(move |pod| {
-            known.get(pod).is_some_and(|tasks| !tasks.server().containers().is_empty())
+            known.get(pod).is_some_and(|tasks| tasks.server().is_used())
         })),
         tasks: Some(Arc::new(move |container| servers.probe(container))),
     }

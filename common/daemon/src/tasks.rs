@@ -66,11 +66,7 @@ impl TaskServers {
     /// # Errors
     /// InvalidArgument when that cannot be read; what was announced before counts on.
     pub async fn declare(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
-        let changed = |field: &String| match field.split_once('.') {
-            Some((what, key)) => what == "extensions" && key == declared::EXTENSION,
-            None => field == "extensions",
-        };
-        if !fields.is_empty() && !fields.iter().any(changed) {
+        if !announces(fields) {
             return Ok(());
         }
         let list = announced(ctx)?;
@@ -132,8 +128,20 @@ impl TaskServers {
     }
 }
 
+/// Whether these fields of an Update are about what the engine announces.
+pub fn announces(fields: &[String]) -> bool {
+    let about = |field: &String| match field.split_once('.') {
+        Some((what, key)) => what == "extensions" && key == declared::EXTENSION,
+        None => field == "extensions",
+    };
+    fields.is_empty() || fields.iter().any(about)
+}
+
 /// What the engine has announced of the containers of the sandbox in `ctx`.
-fn announced(ctx: &SandboxContext) -> Result<Declared> {
+///
+/// # Errors
+/// InvalidArgument when that cannot be read.
+pub fn announced(ctx: &SandboxContext) -> Result<Declared> {
     let text = ctx.spec.extensions.get(declared::EXTENSION).map(|(_, value)| value.as_slice());
     Declared::parse(text.unwrap_or_default()).map_err(|e| Error::InvalidArgument(e.to_string()))
 }

@@ -111,6 +111,56 @@ impl Declared {
         Ok(Self(all))
     }
 
+    /// Containers and execs that are announced, each container (with an empty second name) before
+    /// its execs.
+    pub fn names(&self) -> std::collections::BTreeSet<(String, String)> {
+        let mut all = std::collections::BTreeSet::new();
+        for (id, task) in &self.0 {
+            let execs = task.processes.iter().flatten().map(|process| process.id.clone());
+            let execs = std::iter::once(String::new()).chain(execs);
+            all.extend(execs.map(|exec| (id.clone(), exec)));
+        }
+        all
+    }
+
+    /// Whether a container's process or, where it is named, an exec is to have a terminal: its
+    /// `spec` says so.
+    pub fn is_terminal(&self, container: &str, exec: &str) -> bool {
+        let process = if exec.is_empty() {
+            let spec = self.0.get(container).and_then(|task| task.spec.as_ref());
+            spec.and_then(|spec| spec.get("process"))
+        } else {
+            self.process(container, exec).and_then(|process| process.spec.as_ref())
+        };
+        let terminal = process.and_then(|process| process.get("terminal"));
+        terminal.and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// The streams of a container's process or, where it is named, of an exec.
+    pub fn stdio(&self, container: &str, exec: &str) -> Stdio {
+        let terminal = self.is_terminal(container, exec);
+        let given = if exec.is_empty() {
+            let task = self.0.get(container);
+            task.map(|task| (task.stdin.as_ref(), task.stdout.as_ref(), task.stderr.as_ref()))
+        } else {
+            let one = self.process(container, exec);
+            one.map(|one| (one.stdin.as_ref(), one.stdout.as_ref(), one.stderr.as_ref()))
+        };
+        let (stdin, stdout, stderr) = given.unwrap_or_default();
+        stdio(stdin, stdout, stderr, terminal)
+    }
+
+    /// Whether nothing is announced.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether this container is announced. Whoever announces (iSulad) calls no CloseIO: its
+    /// processes' input ends when it closes its FIFO, which it has opened before.
+    pub fn has(&self, container: &str) -> bool {
+        self.0.contains_key(container)
+    }
+
     /// Whether this exec is announced.
     pub fn has_exec(&self, container: &str, exec: &str) -> bool {
         self.process(container, exec).is_some()
@@ -227,6 +277,20 @@ mod tests {
         assert_eq!((spec.as_str(), io.stdout.as_str()), (r#"{"args":["ls"]}"#, "/fifo/e"));
         assert!(declared.exec("c1", "e2", false).is_none());
         assert!(declared.exec("c2", "e1", false).is_none());
+    }
+
+    #[test]
+    fn what_is_announced_can_be_listed_with_its_streams() {
+        let text = LIST.replace(r#""args":["ls"]"#, r#""args":["sh"],"terminal":true"#);
+        let declared = Declared::parse(text.as_bytes()).unwrap();
+        let names: Vec<_> = declared.names().into_iter().collect();
+        let name = |container: &str, exec: &str| (container.to_owned(), exec.to_owned());
+        assert_eq!(names, [name("c1", ""), name("c1", "e1")]);
+        assert_eq!(declared.stdio("c1", "").stderr, "/fifo/err");
+        let exec = declared.stdio("c1", "e1");
+        assert_eq!((exec.stdout.as_str(), exec.terminal), ("/fifo/e", true));
+        assert_eq!(declared.stdio("c2", ""), Stdio::default());
+        assert!(!declared.is_terminal("c1", "") && !declared.is_terminal("c1", "e2"));
     }
 
     #[test]

@@ -15,5 +15,6 @@ pub mod runtime;
 mod server;
 mod service;
 pub mod stdio;
+pub mod testing;
 
 pub use server::{TaskOptions, TaskServer};

@@ -97,6 +97,9 @@ pub(crate) struct Container {
     pub id: String,
     pub bundle: PathBuf,
     ops: tokio::sync::Mutex<()>,
+    /// Held while the record is written: an exit may come beside anything, and an older record must
+    /// not replace a newer one.
+    saving: Mutex<()>,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
     oom_published: AtomicU64,
     deleted: AtomicBool,
@@ -241,6 +244,12 @@ impl TaskServer {
             .ok_or_else(|| Error::NotFound(format!("container {id:.130} is not known")))
     }
 
+    /// Whether the engine has containers here, or has announced some: they may be somebody else's,
+    /// as a guest's.
+    pub fn is_used(&self) -> bool {
+        !lock(&self.containers).is_empty() || !self.declared().is_empty()
+    }
+
     /// Ids of the containers.
     pub fn containers(&self) -> Vec<String> {
         lock(&self.containers).keys().cloned().collect()
@@ -297,6 +306,7 @@ impl TaskServer {
     }
 
     fn save(&self, c: &Container) -> Result<()> {
+        let _one = lock(&c.saving);
         self.journal.save(&Self::record_of(c))
     }
 
@@ -484,4 +494,37 @@ pub(crate) fn exit_time(
     e: Option<Exit>,
 ) -> MessageField<protobuf::well_known_types::timestamp::Timestamp> {
     e.map(|e| timestamp(e.at)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::FileJournal;
+    use crate::runtime::NoKeeper;
+
+    #[test]
+    fn records_of_a_container_that_are_written_side_by_side_are_all_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = TaskServer::new(
+            Arc::new(crate::testing::Nothing),
+            Arc::new(NoKeeper),
+            Arc::new(FileJournal::new(dir.path()).unwrap()),
+            EventSender::none(),
+            TaskOptions::default(),
+        );
+        let container = Container {
+            id: "c1".into(),
+            bundle: PathBuf::new(),
+            ops: tokio::sync::Mutex::default(),
+            saving: Mutex::default(),
+            processes: Mutex::default(),
+            oom_published: AtomicU64::new(0),
+            deleted: AtomicBool::new(false),
+        };
+        std::thread::scope(|threads| {
+            for _ in 0..8 {
+                threads.spawn(|| (0..200).for_each(|_| server.save(&container).unwrap()));
+            }
+        });
+    }
 }

@@ -220,8 +220,13 @@ impl Task for Service<'_> {
             checkpoint: checkpoint_of(&q.checkpoint, q.options.as_ref()),
             options: q.options.into_option().map(|a| (a.type_url, a.value)),
         };
-        self.server.declared().complete(&mut request, &mut stdio)?;
+        let declared = self.server.declared();
+        declared.complete(&mut request, &mut stdio)?;
+        let id = request.id.clone();
         let pid = self.server.create(request, stdio).await?;
+        if declared.has(&id) {
+            self.server.close_stdin(&id, "")?;
+        }
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -229,6 +234,9 @@ impl Task for Service<'_> {
         kuasar_trace::note("container.id", &q.id);
         kuasar_trace::note("kuasar.exec.id", &q.exec_id);
         let pid = self.server.start(&q.id, &q.exec_id).await?;
+        if self.server.declared().has_exec(&q.id, &q.exec_id) {
+            self.server.close_stdin(&q.id, &q.exec_id)?;
+        }
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 

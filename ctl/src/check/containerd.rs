@@ -130,24 +130,13 @@ pub fn stanzas(daemons: &[Daemon], config: Option<&Option<Config>>) -> String {
     out
 }
 
-/// Everything about containerd and iSulad.
+/// Everything about containerd.
 pub async fn findings(
     daemons: &[Daemon],
     path: &Path,
     config: Result<Option<Config>, String>,
 ) -> Vec<Finding> {
     let mut all = vec![version().await];
-    let isulad = kuasar_host::process::find_program(Path::new("isulad"));
-    all.push(match isulad {
-        Some(path) => Finding::good(AREA, "iSulad", path.display().to_string()),
-        None => Finding::other(
-            State::Absent,
-            AREA,
-            "iSulad",
-            "not in PATH",
-            "install iSulad, if it is wanted",
-        ),
-    });
     all.extend(configuration(daemons, path, config));
     all
 }
@@ -257,12 +246,12 @@ fn configuration(
 }
 
 /// Whether somebody listens there; what cannot be told counts as yes.
-fn served(socket: &Path) -> bool {
+pub(super) fn served(socket: &Path) -> bool {
     kuasar_host::socket::is_served(socket).unwrap_or(true)
 }
 
 /// `io.containerd.kuasar-runc.v1` is looked up as `containerd-shim-kuasar-runc-v1`.
-fn shim_of(kind: &str) -> Option<String> {
+pub(super) fn shim_of(kind: &str) -> Option<String> {
     let rest = kind.strip_prefix("io.containerd.")?;
     let (name, version) = rest.rsplit_once('.')?;
     Some(format!("containerd-shim-{name}-{version}"))

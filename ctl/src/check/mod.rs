@@ -7,6 +7,7 @@
 mod containerd;
 mod daemon;
 mod host;
+mod isulad;
 
 use std::path::PathBuf;
 
@@ -20,12 +21,16 @@ use crate::output::{self, Colours, Format, Progress};
 /// What `check` does.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
-    /// Print the stanzas that containerd's configuration lacks, to be pasted
+    /// Print the stanzas that containerd's configuration lacks, to be pasted; where iSulad is, what
+    /// its daemon.json lacks, to be merged into it
     #[arg(long)]
     pub fix: bool,
     /// containerd's configuration
     #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
     pub containerd_config: PathBuf,
+    /// iSulad's configuration
+    #[arg(long, value_name = "FILE", default_value = "/etc/isulad/daemon.json")]
+    pub isulad_config: PathBuf,
     /// Show what is good, too
     #[arg(short, long)]
     pub verbose: bool,
@@ -94,16 +99,14 @@ impl Finding {
 /// [`Error::Findings`] when something is bad.
 pub async fn check(daemons: &[Daemon], args: &CheckArgs, format: Format) -> Result<()> {
     let looked = containerd::read(&args.containerd_config);
+    let isulad = isulad::read(&args.isulad_config);
     if args.fix {
         let missing = containerd::stanzas(daemons, looked.as_ref().ok());
-        return match format {
-            Format::Json => output::json(&json!({ "stanzas": missing })),
-            Format::Table if missing.is_empty() => {
-                output::note("nothing is missing");
-                Ok(())
-            }
-            Format::Table => output::print(&missing),
-        };
+        let config = isulad.as_ref().ok().and_then(Option::as_ref);
+        let of_isulad = (config.is_some() || isulad::is_installed())
+            .then(|| isulad::stanza(daemons, config))
+            .flatten();
+        return fix(&missing, of_isulad.as_ref(), args, format);
     }
     let mut all = {
         let _progress = Progress::new("looking at the host");
@@ -112,10 +115,26 @@ pub async fn check(daemons: &[Daemon], args: &CheckArgs, format: Format) -> Resu
         host.map_err(|e| Error::Failed(format!("looking at the host: {e}")))?
     };
     all.extend(containerd::findings(daemons, &args.containerd_config, looked).await);
+    all.extend(isulad::findings(daemons, &args.isulad_config, isulad));
     all.extend(daemon::findings(daemons).await);
     show(&all, args.verbose, format)?;
     let bad = all.iter().any(|finding| finding.state == State::Bad);
     if bad { Err(Error::Findings) } else { Ok(()) }
+}
+
+/// What the engines' configurations lack.
+fn fix(containerd: &str, isulad: Option<&Value>, args: &CheckArgs, format: Format) -> Result<()> {
+    if format == Format::Json {
+        return output::json(&json!({ "stanzas": containerd, "isulad": isulad }));
+    }
+    if containerd.is_empty() && isulad.is_none() {
+        output::note("nothing is missing");
+        return Ok(());
+    }
+    output::print(containerd)?;
+    let Some(isulad) = isulad else { return Ok(()) };
+    output::note(&format!("to be merged into {}:", args.isulad_config.display()));
+    output::print(&format!("{isulad:#}\n"))
 }
 
 fn word(state: State) -> &'static str {

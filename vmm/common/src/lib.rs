@@ -3,7 +3,8 @@
 //! Three ports: the guest dials [`port::READY`] on the host once it serves the other two, and is
 //! given its token; the host dials [`port::CONTROL`] for the one ttrpc connection (Task API,
 //! Streaming, [`guest_ttrpc`]) and [`port::STREAM`] for the bytes of one process's stream each.
-//! [`handshake`] has the lines with which every connection begins.
+//! [`port::TASK`] is for engines that call the guest themselves, and only there when the host has
+//! asked for it. [`handshake`] has the lines with which every other connection begins.
 
 pub mod handshake;
 
@@ -37,6 +38,8 @@ pub mod port {
     pub const CONTROL: u32 = 1024;
     /// Guest: raw streams.
     pub const STREAM: u32 = 1025;
+    /// Guest: the Task API for an engine, without a greeting, where the host asks for that.
+    pub const TASK: u32 = 1026;
 }
 
 /// Name of the virtio-serial port that carries the control connection where there is no vsock.

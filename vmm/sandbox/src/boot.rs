@@ -183,8 +183,18 @@ impl VmmSandboxer {
         let begun = Instant::now();
         let question = Self::setup(ctx, config, plan)?;
         let limit = Some(config.guest_timeouts.create);
-        let _: wire::SetupResponse =
+        let answer: wire::SetupResponse =
             guest.call_for(service::GUEST, "Setup", &question, limit).await?;
+        if answer.task_port != question.task_port {
+            return Err(Error::FailedPrecondition(
+                "the guest's agent serves no engines: use the guest image that came with this \
+                 daemon, or task_endpoint = \"host\""
+                    .into(),
+            ));
+        }
+        if question.task_port != 0 {
+            self.prepare_announced(&ctx.spec.id);
+        }
         kuasar_daemon::metrics::observe("guest_setup", begun.elapsed());
         self.follow_network(ctx, Some(plan.network.clone()));
         Ok(pid)

@@ -56,6 +56,8 @@ pub struct Config {
     pub firecracker: FirecrackerConfig,
     /// What a pod on the host's network gets.
     pub host_network: HostNetwork,
+    /// Whom engines that announce their containers call.
+    pub task_endpoint: TaskEndpoint,
     /// From [`CommonConfig::allowed_annotations`]: whether [`VMM_ANNOTATION`] counts.
     #[serde(skip)]
     pub heeds_annotation: bool,
@@ -114,6 +116,18 @@ pub enum HostNetwork {
     Refuse,
     /// Run it without any network but its own loopback.
     None,
+}
+
+/// Whom an engine calls that announces its containers before it makes them (iSulad). containerd
+/// announces nothing, and always calls the daemon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskEndpoint {
+    /// The daemon.
+    #[default]
+    Host,
+    /// The agent in the guest.
+    Guest,
 }
 
 /// What guests boot: `[guest]`.

@@ -40,6 +40,9 @@ pub(crate) fn task(error: containerd_task::error::Error) -> Error {
     match error {
         Task::InvalidArgument(text) => Error::InvalidArgument(text),
         Task::Unimplemented(text) => Error::Unimplemented(text),
+        Task::FailedPrecondition(text) => Error::FailedPrecondition(text),
+        Task::ResourceExhausted(text) => Error::ResourceExhausted(text),
+        Task::DeadlineExceeded(text) => Error::DeadlineExceeded(text),
         other => Error::internal("the pod's files", other),
     }
 }

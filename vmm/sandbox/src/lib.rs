@@ -1,5 +1,6 @@
 //! Sandboxes that are microVMs.
 
+mod announced;
 pub mod block;
 mod boot;
 pub mod config;

@@ -30,7 +30,7 @@ use serde_json::{Map, Value};
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
-use crate::block::{Disks, StorageConfig};
+use crate::block::{self, Disks, StorageConfig};
 use crate::guest::{Guest, service};
 use crate::prepare::{Host, Meta, Prepared};
 use crate::spec;
@@ -62,18 +62,18 @@ struct OutOfMemory {
 /// The containers of one pod.
 pub struct Containers {
     pod: Pod,
-    guest: Arc<Guest>,
+    pub(crate) guest: Arc<Guest>,
     tasks: Tasks,
-    keeper: Arc<dyn Keeper>,
-    host: Arc<Host>,
+    pub(crate) keeper: Arc<dyn Keeper>,
+    pub(crate) host: Arc<Host>,
     oom: Mutex<HashMap<String, OutOfMemory>>,
 }
 
 /// The streams of a process: which, the guest's kind, our descriptor, the direction.
-type Ends = Vec<(&'static str, StreamKind, OwnedFd, Direction)>;
+pub(crate) type Ends = Vec<(&'static str, StreamKind, OwnedFd, Direction)>;
 
 /// Takes a process's streams apart: its descriptors, and the addresses that the guest is told.
-fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String; 3], bool) {
+pub(crate) fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String; 3], bool) {
     let address = |kind: StreamKind| format!("vsock-stream://{container}/{exec}/{}", kind.word());
     let mut ends = Vec::new();
     let mut names = [const { String::new() }; 3];
@@ -131,8 +131,13 @@ impl Containers {
         }
     }
 
-    async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
-        let (ends, [stdin, stdout, stderr], terminal) = ends(io, &request.id, "");
+    /// What the guest is told of a container, whose file systems and disks are there for it, and
+    /// which disks it has.
+    pub(crate) async fn ready(
+        &self,
+        request: &CreateContainer,
+        terminal: bool,
+    ) -> Result<(wire::Container, Vec<block::Used>)> {
         let (host, wanted) = (self.host.clone(), request.clone());
         let Prepared { spec: text, needs, disks } =
             blocking(move || host.prepare(&wanted, terminal)).await?;
@@ -157,6 +162,12 @@ impl Containers {
             devices: told.devices,
             ..wire::Container::default()
         };
+        Ok((container, used))
+    }
+
+    async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
+        let (ends, [stdin, stdout, stderr], terminal) = ends(io, &request.id, "");
+        let (container, used) = self.ready(request, terminal).await?;
         let options = any(vmm_common::CONTAINER_TYPE, &container)?;
         let question = api::CreateTaskRequest {
             id: request.id.clone(),
@@ -198,8 +209,13 @@ impl Containers {
         Ok(Spawned { pid, handle: u64::from(pid), terminal, exit })
     }
 
+    /// How long an exit waits for the output before it.
+    pub(crate) fn drain(&self) -> Duration {
+        self.pod.drain
+    }
+
     /// The exit of a process, after its output.
-    fn exit_of(
+    pub(crate) fn exit_of(
         &self,
         container: &str,
         exec: &str,

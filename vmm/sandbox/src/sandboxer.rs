@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
@@ -27,7 +27,7 @@ use containerd_sandbox::sandboxer::{
 };
 use containerd_task::runtime::Keeper;
 use kuasar_daemon::resident::Parts;
-use kuasar_daemon::tasks::{ParentKeeper, TaskServers, Tasks};
+use kuasar_daemon::tasks::{ParentKeeper, TaskServers, Tasks, announces};
 use kuasar_host::cgroup::Layout;
 use kuasar_oci::pod::Modes;
 use kuasar_pod::files::{self, host};
@@ -35,11 +35,12 @@ use protobuf::MessageField;
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use vmm_common::guest as wire;
+use vmm_common::{guest as wire, port};
 
+use crate::announced::Announced;
 use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
-use crate::config::{Config, HostNetwork};
+use crate::config::{Config, HostNetwork, TaskEndpoint};
 use crate::drivers::{Hybrid, uds};
 use crate::errors::{chain, machine, net, task};
 use crate::guest::{Dial, Guest, Limits, service};
@@ -72,12 +73,17 @@ pub(crate) struct PodState {
     pub token: String,
     /// Interfaces that were joined with taps.
     pub interfaces: Vec<Interface>,
+    /// Port on which the guest serves the engine; 0: it does not.
+    pub task_port: u32,
 }
 
 /// A running machine.
 pub(crate) struct Live {
     pub vm: Arc<dyn Vm>,
     pub guest: Arc<Guest>,
+    containers: Arc<Containers>,
+    /// What an engine that calls the guest has announced.
+    announced: OnceLock<Arc<Announced>>,
     /// What watches it.
     watchers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -234,6 +240,7 @@ impl VmmSandboxer {
             shm_bytes: config.guest.shm_size,
             network: MessageField::some(plan.network.clone()),
             share: MessageField::some(share),
+            task_port: Self::task_port(ctx, config),
             ..wire::SetupRequest::default()
         })
     }
@@ -268,7 +275,7 @@ impl VmmSandboxer {
         let tasks = self.servers.make(ctx, containers.clone())?;
         let mut watchers = vec![
             tokio::spawn(watch_helpers(id.clone(), vm.clone())),
-            tokio::spawn(watch_events(guest.clone(), containers)),
+            tokio::spawn(watch_events(guest.clone(), containers.clone())),
         ];
         if !times.health.is_zero() {
             watchers.push(tokio::spawn(watch_health(
@@ -293,7 +300,13 @@ impl VmmSandboxer {
         }
         // Not among the watchers: it has to see the end that we order as well.
         tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
-        let live = Live { vm, guest: guest.clone(), watchers: Mutex::new(watchers) };
+        let live = Live {
+            vm,
+            guest: guest.clone(),
+            containers,
+            announced: OnceLock::new(),
+            watchers: Mutex::new(watchers),
+        };
         self.live().insert(id.clone(), Arc::new(live));
         Ok((tasks, guest))
     }
@@ -314,6 +327,23 @@ impl VmmSandboxer {
                 "changes of its network are not seen"
             ),
         }
+    }
+
+    /// Port on which the guest of a new pod serves its engine. containerd says its namespace, and
+    /// announces nothing: it calls us.
+    pub(crate) fn task_port(ctx: &SandboxContext, config: &Config) -> u32 {
+        let guest = config.task_endpoint == TaskEndpoint::Guest && ctx.spec.namespace.is_empty();
+        if guest { port::TASK } else { 0 }
+    }
+
+    /// What the engine announces of a running pod is prepared for its guest from now on.
+    pub(crate) fn prepare_announced(&self, id: &str) -> Option<Arc<Announced>> {
+        let live = self.running(id)?;
+        Some(live.announced.get_or_init(|| Announced::new(live.containers.clone())).clone())
+    }
+
+    fn announced(&self, id: &str) -> Option<Arc<Announced>> {
+        self.running(id)?.announced.get().cloned()
     }
 
     fn started(&self, ctx: &SandboxContext, pid: u32) -> Started {
@@ -420,6 +450,7 @@ impl Sandboxer for VmmSandboxer {
         state.machine_cgroup = Some(self.machine_cgroup(ctx));
         state.machine_dir = Some(self.machine_dir(&ctx.spec.id));
         state.user = self.user(&ctx.spec.id, &config)?;
+        state.task_port = Self::task_port(ctx, &config);
         let begun = Instant::now();
         let plan = match netns.clone() {
             Some(netns) => blocking(move || network::plan(netns.as_fd()).map_err(net)).await?,
@@ -447,7 +478,12 @@ impl Sandboxer for VmmSandboxer {
         let joined = joined.into_iter().enumerate();
         let nics = joined.map(|(n, one)| crate::nics::nic(format!("net{n}"), one)).collect();
         let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
-        Ok(self.started(ctx, pid))
+        let mut started = self.started(ctx, pid);
+        if state.task_port != 0 {
+            let uds = uds(&state.machine_dir.unwrap_or_default());
+            started.address = Some(format!("ttrpc+hvsock://{}:{}", uds.display(), state.task_port));
+        }
+        Ok(started)
     }
 
     async fn services(&self, ctx: &SandboxContext) -> Result<PodServices> {
@@ -573,6 +609,13 @@ impl Sandboxer for VmmSandboxer {
         let pid = vm.pid();
         let (tasks, _) = self.insert(ctx, &config, vm, state.token, dial, (end, gone))?;
         tasks.server().recover().await;
+        if state.task_port != 0
+            && let Some(announced) = self.prepare_announced(id)
+        {
+            // What cannot be read was never taken.
+            let list = kuasar_daemon::tasks::announced(ctx).unwrap_or_default();
+            announced.recover(&list).await;
+        }
         Ok(match ended {
             Some(exit) => Recovered::Stopped(SandboxExit { status: exit.status, at: exit.at }),
             None => {
@@ -584,7 +627,8 @@ impl Sandboxer for VmmSandboxer {
 
     async fn remove_orphans(&self, known: &[String]) -> Result<()> {
         for id in known {
-            if let Some(tasks) = self.servers.get(id) {
+            // Containers that the guest's engine has are not the Task server's.
+            if let Some(tasks) = self.servers.get(id).filter(|_| self.announced(id).is_none()) {
                 tasks.server().sweep().await;
             }
         }
@@ -671,6 +715,10 @@ impl Sandboxer for VmmSandboxer {
     async fn update(&self, ctx: &SandboxContext, fields: &[String]) -> Result<()> {
         const RESOURCES: &str = "podsandbox.UpdatedResourcesKey";
         self.servers.declare(ctx, fields).await?;
+        if let Some(announced) = self.announced(&ctx.spec.id).filter(|_| announces(fields)) {
+            let list = kuasar_daemon::tasks::announced(ctx)?;
+            announced.settle(&list).await.map_err(task)?;
+        }
         let wanted =
             fields.is_empty() || fields.iter().any(|field| field.starts_with("extensions"));
         if !wanted {

@@ -9,6 +9,7 @@
 //! | bind mounts of directories and files | volumes in the share |
 //! | bind mounts below `/dev`, `/proc`, `/sys` | the guest's own |
 //! | memory `emptyDir`, huge pages | a tmpfs, a hugetlbfs in the guest, one for the pod |
+//! | a tmpfs of the engine's for `/dev/shm` | the guest's `/dev/shm`, which is the pod's |
 //! | paths of namespaces | none: the guest puts the pod's there. A process id names a guest's process |
 //! | character devices | those that are the same on every Linux; others are refused, or left out of a privileged container |
 //! | block devices | disks of the machine ([`crate::block`]); left out of a privileged container, which lists all of the host's |
@@ -34,6 +35,8 @@ const TMPFS: i64 = 0x0102_1994;
 const HUGETLBFS: i64 = 0x9584_58f6;
 /// Directory of the guest with storages of the pod.
 const STORAGE: &str = "/run/kuasar/storage";
+/// Where a pod's shared memory is, in containers and in the guest.
+const SHM: &str = "/dev/shm";
 /// Component of the path of kubelet's `emptyDir` volumes.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 /// The pod's PID namespace, as the guest understands it.
@@ -278,6 +281,15 @@ fn place(
                 }
                 return Ok(target);
             }
+            // The engine's own for the pod, in memory: the guest has the pod's in its memory. A
+            // directory of some tmpfs is not meant.
+            let root = || {
+                let above = nix::sys::stat::fstatat(&opened, "..", nix::fcntl::AtFlags::empty());
+                above.is_ok_and(|above| above.st_dev != stat.st_dev)
+            };
+            if destination == SHM && magic(&opened) == Some(TMPFS) && root() {
+                return Ok(SHM.to_owned());
+            }
             Want::Directory
         }
         libc::S_IFREG => Want::File,
@@ -303,14 +315,20 @@ fn place(
     Ok(format!("{SHARE_PATH}/{container}/m{number}"))
 }
 
+/// Which filesystem something is on.
+fn magic(opened: &OwnedFd) -> Option<i64> {
+    let stat = nix::sys::statfs::fstatfs(opened.as_fd()).ok()?;
+    #[allow(clippy::unnecessary_cast)] // the type differs between platforms
+    Some(stat.filesystem_type().0 as i64)
+}
+
 /// Volumes that live in memory are made in the guest: its memory is the pod's.
 fn pod_storage(path: &Path, opened: &OwnedFd) -> Option<Storage> {
     if !path.components().any(|part| part.as_os_str() == EMPTY_DIR) {
         return None;
     }
-    #[allow(clippy::unnecessary_cast)] // the type differs between platforms
     let stat = nix::sys::statfs::fstatfs(opened.as_fd()).ok()?;
-    let magic = stat.filesystem_type().0 as i64;
+    let magic = magic(opened)?;
     let bytes = stat.blocks().saturating_mul(u64::try_from(stat.block_size()).unwrap_or(0));
     let (kind, options) = match magic {
         TMPFS => ("tmpfs", vec!["nosuid".into(), "nodev".into(), "mode=1777".into()]),

@@ -143,6 +143,29 @@ fn an_empty_dir_in_memory_is_the_guests_own() {
 }
 
 #[test]
+fn shared_memory_that_an_engine_has_made_is_the_guests_own() {
+    kuasar_host::testing::apart(|dir| {
+        let (shm, below) = (dir.join("shm"), dir.join("shm/below"));
+        std::fs::create_dir(&shm).unwrap();
+        kuasar_host::mount::mount_shm(&shm, 1 << 20).unwrap();
+        std::fs::create_dir(&below).unwrap();
+        let placed = |source: &Path, destination: &str| {
+            let mut spec = spec();
+            spec["mounts"][1]["source"] = json!(source);
+            spec["mounts"][1]["destination"] = json!(destination);
+            edit(&mut spec, "c1", 0).unwrap();
+            spec["mounts"][1]["source"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(placed(&shm, "/dev/shm"), "/dev/shm");
+        let volume = "/run/kuasar/share/c1/m0";
+        let shm = shm.as_path();
+        for (source, destination) in [(shm, "/cache"), (&below, "/dev/shm"), (dir, "/dev/shm")] {
+            assert_eq!(placed(source, destination), volume, "{source:?} {destination}");
+        }
+    });
+}
+
+#[test]
 fn a_block_device_is_a_disk_with_what_its_rules_allow() {
     let mut spec = spec();
     let disk = |path: &str, minor: u32| json!({"path": path, "type": "b", "major": 8, "minor": minor, "fileMode": 0o60660, "gid": 6});

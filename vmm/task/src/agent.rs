@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use crate::channel::{self, Control, Gate};
 use crate::cmdline::{Channel, Options};
 use crate::containers::GuestContainers;
+use crate::engine::Engine;
 use crate::events::Events;
 use crate::forward::Forwards;
 use crate::guest::GuestService;
@@ -107,6 +108,7 @@ async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure>
     kuasar_trace::install(Box::new(spans.clone()));
     let service = Arc::new(GuestService {
         spans,
+        engine: Engine::new(tasks.clone()),
         containers,
         reaper,
         gate: gate.clone(),

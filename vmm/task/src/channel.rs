@@ -118,7 +118,7 @@ impl Gate {
                     return refused(&mut stream, "too many control connections").await;
                 };
                 ok(&mut stream).await?;
-                let control = Control { stream: Box::new(stream), _slot: slot };
+                let control = Control::new(stream, slot);
                 // It only fails when the server has ended, and then so does everything.
                 let _ = self.control.send(control).await;
                 Ok(())
@@ -186,11 +186,18 @@ async fn refuse(stream: &mut impl Stream, error: HandshakeError) -> Result<(), H
     Err(error)
 }
 
-/// A greeted control connection: it holds its place, and writes in small pieces, because some
+/// A control connection: it holds its place, and writes in small pieces, because some
 /// vsock devices hang on large ones.
 pub struct Control {
     stream: Box<dyn Stream>,
     _slot: OwnedSemaphorePermit,
+}
+
+impl Control {
+    /// A connection that needs no greeting.
+    pub(crate) fn new(stream: impl Stream, slot: OwnedSemaphorePermit) -> Self {
+        Self { stream: Box::new(stream), _slot: slot }
+    }
 }
 
 impl AsyncRead for Control {
@@ -248,7 +255,7 @@ async fn accept(listener: VsockListener, port: Port, gate: Arc<Gate>) {
             Err(error) => {
                 tracing::warn!(%error, ?port, "cannot accept a connection");
                 // Out of descriptors: let some be closed first.
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(limits::ACCEPT_PAUSE).await;
                 continue;
             }
         };
@@ -383,7 +390,7 @@ mod tests {
 
     fn gate() -> (Arc<Gate>, mpsc::Receiver<Control>, Arc<TaskServer>) {
         let (sender, receiver) = mpsc::channel(4);
-        let runtime = Arc::new(crate::containers::testing::Nothing);
+        let runtime = Arc::new(containerd_task::testing::Nothing);
         let tasks = TaskServer::new(
             runtime,
             Arc::new(NoKeeper),

@@ -20,6 +20,7 @@ use vmm_common::handshake::{PROTOCOL, Welcome};
 use crate::channel::{self, Gate};
 use crate::cmdline::PowerOff;
 use crate::containers::{GuestContainers, POD_DIR};
+use crate::engine::Engine;
 use crate::events::Events;
 use crate::forward::Forwards;
 use crate::reaper::Reaper;
@@ -31,6 +32,8 @@ use crate::{clock, hotplug, init, limits, network, power};
 pub struct GuestService {
     /// Containers.
     pub containers: Arc<GuestContainers>,
+    /// What an engine that calls us itself may make.
+    pub engine: Arc<Engine>,
     /// Children.
     pub reaper: Reaper,
     /// Who may speak to us.
@@ -83,7 +86,7 @@ impl GuestService {
         self.events.warning(&format!("{what}: {}", error.chain()));
     }
 
-    async fn set_up(&self, request: SetupRequest) -> Result<u32> {
+    async fn set_up(&self, request: SetupRequest) -> Result<api::SetupResponse> {
         let mut done = self.pod.lock().await;
         if *done {
             return Err(Error::AlreadyExists("the pod has been set up already".into()));
@@ -123,11 +126,13 @@ impl GuestService {
             })?;
         }
         let init = if request.shared_pid { Some(self.init().await?) } else { None };
-        let pid = init.as_ref().map_or(0, |(_, pid)| *pid);
+        let init_pid = init.as_ref().map_or(0, |(_, pid)| *pid);
         self.containers.set_pod(&request.sandbox_id, init)?;
+        // Last: nobody is to call before there is a pod.
+        let task_port = self.engine.listen(&request).await?;
         self.pod_ready.store(true, Ordering::Release);
         *done = true;
-        Ok(pid)
+        Ok(api::SetupResponse { init_pid, task_port, ..Default::default() })
     }
 
     /// Process 1 of the shared PID namespace.
@@ -213,8 +218,7 @@ impl Guest for GuestService {
     async fn setup(&self, ctx: &TtrpcContext, q: SetupRequest) -> Rpc<api::SetupResponse> {
         let span = kuasar_ttrpc::span("kuasar.vmm.v1.Guest", "Setup", &ctx.metadata);
         let scope = span.as_ref().map(|span| span.scope().clone());
-        let init_pid = kuasar_trace::within(scope, Box::pin(self.set_up(q))).await?;
-        Ok(api::SetupResponse { init_pid, ..Default::default() })
+        Ok(kuasar_trace::within(scope, Box::pin(self.set_up(q))).await?)
     }
 
     async fn set_network(
@@ -289,6 +293,25 @@ impl Guest for GuestService {
     async fn spans(&self, _: &TtrpcContext, q: api::SpansRequest) -> Rpc<api::SpansResponse> {
         let spans = self.spans.take(&q.trace_id);
         Ok(api::SpansResponse { spans, ..Default::default() })
+    }
+
+    async fn declare(&self, _: &TtrpcContext, q: api::DeclareRequest) -> Rpc<api::DeclareResponse> {
+        self.engine.declare(q)?;
+        Ok(api::DeclareResponse::new())
+    }
+
+    async fn withdraw(
+        &self,
+        _: &TtrpcContext,
+        q: api::WithdrawRequest,
+    ) -> Rpc<api::WithdrawResponse> {
+        self.engine.withdraw(&q.container, &q.exec).await?;
+        Ok(api::WithdrawResponse::new())
+    }
+
+    async fn made(&self, _: &TtrpcContext, q: api::MadeRequest) -> Rpc<api::MadeResponse> {
+        self.engine.made(&q.container, &q.exec).await?;
+        Ok(api::MadeResponse::new())
     }
 
     async fn shutdown(

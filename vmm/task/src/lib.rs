@@ -10,6 +10,7 @@
 //!   has given the token of this boot;
 //! * [`containers`]: the Task API's runtime, over the built-in OCI engine, with a storage of its
 //!   own for each container;
+//! * [`engine`]: the Task API for engines that call the guest themselves;
 //! * [`guest`]: the guest API, with [`network`], [`storage`], [`clock`], [`hotplug`], [`power`];
 //! * [`reaper`]: forks and reaps, everything, with no exit lost.
 //!
@@ -27,6 +28,7 @@ pub mod clock;
 pub mod cmdline;
 pub mod containers;
 pub mod devices;
+pub mod engine;
 pub mod events;
 pub mod forward;
 pub mod guest;

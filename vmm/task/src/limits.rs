@@ -13,6 +13,12 @@ pub const CONTROL: usize = 8;
 pub const WELCOME_TIME: Duration = Duration::from_secs(30);
 /// Longest pause between two attempts to reach the host.
 pub const READY_PAUSE: Duration = Duration::from_secs(1);
+/// Connections of an engine that calls us itself: it has some for each container.
+pub const ENGINE: usize = 1024;
+/// How long connections wait that cannot be accepted now.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Containers and execs that an engine may make.
+pub const DECLARED: usize = 2048;
 /// Containers of the pod.
 pub const CONTAINERS: usize = 512;
 /// Processes beside the first in a container.

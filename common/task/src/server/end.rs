@@ -103,7 +103,11 @@ impl TaskServer {
         });
     }
 
-    pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
+    /// Deletes a container or, where it is named, an exec; answers its pid and how it ended.
+    ///
+    /// # Errors
+    /// [`Error::FailedPrecondition`] while it runs; [`Error::NotFound`].
+    pub async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let (this, c, exec) = (self.clone(), self.container(id)?, exec.to_owned());
         tokio::spawn(async move {
             let _ops = c.ops.lock().await;

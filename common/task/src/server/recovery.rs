@@ -83,6 +83,7 @@ impl TaskServer {
                 id: record.id,
                 bundle: record.bundle,
                 ops: tokio::sync::Mutex::default(),
+                saving: Mutex::default(),
                 processes: Mutex::default(),
                 oom_published: AtomicU64::new(record.oom_kills),
                 deleted: AtomicBool::new(false),

@@ -17,6 +17,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::io::unix::AsyncFd;
@@ -51,6 +52,8 @@ pub fn name(path: &str) -> Option<&str> {
 pub(super) struct Slot {
     waiting: Mutex<Option<RawConnection>>,
     came: Notify,
+    /// It was made known before its process.
+    early: AtomicBool,
 }
 
 impl Slot {
@@ -78,14 +81,27 @@ impl Slots {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the names of a process known.
+    /// Makes the names of a process known, those that were not announced.
     pub(super) fn expect(&self, stdio: &Stdio) -> Result<()> {
         let names = names(stdio);
         let mut slots = self.lock();
-        if let Some(taken) = names.iter().find(|name| slots.contains_key(**name)) {
+        let early = |slot: &Arc<Slot>| slot.early.load(Ordering::Relaxed);
+        if let Some(taken) = names.iter().find(|name| slots.get(**name).is_some_and(|s| !early(s)))
+        {
             return Err(Error::AlreadyExists(format!("stream {taken:.300} belongs to a process")));
         }
-        slots.extend(names.into_iter().map(|name| (name.to_owned(), Arc::default())));
+        for name in names {
+            slots.entry(name.to_owned()).or_default().early.store(false, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Makes the names of a process known that is still to come.
+    pub(super) fn announce(&self, stdio: &Stdio) -> Result<()> {
+        self.expect(stdio)?;
+        for name in names(stdio) {
+            self.get(name)?.early.store(true, Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -324,6 +340,13 @@ mod tests {
         assert!(matches!(slots.get("c//stdout"), Err(Error::NotFound(_))));
         // A terminal names one stream twice.
         slots.expect(&stdio(["t", "t", ""])).unwrap();
+        // One that was announced is there before its process, which takes it over.
+        slots.announce(&one).unwrap();
+        slots.announce(&one).unwrap();
+        let early = slots.get("c//stdout").unwrap();
+        slots.expect(&one).unwrap();
+        assert!(Arc::ptr_eq(&early, &slots.get("c//stdout").unwrap()));
+        assert!(matches!(slots.announce(&one), Err(Error::AlreadyExists(_))));
         assert_eq!(name("vsock-stream://a/b/c"), Some("a/b/c"));
         assert_eq!(name("vsock-stream://"), None);
         assert_eq!(name("/run/fifo"), None);

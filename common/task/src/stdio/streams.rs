@@ -94,6 +94,15 @@ impl Streams {
         self.raw.expect(stdio)
     }
 
+    /// Makes the raw streams of a process known that is still to come: their connections may come
+    /// before it does.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::AlreadyExists`] when a process has one of the names.
+    pub fn announce_raw(&self, stdio: &crate::journal::Stdio) -> Result<()> {
+        self.raw.announce(stdio)
+    }
+
     /// Hands the connection of a raw stream over; see [`super::raw`].
     ///
     /// # Errors
