@@ -1,5 +1,6 @@
 //! Sandboxes that are microVMs.
 
+mod adopt;
 pub mod block;
 mod boot;
 pub mod config;
@@ -10,8 +11,10 @@ pub mod forward;
 mod growth;
 pub mod guest;
 pub mod jail;
+mod making;
 pub mod network;
 mod nics;
+mod pool;
 mod prepare;
 pub mod runtime;
 pub mod sandboxer;

@@ -351,7 +351,7 @@ fn shares(spec: &VmSpec, sockets: &Sockets, line: &mut Line<'_>) -> Result<()> {
                 line.option(
                     "fsdev",
                     format!(
-                        "local,id={id},path={path},security_model=none,multidevs=remap{readonly}"
+                        "local,id={id},path={path},security_model=passthrough,multidevs=remap{readonly}"
                     ),
                 );
                 let options = vec![("fsdev", id), ("mount_tag", share.tag.clone())];
