@@ -345,7 +345,7 @@ fn shares(spec: &VmSpec, sockets: &Sockets, line: &mut Line<'_>) -> Result<()> {
                 line.device(&device);
             }
             ShareKind::Ninep => {
-                let id = format!("9p-{}", share.tag);
+                let id = format!("ninep-{}", share.tag);
                 let path = text(&share.dir)?.replace(',', ",,");
                 let readonly = if share.read_only { ",readonly=on" } else { "" };
                 line.option(
