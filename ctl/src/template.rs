@@ -174,7 +174,16 @@ fn show(all: &api::TemplatesResponse, format: Format) -> Result<()> {
                 })
             })
             .collect();
-        let value = json!({ "enabled": all.enabled, "dir": all.dir, "templates": templates });
+        let pool = all.pool.as_ref().map(|pool| {
+            json!({
+                "wanted": pool.wanted, "ready": pool.ready, "refilled": pool.refilled,
+                "taken": pool.taken, "missed": pool.missed, "lost": pool.lost,
+                "hindrance": Some(&pool.hindrance).filter(|why| !why.is_empty()),
+            })
+        });
+        let value = json!({
+            "enabled": all.enabled, "dir": all.dir, "templates": templates, "pool": pool,
+        });
         return output::json(&value);
     }
     if !all.enabled {
@@ -190,5 +199,16 @@ fn show(all: &api::TemplatesResponse, format: Format) -> Result<()> {
         let key = t.key.chars().take(16).collect();
         table.row([key, bytes(t.bytes), age(moment(t.made_at.as_ref())), state.into()]);
     }
+    output::print(&table.text())?;
+    let Some(pool) = all.pool.as_ref() else { return Ok(()) };
+    if !pool.hindrance.is_empty() {
+        output::note(&format!("no pool is kept: {}", pool.hindrance));
+    }
+    let mut table = Table::new(&["POOL", "READY", "TAKEN", "MISSED", "REFILLED", "LOST"]);
+    let ready = pool.ready.to_string();
+    let counts = [pool.taken, pool.missed, pool.refilled, pool.lost].map(|n| n.to_string());
+    let [taken, missed, refilled, lost] = counts;
+    table.row([pool.wanted.to_string(), ready, taken, missed, refilled, lost]);
+    output::print("\n")?;
     output::print(&table.text())
 }

@@ -81,7 +81,7 @@ fn pod(name: &str) -> Pod {
 
 /// Pids of the pod's machine and its helpers: whoever has the pod's id on its command line or in
 /// its cgroup.
-fn machine(pod: &Pod) -> Vec<(u32, String)> {
+pub(crate) fn machine(pod: &Pod) -> Vec<(u32, String)> {
     machine_of(&pod.id)
 }
 
@@ -101,7 +101,7 @@ fn machine_of(id: &str) -> Vec<(u32, String)> {
     all
 }
 
-fn vmm_pid(pod: &Pod) -> u32 {
+pub(crate) fn vmm_pid(pod: &Pod) -> u32 {
     vmm_pid_of(&pod.id)
 }
 
@@ -117,7 +117,7 @@ pub(crate) fn kill(pid: u32) {
     unsafe { libc::kill(pid as i32, libc::SIGKILL) };
 }
 
-fn machine_dirs() -> Vec<PathBuf> {
+pub(crate) fn machine_dirs() -> Vec<PathBuf> {
     let dir = bed().join("run/kuasar-vmm/vm");
     let dir = PathBuf::from(format!("{}{}", kuasar_tests::root().display(), dir.display()));
     std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
@@ -443,4 +443,73 @@ fn a_machine_without_hot_plug_says_what_to_do_about_a_block_volume() {
     assert!(said.contains("microvm") && said.contains("q35"), "{said}");
     assert_eq!(pod.start(&["echo", "still"]).wait(), 0);
     pod.remove().unwrap();
+}
+
+#[test]
+fn files_come_by_9p_where_the_configuration_says_so_and_qemu_keeps_what_that_takes_alone() {
+    let lines = |text: &str| format!("share = \"9p\"\n{text}");
+    let Some(_settings) = Settings::with(lines) else { return };
+    let pod = pod("vm-9p");
+    let dir = PathBuf::from(&pod.config.log_directory).join("volume");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("file"), "of the host").unwrap();
+    let volume = |readonly: bool, at: &str| Mount {
+        container_path: at.into(),
+        host_path: dir.display().to_string(),
+        readonly,
+        ..Default::default()
+    };
+    let c = pod.start_with(&["sleep", "1000"], |c| {
+        c.mounts = vec![volume(false, "/rw"), volume(true, "/ro")];
+    });
+    assert!(machine(&pod).iter().all(|(_, name)| name != "virtiofsd"), "{:?}", machine(&pod));
+    let at = "awk '$2 == \"/\" || $2 == \"/rw\" {print $3}' /proc/mounts | sort -u";
+    assert_eq!(c.sh(at), "9p");
+    assert_eq!(c.sh("cat /ro/file"), "of the host");
+    // Owners and modes are the guest's to set, and are seen on the host as they are.
+    let made = "echo new > /rw/new && chown 1234:56 /rw/new && chmod 640 /rw/new && stat -c %u:%g:%a /rw/new";
+    assert_eq!(c.sh(made), "1234:56:640");
+    let meta = std::fs::metadata(dir.join("new")).unwrap();
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o777), (1234, 56, 0o640));
+    assert_ne!(c.exec(&["sh", "-c", "echo no > /ro/file"]).0, 0);
+    assert_eq!(std::fs::read(dir.join("file")).unwrap(), b"of the host");
+    // No device of the host's comes in by a file, and no link of the guest's leads anywhere.
+    assert_ne!(c.exec(&["mknod", "/rw/device", "b", "7", "0"]).0, 0);
+    c.sh("ln -s /etc/shadow /rw/link; true");
+    assert_ne!(c.exec(&["grep", "-q", "root:", "/rw/link"]).0, 0);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vmm_pid(&pod))).unwrap();
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, in all five sets, and not as root.
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        let line = status.lines().find_map(|line| line.strip_prefix(set)).unwrap();
+        assert_eq!(line.trim(), "000000000000001b", "{set}");
+    }
+    let uid = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap();
+    assert!(uid.split_whitespace().all(|id| id.starts_with("18790")), "{uid}");
+    pod.remove().unwrap();
+}
+
+#[test]
+fn what_is_no_kvm_is_an_error_that_names_it_and_leaves_nothing() {
+    if !able() || !Path::new("/dev/kvm").exists() {
+        return skip("no /dev/kvm to be covered");
+    }
+    // Something else stands where KVM should: as far as a machine can tell there is none.
+    let covered = inside(&["mount", "--bind", "/dev/null", "/dev/kvm"]);
+    assert!(covered.status.success(), "{}", String::from_utf8_lossy(&covered.stderr));
+    struct Uncover;
+    impl Drop for Uncover {
+        fn drop(&mut self) {
+            inside(&["umount", "/dev/kvm"]);
+        }
+    }
+    let _uncover = Uncover;
+    let settings = Settings::with(|text| text.replace("accel = \"tcg\"", "accel = \"kvm\""));
+    let Some(_settings) = settings else { return };
+    let begun = Instant::now();
+    let error = Pod::try_run(pod_config("vm-no-kvm"), HANDLER).map(|pod| pod.id.clone());
+    let error = error.unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    assert!(error.message().to_lowercase().contains("kvm"), "{}", error.message());
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
 }

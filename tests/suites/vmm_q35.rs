@@ -35,12 +35,12 @@ pub(crate) fn q35(lines: &str) -> Option<Settings> {
     })
 }
 
-fn pod(name: &str) -> Pod {
+pub(crate) fn pod(name: &str) -> Pod {
     Pod::try_run(pod_config(name), HANDLER).unwrap()
 }
 
 /// The pod's network namespace.
-fn netns(pod: &Pod) -> String {
+pub(crate) fn netns(pod: &Pod) -> String {
     let q = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
     let info = kuasar_tests::cri!(pod_sandbox_status, q).unwrap().info;
     let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
@@ -208,9 +208,15 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
 
 /// A daemon with q35 that makes templates, in this empty directory.
 fn with_templates(name: &str) -> Option<(PathBuf, Settings)> {
+    with_templates_and(name, "")
+}
+
+/// The same, with these lines more below `[template]` and behind it.
+pub(crate) fn with_templates_and(name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
     let dir = bed().join("run").join(name);
     let _ = std::fs::remove_dir_all(&dir);
-    let settings = q35(&format!("[template]\nenabled = true\ndir = \"{}\"\n", dir.display()))?;
+    let settings =
+        q35(&format!("[template]\nenabled = true\ndir = \"{}\"\n{lines}\n", dir.display()))?;
     // Where templates are counts from a daemon's start.
     let vmm = [("KIND", "vmm")];
     kuasar_tests::switch(&["daemon", "stop"], &vmm);
@@ -271,7 +277,7 @@ fn pods_of_a_template_start_sooner_and_share_no_identity() {
 }
 
 /// `kuasar-ctl template` on the running daemon: what it answers as JSON, and its exit code.
-fn template(args: &[&str]) -> (serde_json::Value, i32) {
+pub(crate) fn template(args: &[&str]) -> (serde_json::Value, i32) {
     let said = ctl_on(&["vmm"], &[&["-o", "json", "template"], args].concat());
     let value = serde_json::from_str(&out(&said));
     (value.unwrap_or_else(|e| panic!("{args:?}: {e}: {}", err(&said))), code(&said))

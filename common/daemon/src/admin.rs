@@ -271,7 +271,18 @@ impl Admin {
             problem: one.problem.unwrap_or_default(),
             ..Default::default()
         });
+        let pool = list.pool.map(|pool| api::Pool {
+            wanted: pool.wanted,
+            ready: pool.ready,
+            refilled: pool.refilled,
+            taken: pool.taken,
+            missed: pool.missed,
+            lost: pool.lost,
+            hindrance: pool.hindrance.unwrap_or_default(),
+            ..Default::default()
+        });
         api::TemplatesResponse {
+            pool: pool.into(),
             enabled: list.enabled,
             dir: list.dir.display().to_string(),
             templates: templates.collect(),

@@ -317,7 +317,8 @@ where
     let sandboxer = Arc::new(make(&parts).map_err(ResidentError::Sandboxer)?);
     let pods = Arc::new(ParentSockets::new(parent.clone()).await?);
     let options = controller_options(&setup, servers.clone(), recent.clone());
-    let controller = Controller::new(options, sandboxer, pods).map_err(ResidentError::Recovery)?;
+    let controller =
+        Controller::new(options, sandboxer.clone(), pods).map_err(ResidentError::Recovery)?;
     let pump =
         sockets::pump(connections, controller.endpoints(), servers.clone(), common.timeouts.hello);
     let mut pump = tokio::spawn(pump);
@@ -368,6 +369,7 @@ where
     if lost {
         return Err(ResidentError::ParentLost);
     }
+    sandboxer.finish().await;
     if controller.sandboxes().is_empty() {
         sockets::give_up(&parent).await;
     }

@@ -101,6 +101,28 @@ pub struct TemplateList {
     pub dir: PathBuf,
     /// Each of them.
     pub templates: Vec<TemplateInfo>,
+    /// Machines that are kept ready, when there are to be some.
+    pub pool: Option<PoolInfo>,
+}
+
+/// Machines that are ready before a sandbox is started, as an operator sees them. Numbers of
+/// events count from the daemon's start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PoolInfo {
+    /// How many there are to be.
+    pub wanted: u32,
+    /// How many there are.
+    pub ready: u32,
+    /// Machines that were made ready.
+    pub refilled: u64,
+    /// Sandboxes that got one.
+    pub taken: u64,
+    /// Sandboxes for which there was none.
+    pub missed: u64,
+    /// Machines that ended, or hung, before a sandbox asked for them.
+    pub lost: u64,
+    /// Why none are kept.
+    pub hindrance: Option<String>,
 }
 
 /// A saved machine.
@@ -172,6 +194,10 @@ pub trait Sandboxer: Send + Sync + 'static {
             "sandboxes of this kind start from no templates: only those of vmm-sandboxer do".into(),
         ))
     }
+
+    /// The daemon ends in order: what belongs to no sandbox, and would be of no use to the next
+    /// daemon, ends with it. After a crash it is [`Sandboxer::remove_orphans`] that removes it.
+    async fn finish(&self) {}
 
     /// Platform as Go names it: operating system and architecture.
     fn platform(&self) -> (String, String) {

@@ -304,6 +304,73 @@ mod tests {
         assert!(read_init(dir.path()).unwrap_err().to_string().contains("not a regular file"));
     }
 
+    /// A relocatable ELF file, as far as its header goes.
+    fn module(mark: u8) -> Vec<u8> {
+        let mut content = elf(false);
+        content[16] = 1;
+        content.push(mark);
+        content
+    }
+
+    #[test]
+    fn modules_keep_their_order_their_bytes_and_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        // Given in the order in which they need each other, which is not that of their names.
+        let given: Vec<PathBuf> = ["z/vsock.ko", "a/virtio.ko", "a/vsock.ko"]
+            .iter()
+            .enumerate()
+            .map(|(n, name)| {
+                let path = dir.path().join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(&path, module(n as u8)).unwrap();
+                path
+            })
+            .collect();
+        let read = read_modules(&given).unwrap();
+        let init = elf(false);
+        let list = entries(&init, &read);
+        let found: Vec<_> = list.iter().filter(|e| e.path.starts_with(MODULES)).collect();
+        let paths: Vec<_> = found.iter().map(|e| e.path).collect();
+        let names = ["000-vsock.ko", "001-virtio.ko", "002-vsock.ko"];
+        let wanted: Vec<String> = names.iter().map(|name| format!("{MODULES}/{name}")).collect();
+        assert_eq!(paths[0], MODULES);
+        assert_eq!(paths[1..], wanted);
+        for (n, entry) in found[1..].iter().enumerate() {
+            assert_eq!(entry.kind, Kind::File(0o644, &module(n as u8)));
+        }
+        assert_eq!(read_modules(&[]).unwrap(), []);
+    }
+
+    #[test]
+    fn what_is_no_module_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, path) = (dir.path().join("good.ko"), dir.path().join("bad.ko"));
+        fs::write(&good, module(0)).unwrap();
+        let refused = |content: &[u8]| {
+            fs::write(&path, content).unwrap();
+            let error = read_modules(&[good.clone(), path.clone()]).unwrap_err();
+            assert!(matches!(&error, Error::Unfit { path: at, .. } if *at == path), "{error:?}");
+            error.to_string()
+        };
+        // A compressed one, a program, one of 32 bits, a torn header, nothing.
+        let mut narrow = module(0);
+        narrow[4] = 1;
+        for content in [&b"\xfd7zXZ\0"[..], &elf(false), &narrow, &module(0)[..17], b""] {
+            assert!(refused(content).contains("unpack it"), "{content:?}");
+        }
+        // All of them together are bounded, whatever one of them has.
+        fs::write(&path, module(0)).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(MAX_MODULES - 10).unwrap();
+        let text = read_modules(&[good.clone(), path.clone()]).unwrap_err().to_string();
+        assert!(text.contains("more than"), "{text}");
+        let missing = dir.path().join("missing.ko");
+        let error = read_modules(&[good.clone(), missing]).unwrap_err();
+        assert!(matches!(error, Error::Init { .. }), "{error:?}");
+        let error = read_modules(&[good, dir.path().to_owned()]).unwrap_err();
+        assert!(matches!(error, Error::Init { .. }), "{error:?}");
+    }
+
     #[test]
     fn an_initramfs_that_cannot_be_written_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();

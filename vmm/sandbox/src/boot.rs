@@ -14,17 +14,17 @@ use tokio::sync::watch;
 use vmm_common::guest as wire;
 use vmm_common::port;
 
-use crate::config::{Config, RootImage};
+use crate::config::{Config, RootImage, ShareBy};
 use crate::drivers::{Hybrid, uds};
-use crate::errors::{chain, machine};
+use crate::errors::machine;
 use crate::guest::service;
+use crate::making::Template;
 use crate::network::Plan;
-use crate::sandboxer::{CGROUP, PodState, VmmSandboxer};
+use crate::sandboxer::{PodState, VmmSandboxer};
 use crate::share::ShareTree;
-use crate::template;
 use crate::vmm::{
     self, Boot, Channel, Console, Disk, DiskFormat, Feature, Features, Launcher, Nic, Range, Root,
-    Share, ShareKind, Vm, VmSpec, Vmm,
+    Share, Vm, VmSpec, Vmm,
 };
 
 /// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
@@ -45,9 +45,18 @@ fn last_words(log: &Path) -> String {
 }
 
 /// Whether pods can be machines of this VMM; said before anything is made.
-pub(crate) fn serves_pods(driver: &dyn Vmm) -> Result<()> {
+pub(crate) fn serves_pods(driver: &dyn Vmm, share: ShareBy) -> Result<()> {
+    let by = match share {
+        ShareBy::Virtiofs => (
+            Feature::Virtiofs,
+            "it has no shared directories, and a pod's volumes and files need one",
+        ),
+        ShareBy::Ninep => {
+            (Feature::Ninep, "it serves no files by 9p, which the configuration wants")
+        }
+    };
     let missing = [
-        (Feature::Virtiofs, "it has no shared directories, and a pod's volumes and files need one"),
+        by,
         (
             Feature::HybridVsock,
             "it has no vsock as unix sockets, over which the daemon talks to agents",
@@ -63,10 +72,59 @@ pub(crate) fn serves_pods(driver: &dyn Vmm) -> Result<()> {
     }
 }
 
-/// The template of a machine: its name, and where it is when there is one.
-struct Template {
-    key: String,
-    dir: Option<PathBuf>,
+/// A machine of this size, with a share and its agent's channel, and nothing yet of a pod's.
+pub(crate) fn plain(
+    config: &Config,
+    features: Features,
+    (id, dir): (String, &Path),
+    (cpus, memory): (u32, u32),
+    share: PathBuf,
+    console: PathBuf,
+    cgroups: Vec<PathBuf>,
+) -> Result<VmSpec> {
+    let images = config.guest.find().map_err(Error::FailedPrecondition)?;
+    let root = match images.root {
+        RootImage::Initrd(path) => Root::Initrd(path),
+        RootImage::Erofs(path) => Root::Image {
+            disk: Disk::open("root", &path, DiskFormat::Raw, true).map_err(machine)?,
+            fstype: "erofs".into(),
+        },
+    };
+    let (more_cpus, more_memory) = config.size.growth(cpus, memory);
+    let range = |feature, range: Range| {
+        if features.has(feature) { range } else { Range::fixed(range.at_boot) }
+    };
+    Ok(VmSpec {
+        id,
+        dir: dir.to_owned(),
+        cpus: range(Feature::CpuResize, more_cpus),
+        memory_mib: range(Feature::MemoryResize, more_memory),
+        hugepages: config.size.hugepages,
+        boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
+        shares: vec![Share {
+            tag: vmm_common::SHARE_TAG.into(),
+            dir: share,
+            kind: config.share.kind(),
+            read_only: false,
+        }],
+        nics: Vec::new(),
+        disks: Vec::new(),
+        channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
+        entropy: true,
+        console: Console { log: console, limit: config.guest.console_bytes },
+        netns: None,
+        cgroups,
+    })
+}
+
+/// A machine whose agent has its token.
+pub(crate) struct Running {
+    pub vm: Arc<dyn Vm>,
+    pub token: String,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// CPUs that it was given since its kernel booted, all together: the guest has to use them.
+    pub cpus: Option<u32>,
 }
 
 impl VmmSandboxer {
@@ -82,46 +140,18 @@ impl VmmSandboxer {
         nics: Vec<Nic>,
         cgroup: &Cgroup,
     ) -> Result<VmSpec> {
-        let images = config.guest.find().map_err(Error::FailedPrecondition)?;
-        let root = match images.root {
-            RootImage::Initrd(path) => Root::Initrd(path),
-            RootImage::Erofs(path) => Root::Image {
-                disk: Disk::open("root", &path, DiskFormat::Raw, true).map_err(machine)?,
-                fstype: "erofs".into(),
-            },
-        };
         let linux = &ctx.spec.config.linux;
         let resources = linux.resources.as_ref().cloned().unwrap_or_default();
-        let (cpus, memory) = config.size.of(
+        let size = config.size.of(
             resources.cpu_quota,
             resources.cpu_period,
             resources.memory_limit_in_bytes,
         );
-        let (more_cpus, more_memory) = config.size.growth(cpus, memory);
-        let range = |feature, range: Range| {
-            if features.has(feature) { range } else { Range::fixed(range.at_boot) }
-        };
-        Ok(VmSpec {
-            id: ctx.spec.id.clone(),
-            dir: dir.to_owned(),
-            cpus: range(Feature::CpuResize, more_cpus),
-            memory_mib: range(Feature::MemoryResize, more_memory),
-            hugepages: config.size.hugepages,
-            boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
-            shares: vec![Share {
-                tag: vmm_common::SHARE_TAG.into(),
-                dir: ShareTree::new(&ctx.dir).served(),
-                kind: ShareKind::Virtiofs,
-                read_only: false,
-            }],
-            nics,
-            disks: Vec::new(),
-            channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
-            entropy: true,
-            console: Console { log: ctx.dir.join(CONSOLE), limit: config.guest.console_bytes },
-            netns,
-            cgroups: cgroup.entrances(),
-        })
+        let (share, console) = (ShareTree::new(&ctx.dir).served(), ctx.dir.join(CONSOLE));
+        let name = (ctx.spec.id.clone(), dir);
+        let entrances = cgroup.entrances();
+        let plain = plain(config, features, name, size, share, console, entrances)?;
+        Ok(VmSpec { nics, netns, ..plain })
     }
 
     /// Starts the machine of a pod whose taps are there, up to the agent's answer.
@@ -145,41 +175,41 @@ impl VmmSandboxer {
         blocking(move || made.create().map(drop).map_err(host("make the machine's cgroup")))
             .await?;
         let dir = state.machine_dir.clone().unwrap_or_default();
-        if let Some(parent) = dir.parent() {
-            kuasar_host::record::private_dir(parent)
-                .map_err(host("make the machines' directory"))?;
-        }
-        kuasar_host::record::private_dir(&dir).map_err(host("make the machine's directory"))?;
         let spec = self.vm_spec(ctx, config, driver.features(), &dir, netns, nics, &cgroup)?;
         let template = self.template(config, &driver, &spec).await;
-        let copied = match &template {
-            Some(Template { key, dir: Some(saved) }) => {
-                let copy = self.attempt(ctx, config, state, &driver, &launcher, &spec, Some(saved));
-                match copy.await {
-                    Ok(running) => Some(running),
-                    Err(error) => {
-                        tracing::warn!(sandbox = ctx.spec.id, error = %error.chain(),
-                            "no copy of the template: the pod boots cold");
-                        self.templates.reject(key);
-                        None
-                    }
-                }
-            }
-            _ => None,
+        let pooled = match &template {
+            Some(_) => self.take_pooled(ctx, config, state, &driver, &spec, &cgroup).await?,
+            None => None,
         };
-        let (vm, token) = match copied {
+        let running = match pooled {
             Some(running) => running,
-            None => self.attempt(ctx, config, state, &driver, &launcher, &spec, None).await?,
+            None => {
+                let started =
+                    self.start_machine(ctx, config, state, (&driver, &launcher), &spec, &template);
+                let (vm, token) = started.await?;
+                Running { vm, token, dir, cpus: None }
+            }
         };
-        if let Some(Template { key, dir: None }) = template {
-            self.make_template(config, kind, &spec, key);
+        if let Some(Template { key, dir: None }) = template
+            && let Some(turn) = self.templates.turn(&key)
+        {
+            let (machinery, config) = (self.machinery.clone(), self.config());
+            // Without the taps, which end with their last descriptor.
+            let like = VmSpec { nics: Vec::new(), netns: None, ..spec.clone() };
+            tokio::spawn(machinery.make_template(turn, config, kind, like, key));
         }
         // The machine has its own copies; ours would keep the taps.
         drop(spec);
         let gone = watch::channel(false);
+        let Running { vm, token, dir, cpus } = running;
         let pid = vm.pid();
         let dial = Arc::new(Hybrid(uds(&dir)));
         let (_tasks, guest) = self.insert(ctx, config, vm, token, dial, gone)?;
+        if let Some(cpus) = cpus {
+            let plugged = wire::OnlineRequest { cpus, ..wire::OnlineRequest::default() };
+            let _: wire::OnlineResponse =
+                guest.call_again(service::GUEST, "Online", &plugged).await?;
+        }
         let begun = Instant::now();
         let question = Self::setup(ctx, config, plan)?;
         let limit = Some(config.guest_timeouts.create);
@@ -198,6 +228,43 @@ impl VmmSandboxer {
         kuasar_daemon::metrics::observe("guest_setup", begun.elapsed());
         self.follow_network(ctx, Some(plan.network.clone()));
         Ok(pid)
+    }
+
+    /// Starts the pod's own machine: from its template where there is one, else cold.
+    async fn start_machine(
+        &self,
+        ctx: &SandboxContext,
+        config: &Config,
+        state: &mut PodState,
+        (driver, launcher): (&Arc<dyn Vmm>, &Launcher),
+        spec: &VmSpec,
+        template: &Option<Template>,
+    ) -> Result<(Arc<dyn Vm>, String)> {
+        if let Some(parent) = spec.dir.parent() {
+            kuasar_host::record::private_dir(parent)
+                .map_err(host("make the machines' directory"))?;
+        }
+        kuasar_host::record::private_dir(&spec.dir)
+            .map_err(host("make the machine's directory"))?;
+        let copied = match template {
+            Some(Template { key, dir: Some(saved) }) => {
+                let copy = self.attempt(ctx, config, state, driver, launcher, spec, Some(saved));
+                match copy.await {
+                    Ok(running) => Some(running),
+                    Err(error) => {
+                        tracing::warn!(sandbox = ctx.spec.id, error = %error.chain(),
+                            "no copy of the template: the pod boots cold");
+                        self.templates.reject(key);
+                        None
+                    }
+                }
+            }
+            _ => None,
+        };
+        match copied {
+            Some(running) => Ok(running),
+            None => self.attempt(ctx, config, state, driver, launcher, spec, None).await,
+        }
     }
 
     /// Starts a machine, cold or from what was `saved`, and welcomes its agent. Answers it with
@@ -267,100 +334,6 @@ impl VmmSandboxer {
         self.save(ctx, state).await?;
         Ok((vm, token))
     }
-
-    /// The template for a machine like `spec`, where there are templates.
-    async fn template(
-        &self,
-        config: &Config,
-        driver: &Arc<dyn Vmm>,
-        spec: &VmSpec,
-    ) -> Option<Template> {
-        let features = driver.features();
-        // What a template does not have is plugged in after its copy has begun to run.
-        let able = features.has(Feature::Snapshot) && features.has(Feature::NicHotplug);
-        if !config.template.enabled || !able {
-            return None;
-        }
-        let (templates, driver, spec) = (self.templates.clone(), driver.clone(), spec.clone());
-        let found = blocking(move || {
-            let key = templates.key(&*driver, &spec).map_err(machine)?;
-            Ok(Template { dir: templates.find(&key), key })
-        });
-        match found.await {
-            Ok(found) => Some(found),
-            Err(error) => {
-                tracing::warn!(error = %error.chain(), "pods start without templates");
-                None
-            }
-        }
-    }
-
-    /// Makes a template in the background, unless one is being made.
-    fn make_template(&self, config: &Config, kind: vmm::Kind, spec: &VmSpec, key: String) {
-        let Some(turn) = self.templates.turn(&key) else { return };
-        // Not the pod's user: it is another machine, and it may outlive the pod.
-        let name = format!("{}{key}", template::PREFIX);
-        let driver = self.user(&name, config).and_then(|user| self.vmm(config, kind, user));
-        let driver = match driver {
-            Ok((driver, _)) => driver,
-            Err(error) => return tracing::warn!(error = %error.chain(), "no template"),
-        };
-        let dir = self.template_dir(&key);
-        let group = match self.cgroups.group(&self.template_cgroup()) {
-            Ok(group) => group,
-            Err(error) => return tracing::warn!(%error, "no cgroup for a template"),
-        };
-        let spec = template::machine(spec, &key, &dir, group.entrances());
-        let (limit, most) = (config.guest_timeouts.boot, config.template.most);
-        let (templates, users) = (self.templates.clone(), self.users.clone());
-        tokio::spawn(async move {
-            let _turn = turn;
-            let begun = Instant::now();
-            let made = async {
-                group.create().map_err(vmm::Error::from)?;
-                kuasar_host::record::private_dir(&dir)?;
-                templates.make(&*driver, &spec, &key, limit, most).await
-            };
-            match made.await {
-                Ok(()) => tracing::info!(key, took = ?begun.elapsed(), "a template is ready"),
-                Err(error) => {
-                    tracing::warn!(key, error = chain(&error), "no template: pods boot cold")
-                }
-            }
-            let _ = std::fs::remove_dir_all(&dir);
-            let removed = tokio::task::spawn_blocking(move || group.remove(CGROUP)).await;
-            if !matches!(removed, Ok(Ok(()))) {
-                tracing::warn!("the cgroup of a template's machine is left");
-            }
-            users.release(&name);
-        });
-    }
-
-    fn template_dir(&self, key: &str) -> PathBuf {
-        self.dir.join("vm").join(format!("t-{}", key.get(..8).unwrap_or(key)))
-    }
-
-    /// One for each state directory: two daemons on a host do not end each other's machines.
-    fn template_cgroup(&self) -> String {
-        let dir = self.dir.to_string_lossy().replace('/', "_");
-        format!("/kuasar-vmm/template{dir}")
-    }
-
-    /// Ends and removes what a daemon that died while it made a template has left.
-    pub(crate) fn sweep_templates(&self) -> Result<()> {
-        self.templates.sweep();
-        let group =
-            self.cgroups.group(&self.template_cgroup()).map_err(host("the templates' cgroup"))?;
-        if group.exists() {
-            let _ = group.signal_all(libc::SIGKILL);
-            group.remove(CGROUP).map_err(host("remove the templates' cgroup"))?;
-        }
-        let dirs = std::fs::read_dir(self.dir.join("vm")).into_iter().flatten().flatten();
-        for entry in dirs.filter(|entry| entry.file_name().to_string_lossy().starts_with("t-")) {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -375,15 +348,19 @@ mod tests {
     #[tokio::test]
     async fn a_vmm_that_cannot_hold_pods_is_refused_with_the_reason() {
         let launcher = || Launcher::new(Arc::new(Local::new().unwrap()), None);
-        serves_pods(&Qemu::new(Default::default(), Default::default(), launcher())).unwrap();
+        let qemu = Qemu::new(Default::default(), Default::default(), launcher());
+        serves_pods(&qemu, ShareBy::Virtiofs).unwrap();
+        serves_pods(&qemu, ShareBy::Ninep).unwrap();
         let hypervisor = CloudHypervisor::new(Default::default(), Default::default(), launcher());
-        serves_pods(&hypervisor).unwrap();
+        serves_pods(&hypervisor, ShareBy::Virtiofs).unwrap();
+        let error = serves_pods(&hypervisor, ShareBy::Ninep).unwrap_err().to_string();
+        assert!(error.contains("9p"), "{error}");
         let firecracker = Firecracker::new(Default::default(), launcher());
         let stratovirt = StratoVirt::new(Default::default(), Default::default(), launcher());
         let refused: [(&dyn Vmm, _); 2] =
             [(&firecracker, "no shared directories"), (&stratovirt, "no vsock as unix sockets")];
         for (driver, why) in refused {
-            let error = serves_pods(driver).unwrap_err();
+            let error = serves_pods(driver, ShareBy::Virtiofs).unwrap_err();
             assert!(matches!(&error, Error::Unimplemented(text) if text.contains(why)), "{error}");
         }
     }

@@ -15,10 +15,13 @@ use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::QemuConfig;
 use crate::vmm::stratovirt::StratoVirtConfig;
-use crate::vmm::{Kind, Range};
+use crate::vmm::{Kind, Range, ShareKind};
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
+
+/// Most machines of the pool.
+const MOST_POOLED: u32 = 64;
 
 /// What `vmm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
 /// are errors.
@@ -54,6 +57,8 @@ pub struct Config {
     pub stratovirt: StratoVirtConfig,
     /// Firecracker.
     pub firecracker: FirecrackerConfig,
+    /// How pods' files reach their guests.
+    pub share: ShareBy,
     /// What a pod on the host's network gets.
     pub host_network: HostNetwork,
     /// Whom engines that announce their containers call.
@@ -61,6 +66,46 @@ pub struct Config {
     /// From [`CommonConfig::allowed_annotations`]: whether [`VMM_ANNOTATION`] counts.
     #[serde(skip)]
     pub heeds_annotation: bool,
+}
+
+/// How the files of a pod reach its guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareBy {
+    /// By a virtiofsd beside the VMM.
+    #[default]
+    Virtiofs,
+    /// By the VMM itself (QEMU), for hosts without virtiofsd.
+    #[serde(rename = "9p")]
+    Ninep,
+}
+
+impl ShareBy {
+    /// As drivers name it.
+    pub fn kind(self) -> ShareKind {
+        match self {
+            Self::Virtiofs => ShareKind::Virtiofs,
+            Self::Ninep => ShareKind::Ninep,
+        }
+    }
+
+    /// Options of the guest's mount.
+    pub fn options(self) -> Vec<String> {
+        match self {
+            Self::Virtiofs => Vec::new(),
+            // Without it no file can be mapped that is shared and written to
+            // (Linux, filesystems/9p).
+            Self::Ninep => vec!["cache=mmap".into()],
+        }
+    }
+
+    /// As the guest's agent names the file system.
+    pub fn file_system(self) -> &'static str {
+        match self {
+            Self::Virtiofs => "virtiofs",
+            Self::Ninep => "9p",
+        }
+    }
 }
 
 /// A VMM by name.
@@ -446,6 +491,25 @@ impl Config {
         if self.template.most == 0 || self.template.most > 64 {
             return Err(format!("template.most = {}: 1 to 64", self.template.most));
         }
+        let t = &self.template;
+        if t.pool > MOST_POOLED {
+            return Err(format!("template.pool = {}: at most {MOST_POOLED}", t.pool));
+        }
+        if t.pool > 0 && !t.enabled {
+            return Err(format!(
+                "template.pool = {}: machines of the pool are copies of a template: set \
+                 template.enabled = true",
+                t.pool
+            ));
+        }
+        if t.enabled && self.share == ShareBy::Ninep {
+            return Err("template.enabled = true: QEMU restores no machine with 9p: set share = \
+                        \"virtiofs\", or template.enabled = false"
+                .into());
+        }
+        if t.refill > Duration::from_secs(3600) {
+            return Err("template.refill: at most 1h".into());
+        }
         self.jail.check()
     }
 
@@ -491,6 +555,11 @@ mod tests {
         assert!(check("size = { cpus = 0 }").contains("size.cpus"));
         assert!(check("size = { memory_mib = 1 }").contains("size.memory_mib"));
         assert!(check("guest_timeouts = { boot = '0s' }").contains("guest_timeouts.boot"));
+        assert!(check("template = { pool = 1 }").contains("template.enabled = true"));
+        assert!(check("template = { enabled = true, pool = 65 }").contains("template.pool = 65"));
+        let ninep = "share = '9p'\ntemplate = { enabled = true }";
+        assert!(check(ninep).contains("share = \"virtiofs\""));
+        assert!(check("template = { refill = '2h' }").contains("template.refill"));
         assert!(toml::from_str::<Config>("vmm = 'bochs'").is_err());
         assert!(toml::from_str::<Config>("nonsense = 1").is_err());
         Config::default().check().unwrap();

@@ -1,7 +1,7 @@
 //! The resident daemon: its configuration, and the parts that only this sandboxer has.
 
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use kuasar_daemon::args::DaemonArgs;
 use kuasar_daemon::common::CommonConfig;
@@ -35,12 +35,20 @@ pub async fn run(
     }
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let config = shared.clone();
-    let make =
-        |parts: &resident::Parts| Ok(VmmSandboxer::new(config.clone(), parts, cgroups, dir, exe));
+    let pool = Arc::new(OnceLock::new());
+    let told = pool.clone();
+    let make = |parts: &resident::Parts| {
+        let sandboxer = VmmSandboxer::new(config.clone(), parts, cgroups, dir, exe);
+        let _ = told.set(sandboxer.pool.clone());
+        Ok(sandboxer)
+    };
     let reload = move || {
         // Everything is checked, the log level too, before anything counts.
         let (common, new) = Config::load(args.config.as_deref())?;
         *shared.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+        if let Some(pool) = pool.get() {
+            pool.look();
+        }
         let log_level = args.log_level.clone().or(common.log_level);
         Ok(CommonConfig { log_level, ..common })
     };

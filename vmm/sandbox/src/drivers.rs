@@ -1,16 +1,20 @@
-//! The VMM of a pod: which driver, as which user, through which jail, and where its guest is dialled.
+//! What machines are started with, whoever they are for: which driver, as which user, through which
+//! jail, and where a guest is dialled.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result};
+use kuasar_host::cgroup::Layout;
+use sandbox_parent::client::Parent;
 use tokio::net::UnixStream;
 
 use crate::config::Config;
 use crate::guest::Dial;
-use crate::sandboxer::VmmSandboxer;
+use crate::jail::Users;
+use crate::template::Templates;
 use crate::vmm::cloud_hypervisor::CloudHypervisor;
 use crate::vmm::firecracker::Firecracker;
 use crate::vmm::helpers::HelpersConfig;
@@ -33,7 +37,46 @@ pub(crate) fn uds(dir: &Path) -> PathBuf {
     dir.join("v").join("s")
 }
 
-impl VmmSandboxer {
+/// What pods, templates and the pool have in common to start machines.
+pub struct Machinery {
+    config: Arc<RwLock<Arc<Config>>>,
+    pub(crate) parent: Parent,
+    pub(crate) cgroups: Arc<Layout>,
+    /// The daemon's state directory.
+    pub(crate) dir: PathBuf,
+    /// This program, which is the jailer, too.
+    exe: PathBuf,
+    pub(crate) templates: Arc<Templates>,
+    pub(crate) users: Arc<Users>,
+}
+
+impl Machinery {
+    /// Machines of a daemon whose state is below `dir`.
+    pub(crate) fn new(
+        config: Arc<RwLock<Arc<Config>>>,
+        parent: Parent,
+        cgroups: Layout,
+        dir: PathBuf,
+        exe: PathBuf,
+    ) -> Self {
+        let configured = config.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let templates = configured.template.dir.clone().unwrap_or_else(|| dir.join("templates"));
+        Self {
+            config,
+            parent,
+            cgroups: Arc::new(cgroups),
+            dir,
+            exe,
+            templates: Arc::new(Templates::new(templates)),
+            users: Arc::default(),
+        }
+    }
+
+    /// The configuration as it is now.
+    pub(crate) fn config(&self) -> Arc<Config> {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The user of machine `id`; `None` where all machines have the same.
     pub(crate) fn user(&self, id: &str, config: &Config) -> Result<Option<u32>> {
         let range = config.jail.uid_range;

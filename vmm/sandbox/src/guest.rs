@@ -54,20 +54,20 @@ pub fn now_ns() -> i64 {
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// Waits for the guest to say that it serves, and gives it its token. One connection is taken:
-/// the first process of the guest has the port before any container exists.
-///
-/// # Errors
-/// [`GuestError::Deadline`]; [`GuestError::Nonsense`] for a guest that says something else, or is
-/// of another version.
-pub async fn welcome(
-    listener: &UnixListener,
-    sandbox: &str,
-    limit: Duration,
-) -> Result<(Ready, String)> {
-    let random = |n| random_hex(n).map_err(|e| GuestError::Broken(format!("no random bytes: {e}")));
-    let (token, entropy) = (random(32)?, random(64)?);
-    let talk = async {
+/// An agent that has said that it serves, and waits for its token.
+#[derive(Debug)]
+pub struct Waiting {
+    stream: UnixStream,
+    ready: Ready,
+}
+
+impl Waiting {
+    /// Waits for the guest to say that it serves. One connection is taken: the first process of
+    /// the guest has the port before any container exists.
+    ///
+    /// # Errors
+    /// [`GuestError::Nonsense`] for a guest that says something else, or is of another version.
+    pub async fn accept(listener: &UnixListener) -> Result<Self> {
         let (mut stream, _) =
             listener.accept().await.map_err(|e| GuestError::Broken(e.to_string()))?;
         let ready: Ready = handshake::read_json(&mut stream).await.map_err(greeting)?;
@@ -79,29 +79,51 @@ pub async fn welcome(
                 handshake::PROTOCOL
             )));
         }
+        Ok(Self { stream, ready })
+    }
+
+    /// Gives the agent its sandbox, a token, the time and entropy, all of this moment.
+    ///
+    /// # Errors
+    /// [`GuestError`]; an agent that was not answered for long has gone, and dials again.
+    pub async fn welcome(mut self, sandbox: &str) -> Result<(Ready, String)> {
+        let random =
+            |n| random_hex(n).map_err(|e| GuestError::Broken(format!("no random bytes: {e}")));
+        let (token, entropy) = (random(32)?, random(64)?);
         let welcome = Welcome {
             token: token.clone(),
             now_ns: now_ns(),
             entropy,
             sandbox_id: sandbox.to_owned(),
         };
-        handshake::write_json(&mut stream, &welcome).await.map_err(greeting)?;
-        let answer: serde_json::Value =
-            handshake::read_json(&mut stream).await.map_err(greeting)?;
+        let stream = &mut self.stream;
+        handshake::write_json(stream, &welcome).await.map_err(greeting)?;
+        let answer: serde_json::Value = handshake::read_json(stream).await.map_err(greeting)?;
         if answer.get("ok") != Some(&serde_json::Value::Bool(true)) {
             return Err(GuestError::Nonsense("it did not accept its token".into()));
         }
-        Ok(Ready {
-            protocol: ready.protocol,
-            agent_version: clean(&ready.agent_version),
-            kernel_release: clean(&ready.kernel_release),
-            boot_id: clean(&ready.boot_id),
-        })
-    };
-    match tokio::time::timeout(limit, talk).await {
-        Ok(ready) => ready.map(|ready| (ready, token)),
-        Err(_) => Err(GuestError::Deadline { what: "after its boot".into(), limit }),
+        let ready = Ready {
+            protocol: self.ready.protocol,
+            agent_version: clean(&self.ready.agent_version),
+            kernel_release: clean(&self.ready.kernel_release),
+            boot_id: clean(&self.ready.boot_id),
+        };
+        Ok((ready, token))
     }
+}
+
+/// Waits for the guest to say that it serves, and gives it its token.
+///
+/// # Errors
+/// [`GuestError::Deadline`], and as [`Waiting`]'s.
+pub async fn welcome(
+    listener: &UnixListener,
+    sandbox: &str,
+    limit: Duration,
+) -> Result<(Ready, String)> {
+    let talk = async { Waiting::accept(listener).await?.welcome(sandbox).await };
+    let late = |_| GuestError::Deadline { what: "after its boot".into(), limit };
+    tokio::time::timeout(limit, talk).await.map_err(late)?
 }
 
 fn greeting(error: HandshakeError) -> GuestError {

@@ -1,5 +1,6 @@
 //! Sandboxes that are microVMs.
 
+mod adopt;
 mod announced;
 pub mod block;
 mod boot;
@@ -11,8 +12,10 @@ pub mod forward;
 mod growth;
 pub mod guest;
 pub mod jail;
+mod making;
 pub mod network;
 mod nics;
+mod pool;
 mod prepare;
 pub mod runtime;
 pub mod sandboxer;

@@ -13,7 +13,8 @@
 //! A machine that ends by itself is seen by the exit of its VMM: its containers end with 137 and
 //! the Controller is told.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -32,7 +33,6 @@ use kuasar_host::cgroup::Layout;
 use kuasar_oci::pod::Modes;
 use kuasar_pod::files::{self, host};
 use protobuf::MessageField;
-use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use vmm_common::{guest as wire, port};
@@ -41,14 +41,13 @@ use crate::announced::Announced;
 use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
 use crate::config::{Config, HostNetwork, TaskEndpoint};
-use crate::drivers::{Hybrid, uds};
+use crate::drivers::{Hybrid, Machinery, uds};
 use crate::errors::{chain, machine, net, task};
 use crate::guest::{Dial, Guest, Limits, service};
-use crate::jail::Users;
 use crate::network::{self, Interface, Plan};
+use crate::pool::Pool;
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
-use crate::template::Templates;
 use crate::vmm::{Vm, VmState};
 use crate::watch::{watch_end, watch_events, watch_health, watch_helpers};
 
@@ -97,17 +96,20 @@ impl Drop for Live {
 
 /// Makes and removes pods.
 pub struct VmmSandboxer {
-    config: Arc<RwLock<Arc<Config>>>,
-    pub(crate) parent: Parent,
+    pub(crate) machinery: Arc<Machinery>,
+    pub(crate) pool: Arc<Pool>,
     /// Whether sandbox-parent was started by this daemon and knows nothing of older pods.
     fresh: bool,
-    pub(crate) cgroups: Arc<Layout>,
-    pub(crate) dir: PathBuf,
-    pub(crate) exe: PathBuf,
     servers: Arc<TaskServers>,
     live: Mutex<HashMap<String, Arc<Live>>>,
-    pub(crate) templates: Arc<Templates>,
-    pub(crate) users: Arc<Users>,
+}
+
+impl Deref for VmmSandboxer {
+    type Target = Machinery;
+
+    fn deref(&self) -> &Machinery {
+        &self.machinery
+    }
 }
 
 pub(crate) fn state(ctx: &SandboxContext) -> PodState {
@@ -129,24 +131,15 @@ impl VmmSandboxer {
         dir: PathBuf,
         exe: PathBuf,
     ) -> Self {
-        let configured = config.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let templates = configured.template.dir.clone().unwrap_or_else(|| dir.join("templates"));
+        let machinery = Machinery::new(config, parts.parent.clone(), cgroups, dir, exe);
+        let machinery = Arc::new(machinery);
         Self {
-            config,
-            parent: parts.parent.clone(),
+            pool: Pool::new(machinery.clone()),
+            machinery,
             fresh: parts.fresh,
-            cgroups: Arc::new(cgroups),
-            templates: Arc::new(Templates::new(templates)),
-            users: Arc::default(),
-            dir,
-            exe,
             servers: parts.servers.clone(),
             live: Mutex::default(),
         }
-    }
-
-    pub(crate) fn config(&self) -> Arc<Config> {
-        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn live(&self) -> MutexGuard<'_, HashMap<String, Arc<Live>>> {
@@ -222,7 +215,8 @@ impl VmmSandboxer {
         let sysctls = files::sysctls(&ctx.spec.config, own, config.guest.unprivileged_ports)?;
         let share = wire::Storage {
             id: "share".into(),
-            kind: "virtiofs".into(),
+            kind: config.share.file_system().into(),
+            options: config.share.options(),
             source: vmm_common::SHARE_TAG.into(),
             target: vmm_common::SHARE_PATH.into(),
             ..wire::Storage::default()
@@ -419,7 +413,7 @@ impl Sandboxer for VmmSandboxer {
             .vmm_of(&spec.runtime, &spec.config.annotations)
             .map_err(Error::InvalidArgument)?
             .kind();
-        crate::boot::serves_pods(&*self.vmm(&config, kind, None)?.0)?;
+        crate::boot::serves_pods(&*self.vmm(&config, kind, None)?.0, config.share)?;
         config.guest.find().map_err(Error::FailedPrecondition)?;
         files::sysctls(&spec.config, modes, false)?;
         if files::has_userns(&spec.config) {
@@ -532,6 +526,10 @@ impl Sandboxer for VmmSandboxer {
         let (dir, layout) = (ctx.dir.clone(), self.cgroups.clone());
         blocking(move || {
             ShareTree::new(&dir).remove().map_err(task)?;
+            if let Some(dir) = &state.machine_dir {
+                // Where a machine of the pool had its tree before it was a pod's.
+                ShareTree::new(dir).remove().map_err(task)?;
+            }
             kuasar_host::mount::unmount_below(&dir).map_err(host("unmount the pod's files"))?;
             if let Some(path) = &state.own_cgroup {
                 let group = layout.group(path).map_err(host("the pod's cgroup"))?;
@@ -637,11 +635,14 @@ impl Sandboxer for VmmSandboxer {
             .kept()
             .await
             .map_err(|error| Error::internal("ask sandbox-parent what it keeps", error))?;
+        // Machines that came out of the pool have names of their own.
+        let named: BTreeSet<String> =
+            self.live().values().map(|live| live.vm.state().id.clone()).collect();
         let mut strangers: Vec<&str> = names
             .iter()
             .filter_map(|name| name.split_once('/').map(|(id, _)| id))
             .filter(|id| *id != kuasar_daemon::sockets::OWN_GROUP)
-            .filter(|id| known.iter().all(|known| known != id))
+            .filter(|id| known.iter().all(|known| known != id) && !named.contains(*id))
             .collect();
         strangers.dedup();
         for id in strangers {
@@ -650,6 +651,7 @@ impl Sandboxer for VmmSandboxer {
         }
         let (dir, known) = (self.dir.clone(), known.to_vec());
         self.sweep_templates()?;
+        self.pool.sweep().await?;
         blocking(move || {
             for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
                 let ours = mount
@@ -662,7 +664,9 @@ impl Sandboxer for VmmSandboxer {
             }
             Ok(())
         })
-        .await
+        .await?;
+        self.pool.begin();
+        Ok(())
     }
 
     async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>> {
@@ -687,20 +691,26 @@ impl Sandboxer for VmmSandboxer {
                 "no console log is kept: set guest.console_bytes in the configuration".into(),
             ));
         }
-        Ok(ctx.dir.join(CONSOLE))
+        // That of a machine of the pool began before the pod.
+        Ok(state(ctx).vm.map_or_else(|| ctx.dir.join(CONSOLE), |vm| vm.console.0))
     }
 
     async fn templates(&self, what: TemplateJob) -> Result<TemplateList> {
         let (templates, enabled) = (self.templates.clone(), self.config().template.enabled);
+        let pool = self.pool.info();
         blocking(move || {
             let dir = templates.dir().to_owned();
             let work = templates.work(&what).map_err(|error| match error {
                 crate::vmm::Error::Invalid(text) => Error::NotFound(text),
                 other => Error::internal("templates", other),
             });
-            Ok(TemplateList { enabled, dir, templates: work? })
+            Ok(TemplateList { enabled, dir, templates: work?, pool })
         })
         .await
+    }
+
+    async fn finish(&self) {
+        self.pool.finish().await;
     }
 
     async fn metrics(&self, ctx: &SandboxContext) -> Result<(String, Vec<u8>)> {

@@ -73,6 +73,20 @@ impl ShareTree {
             .map_err(system("make the served tree a slave"))
     }
 
+    /// Takes over the tree of a machine that was there before its pod: what is mounted in this tree from now on
+    /// is seen by whoever serves the other one. Nothing of `other` stays mounted where it was.
+    ///
+    /// # Errors
+    /// When a mount fails: [`ShareTree::remove`] both.
+    pub fn take_over(&self, other: &Self) -> Result<()> {
+        self.remove()?;
+        let (from, to) = (other.share(), self.share());
+        // A copy of a shared mount is of the same group, so the slaves of one are those of both.
+        nix::mount::mount(Some(&from), &to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|error| Error::internal("take the machine's tree over", error))?;
+        other.remove()
+    }
+
     /// Removes every mount of the pod. Idempotent.
     ///
     /// # Errors
@@ -188,6 +202,40 @@ mod tests {
 
     fn errno(result: std::io::Result<()>) -> Option<i32> {
         result.err().and_then(|e| e.raw_os_error())
+    }
+
+    #[test]
+    fn a_tree_that_is_taken_over_shows_what_comes_later_to_who_served_it_before() {
+        apart(|dir| {
+            let image = dir.join("image");
+            std::fs::create_dir(&image).unwrap();
+            std::fs::write(image.join("file"), "x").unwrap();
+            let [pool, pod] = ["pool", "pod"].map(|name| {
+                std::fs::create_dir(dir.join(name)).unwrap();
+                ShareTree::new(&dir.join(name))
+            });
+            pool.make().unwrap();
+            pod.make().unwrap();
+            // As virtiofsd has it in its jail: a slave, which stays when the daemon's own goes.
+            let jail = dir.join("jail");
+            std::fs::create_dir(&jail).unwrap();
+            let none = None::<&str>;
+            let bind = |flags| nix::mount::mount(Some(&pool.served()), &jail, none, flags, none);
+            bind(MsFlags::MS_BIND | MsFlags::MS_REC).unwrap();
+            nix::mount::mount(none, &jail, none, MsFlags::MS_SLAVE, none).unwrap();
+            pod.take_over(&pool).unwrap();
+            let below = |dir: &Path| kuasar_host::mount::mounts_below(dir).unwrap().len();
+            assert_eq!(below(&dir.join("pool")), 0);
+            kuasar_host::record::private_dir(&dir.join("pod/containers/c")).unwrap();
+            pod.add_rootfs("c", &[self::bind(&image)], Path::new("/nowhere")).unwrap();
+            assert_eq!(std::fs::read(jail.join("c/rootfs/file")).unwrap(), b"x");
+            assert_eq!(errno(std::fs::write(jail.join("new"), "")), Some(libc::EROFS));
+            pod.remove_container("c").unwrap();
+            assert!(!jail.join("c").exists());
+            nix::mount::umount(&jail).unwrap();
+            pod.remove().unwrap();
+            assert_eq!(below(dir), 0);
+        });
     }
 
     #[test]

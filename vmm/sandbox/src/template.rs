@@ -57,11 +57,23 @@ pub struct TemplateConfig {
     /// How long a copy may take until its agent serves; then the pod boots cold.
     #[serde(with = "kuasar_daemon::common::duration")]
     pub ready: Duration,
+    /// Machines that are kept ready for pods of the default size; 0 keeps none.
+    pub pool: u32,
+    /// Pause between two machines that are made for the pool.
+    #[serde(with = "kuasar_daemon::common::duration")]
+    pub refill: Duration,
 }
 
 impl Default for TemplateConfig {
     fn default() -> Self {
-        Self { enabled: false, dir: None, most: 4, ready: Duration::from_secs(10) }
+        Self {
+            enabled: false,
+            dir: None,
+            most: 4,
+            ready: Duration::from_secs(10),
+            pool: 0,
+            refill: Duration::from_secs(1),
+        }
     }
 }
 

@@ -251,6 +251,53 @@ async fn virtiofsds_role_keeps_what_serving_files_takes_and_follows_the_hosts_mo
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_vmm_that_serves_files_acts_for_every_user_on_its_tree_alone_and_is_not_root() {
+    if !root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    let (inside, secret) = (tree.join("file"), dir.path().join("secret"));
+    for file in [&inside, &secret] {
+        fs::write(file, "x").unwrap();
+        std::os::unix::fs::chown(file, Some(4711), Some(4711)).unwrap();
+        fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    let start = async |line: &str| {
+        let mut view = View::new(Role::ServingVmm);
+        view.shared_tree = Some(tree.clone());
+        let mut config = config();
+        config.libraries.push("/bin".into());
+        let argv = ["/bin/sh", "-c", line];
+        run(&launcher(config), &argv, view, &Fds::default(), &[], None).await.unwrap()
+    };
+    let jailed = start("exec /bin/sleep 1000").await;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while read(&jailed, "comm").trim() != "sleep" {
+        assert!(Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let status = read(&jailed, "status");
+    assert_eq!(field(&status, "Uid:"), format!("{UID} {UID} {UID} {UID}"));
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID.
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(field(&status, set), "000000000000001b", "{set}");
+    }
+    assert_eq!(
+        (field(&status, "NoNewPrivs:"), field(&status, "Seccomp:")),
+        ("1".into(), "2".into())
+    );
+    jailed.kill().await.unwrap();
+    // Another's file in the tree is its to read and to give away; what is beside the tree is not there.
+    let (inside, secret) = (inside.display(), secret.display());
+    let line = format!("cat {inside} && chown 1:1 {inside} && ! cat {secret}");
+    assert_eq!(start(&line).await.wait().await.unwrap().status, 0);
+    let line = format!("mknod {inside}.device b 7 0");
+    assert_ne!(start(&line).await.wait().await.unwrap().status, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_jail_that_cannot_be_built_names_the_step_and_leaves_no_process() {
     if !root() {
         return;

@@ -29,9 +29,11 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// Runs as PID 1; ends the machine when it cannot.
 pub fn main() -> ! {
     let started_ns = boot::now_ns();
+    let mut steps = boot::Steps::default();
     let mut options = Options::default();
-    let run =
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(started_ns, &mut options)));
+    let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        run(started_ns, &mut steps, &mut options)
+    }));
     match run {
         Ok(Ok(never)) => match never {},
         Ok(Err(error)) => tracing::error!("cannot serve: {error}"),
@@ -41,14 +43,20 @@ pub fn main() -> ! {
     power::end(options.poweroff)
 }
 
-fn run(started_ns: u64, options: &mut Options) -> Result<Infallible, Failure> {
+fn run(
+    started_ns: u64,
+    steps: &mut boot::Steps,
+    options: &mut Options,
+) -> Result<Infallible, Failure> {
     // One arena: threads come and go, and their memory would not.
     // SAFETY: plain call before there is a second thread.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // SAFETY: nobody else reads or writes the environment now.
     unsafe { std::env::set_var("PATH", "/usr/sbin:/usr/bin:/sbin:/bin") };
     let not_loaded = modules::load();
+    steps.end_of("modules");
     let mounted = boot::mounts();
+    steps.end_of("mounts");
     let (read, unknown) = Options::read();
     *options = read;
     if let Ok(file) = std::fs::OpenOptions::new().write(true).open("/dev/kmsg") {
@@ -67,19 +75,27 @@ fn run(started_ns: u64, options: &mut Options) -> Result<Infallible, Failure> {
     for option in unknown {
         tracing::warn!(option, "the kernel's command line has an option that is not known");
     }
+    steps.end_of("log and options");
     boot::settings(options.debug);
+    steps.end_of("limits, lo and cgroups");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(limits::STACK)
         .max_blocking_threads(limits::THREADS)
         .thread_keep_alive(std::time::Duration::from_secs(1))
         .build()?;
-    runtime.block_on(serve(started_ns, options.clone()))
+    steps.end_of("runtime");
+    runtime.block_on(serve(started_ns, steps, options.clone()))
 }
 
-async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure> {
+async fn serve(
+    started_ns: u64,
+    steps: &mut boot::Steps,
+    options: Options,
+) -> Result<Infallible, Failure> {
     let reaper = Reaper::default();
     reaper.run()?;
+    steps.end_of("reaper");
     let containers = Arc::new(GuestContainers::new(reaper.clone())?);
     let events = Arc::<Events>::default();
     let oom = events.clone();
@@ -118,12 +134,14 @@ async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure>
         poweroff: options.poweroff,
         started_ns,
         serving_ns: Default::default(),
+        steps: Default::default(),
         pod: Default::default(),
         pod_ready: Default::default(),
         ending: Default::default(),
         network: Default::default(),
     });
     let _server = ttrpc_server(connections, &tasks, &service).await?;
+    steps.end_of("services");
     let vsock = options.channel != Channel::Serial;
     let port = (options.channel != Channel::Vsock).then(serial::find).flatten();
     if vsock {
@@ -134,7 +152,9 @@ async fn serve(started_ns: u64, options: Options) -> Result<Infallible, Failure>
             Err(error) => return Err(format!("no vsock and no serial port: {error}").into()),
         }
     }
+    steps.end_of("channel");
     service.serving_ns.store(boot::now_ns(), Ordering::Relaxed);
+    let _ = service.steps.set(std::mem::take(&mut steps.done));
     if let Some(port) = port {
         let (gate, service) = (gate.clone(), service.clone());
         serial::serve(port, gate, move |welcome| service.welcomed(welcome))?;

@@ -163,9 +163,43 @@ fn controllers() -> std::io::Result<()> {
     Ok(())
 }
 
+/// What it took from the kernel's hand-over until everything is served, step by step.
+#[derive(Debug)]
+pub struct Steps {
+    /// Name, nanoseconds of processor time, and of all.
+    pub done: Vec<(&'static str, u64, u64)>,
+    last: (u64, u64),
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self { done: Vec::with_capacity(8), last: (cpu_ns(), now_ns()) }
+    }
+}
+
+impl Steps {
+    /// A step has ended here.
+    pub fn end_of(&mut self, name: &'static str) {
+        let now = (cpu_ns(), now_ns());
+        let (cpu, wall) = (now.0.saturating_sub(self.last.0), now.1.saturating_sub(self.last.1));
+        self.done.push((name, cpu, wall));
+        self.last = now;
+    }
+}
+
+/// Nanoseconds of processor time that this process has taken. For PID 1 the kernel's own start is in
+/// it, so only differences say something.
+fn cpu_ns() -> u64 {
+    nanoseconds(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID)
+}
+
 /// Nanoseconds since the kernel began to run.
 pub fn now_ns() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    nanoseconds(nix::time::ClockId::CLOCK_BOOTTIME)
+}
+
+fn nanoseconds(clock: nix::time::ClockId) -> u64 {
+    let now = nix::time::clock_gettime(clock);
     now.ok()
         .and_then(|t| {
             let secs = u64::try_from(t.tv_sec()).ok()?;

@@ -327,11 +327,14 @@ pub async fn acknowledge(
 /// Dials the host until it answers, and answers its welcome; `taken` is called in between, so
 /// that everything is in force when the host hears that it is.
 pub async fn welcome(taken: impl Fn(&Welcome)) {
-    let mut pause = Duration::from_millis(10);
+    const SHORT: Duration = Duration::from_millis(10);
+    let mut pause = SHORT;
     loop {
+        let reached = std::cell::Cell::new(false);
         let attempt = async {
             let host = VsockAddr::new(VMADDR_CID_HOST, port::READY);
             let mut stream = VsockStream::connect(host).await?;
+            reached.set(true);
             let welcome = announce(&mut stream).await?;
             taken(&welcome);
             acknowledge(&mut stream).await
@@ -339,6 +342,11 @@ pub async fn welcome(taken: impl Fn(&Welcome)) {
         match attempt.await {
             Ok(()) => return,
             Err(error) => tracing::info!(%error, "the host does not answer yet"),
+        }
+        if reached.get() {
+            // A host that listens and does not answer yet has no pod for this machine: it may have one
+            // at any moment, and is told anew now and then that there is a guest.
+            pause = SHORT;
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(limits::READY_PAUSE);

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -52,6 +52,8 @@ pub struct GuestService {
     pub started_ns: u64,
     /// The same at which we served; 0 before.
     pub serving_ns: AtomicU64,
+    /// What was done in between: name, processor time, time.
+    pub steps: OnceLock<Vec<(&'static str, u64, u64)>>,
     /// Whether Setup has been done; held while it is done.
     pub pod: tokio::sync::Mutex<bool>,
     /// The same, for who does not want to wait.
@@ -211,6 +213,18 @@ impl Guest for GuestService {
             started_ns: self.started_ns,
             serving_ns: self.serving_ns.load(Ordering::Relaxed),
             pod_ready: self.pod_ready.load(Ordering::Acquire),
+            steps: self
+                .steps
+                .get()
+                .into_iter()
+                .flatten()
+                .map(|(name, cpu_ns, wall_ns)| api::Step {
+                    name: (*name).to_owned(),
+                    cpu_ns: *cpu_ns,
+                    wall_ns: *wall_ns,
+                    ..Default::default()
+                })
+                .collect(),
             ..Default::default()
         })
     }

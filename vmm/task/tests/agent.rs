@@ -182,6 +182,17 @@ async fn a_guest_boots_and_runs_containers() {
         usage.memory_total >> 10,
         usage.agent_pss >> 10,
     );
+    let steps = info.steps.iter().map(|step| {
+        let tenths = |ns: u64| format!("{}.{}", ns / 1_000_000, ns / 100_000 % 10);
+        format!("{} {} ({})", step.name, tenths(step.cpu_ns), tenths(step.wall_ns))
+    });
+    let cpu: u64 = info.steps.iter().map(|step| step.cpu_ns).sum();
+    let steps: Vec<String> = steps.collect();
+    println!(
+        "figure: vmm-task's start, ms of CPU (of all): {}; {} ms",
+        steps.join("; "),
+        cpu / 1_000_000
+    );
     let again = guest.setup(soon(), &setup(false)).await.unwrap_err();
     assert!(again.to_string().contains("already"), "{again}");
     // The host tells what is not there from what has failed by the code alone.

@@ -22,6 +22,10 @@
 //! `SETFCAP`, and `SYS_CHROOT` and `SETPCAP` for its own sandbox, which it gives up before it
 //! serves. It sees the share and nothing else, has no network, and never has `SYS_ADMIN`.
 //!
+//! **A VMM that serves a share itself** (QEMU's 9p, which the configuration has to ask for) acts for
+//! every user of the guest, too, and keeps `CHOWN`, `DAC_OVERRIDE`, `FOWNER` and `FSETID`: as the
+//! machine's own user, who has no file of the host's in that root but the share's.
+//!
 //! Each step that fails ends the jailer with status 1 and one line on standard error that names
 //! the step.
 
@@ -49,6 +53,8 @@ pub(crate) use users::Users;
 pub enum Role {
     /// A VMM.
     Vmm,
+    /// A VMM that serves a share itself.
+    ServingVmm,
     /// virtiofsd.
     FileServer,
     /// `vhost-device-vsock`.

@@ -39,18 +39,23 @@ const FILE_SERVER: [u32; 10] = [
     cap::SETPCAP,
 ];
 
+/// What a VMM serves 9p with: files of every owner, in a root that has no others than the share's.
+const SERVING_VMM: [u32; 4] = [cap::CHOWN, cap::DAC_OVERRIDE, cap::FOWNER, cap::FSETID];
+
 /// User and group of the program.
 pub(super) fn user(plan: &Plan) -> (u32, u32) {
     match plan.view.role {
         Role::FileServer => (0, 0),
-        Role::Vmm | Role::VsockDevice => (plan.config.uid, plan.config.gid),
+        Role::Vmm | Role::ServingVmm | Role::VsockDevice => (plan.config.uid, plan.config.gid),
     }
 }
 
 /// The capabilities of a role, as a bit set.
 fn kept(role: Role) -> u64 {
+    let set = |all: &[u32]| all.iter().fold(0, |set, one| set | 1 << one);
     match role {
-        Role::FileServer => FILE_SERVER.iter().fold(0, |set, one| set | 1 << one),
+        Role::FileServer => set(&FILE_SERVER),
+        Role::ServingVmm => set(&SERVING_VMM),
         Role::Vmm | Role::VsockDevice => 0,
     }
 }
@@ -73,10 +78,21 @@ pub(super) fn give_up(plan: &Plan) -> Result<(), Failed> {
     let r = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
     Errno::result(r).step(|| "clear the ambient capabilities")?;
     setgroups(&[]).step(|| "give up all groups")?;
+    // A user who is not root keeps no capability through execve but ambient ones.
+    let ambient = uid != 0 && keep != 0;
+    if ambient {
+        nix::sys::prctl::set_keepcaps(true).step(|| "keep capabilities as another user")?;
+    }
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
     setresgid(group, group, group).step(|| format!("become group {gid}"))?;
     setresuid(user, user, user).step(|| format!("become user {uid}"))?;
-    set(keep).step(|| "give up capabilities")?;
+    set(keep, if ambient { keep } else { 0 }).step(|| "give up capabilities")?;
+    for number in (0..cap::END).filter(|number| ambient && keep & 1 << number != 0) {
+        // SAFETY: integer arguments.
+        let r =
+            unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, number, 0, 0) };
+        Errno::result(r).step(|| format!("keep capability {number}"))?;
+    }
     nix::sys::prctl::set_no_new_privs().step(|| "forbid new privileges")
 }
 
@@ -96,11 +112,12 @@ struct Data {
     inheritable: u32,
 }
 
-/// Sets effective and permitted to `keep`, inheritable to nothing.
-fn set(keep: u64) -> nix::Result<()> {
+/// Sets effective and permitted to `keep`, inheritable to `inherit`.
+fn set(keep: u64, inherit: u64) -> nix::Result<()> {
     let mut header = Header { version: VERSION, pid: 0 };
-    let word = |bits: u32| Data { effective: bits, permitted: bits, inheritable: 0 };
-    let data = [word(keep as u32), word((keep >> 32) as u32)];
+    let word = |bits: u32, inheritable: u32| Data { effective: bits, permitted: bits, inheritable };
+    let data =
+        [word(keep as u32, inherit as u32), word((keep >> 32) as u32, (inherit >> 32) as u32)];
     // SAFETY: header and two data words, as version 3 wants them.
     let r = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) };
     Errno::result(r).map(drop)
@@ -114,6 +131,7 @@ mod tests {
     fn only_the_file_server_keeps_any_capability_and_never_an_administrators() {
         assert_eq!(kept(Role::Vmm), 0);
         assert_eq!(kept(Role::VsockDevice), 0);
+        assert_eq!(kept(Role::ServingVmm), 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4);
         let kept = kept(Role::FileServer);
         // NET_ADMIN, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_ADMIN, DAC_READ_SEARCH, BPF.
         for number in [12, 16, 17, 19, 21, 2, 39] {

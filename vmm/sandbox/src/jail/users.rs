@@ -26,6 +26,13 @@ impl Users {
         taken.insert(user, id.to_owned());
     }
 
+    /// The machine `from` is `to` from now on, which gives up the user that it had.
+    pub fn hand_over(&self, from: &str, to: &str) {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.retain(|_, owner| owner != to);
+        taken.values_mut().filter(|owner| *owner == from).for_each(|owner| *owner = to.to_owned());
+    }
+
     /// Nothing of machine `id` is left.
     pub fn release(&self, id: &str) {
         let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,5 +57,10 @@ mod tests {
         users.release("old");
         assert_eq!(users.take("c", range), Some(1001));
         assert_eq!(users.take("d", (u32::MAX - 1, 1)), Some(u32::MAX - 1));
+        // The pod "a" takes the machine "b": its own user is free, and that of "b" is not.
+        users.hand_over("b", "a");
+        assert_eq!(users.take("a", range), Some(1002));
+        assert_eq!(users.take("e", range), Some(1000));
+        assert_eq!(users.take("b", range), None);
     }
 }

@@ -345,13 +345,13 @@ fn shares(spec: &VmSpec, sockets: &Sockets, line: &mut Line<'_>) -> Result<()> {
                 line.device(&device);
             }
             ShareKind::Ninep => {
-                let id = format!("9p-{}", share.tag);
+                let id = format!("ninep-{}", share.tag);
                 let path = text(&share.dir)?.replace(',', ",,");
                 let readonly = if share.read_only { ",readonly=on" } else { "" };
                 line.option(
                     "fsdev",
                     format!(
-                        "local,id={id},path={path},security_model=none,multidevs=remap{readonly}"
+                        "local,id={id},path={path},security_model=passthrough,multidevs=remap{readonly}"
                     ),
                 );
                 let options = vec![("fsdev", id), ("mount_tag", share.tag.clone())];

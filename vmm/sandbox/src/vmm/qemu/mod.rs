@@ -206,6 +206,9 @@ impl Qemu {
         }
         let mut ninep = spec.shares.iter().filter(|share| share.kind == ShareKind::Ninep);
         view.shared_tree = ninep.next().map(|share| share.dir.clone());
+        if view.shared_tree.is_some() {
+            view.role = Role::ServingVmm;
+        }
         view
     }
 }

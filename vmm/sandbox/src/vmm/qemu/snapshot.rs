@@ -260,15 +260,16 @@ async fn take_over(vm: &Machine, spec: &VmSpec, base: &VmSpec, served: Served) -
     std::mem::take(&mut started.processes).into_iter().for_each(|helper| vm.add_helper(helper));
     vm.qmp()?.execute(&commands::cont {}).await?;
     let machine = vm.config.machine;
-    for (n, (share, socket)) in spec.shares.iter().zip(&shares).enumerate() {
-        let id = format!("fs{n}");
-        let device = |id: &str, chardev: &str| argv::share_device(machine, &share.tag, id, chardev);
-        vm.plug_vhost_user(&id, socket.as_fd(), device).await?;
-    }
+    // The channel first: the agent dials while the guest finds the rest.
     if let Some(socket) = vsock {
         let device = |id: &str, chardev: &str| argv::vsock_device(machine, id, chardev);
         vm.plug_vhost_user("vsock", socket.as_fd(), device).await?;
         vm.locked().0.channel = spec.channel.clone();
+    }
+    for (n, (share, socket)) in spec.shares.iter().zip(&shares).enumerate() {
+        let id = format!("fs{n}");
+        let device = |id: &str, chardev: &str| argv::share_device(machine, &share.tag, id, chardev);
+        vm.plug_vhost_user(&id, socket.as_fd(), device).await?;
     }
     let new = |id: &String| {
         !base.disks.iter().any(|disk| &disk.id == id) && !base.nics.iter().any(|nic| &nic.id == id)

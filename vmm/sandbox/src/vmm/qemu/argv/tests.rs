@@ -121,7 +121,7 @@ fn shares_channels_and_nics_are_descriptors() {
          mac=02:00:00:00:00:01,host_mtu=1450,mq=on ",
         "-chardev socket,id=fs-kuasar,fd=5 -device vhost-user-fs-device,id=fs-kuasar-dev,\
          chardev=fs-kuasar,tag=kuasar ",
-        "-fsdev local,id=9p-p9,path=/a,,b,security_model=none,multidevs=remap,readonly=on ",
+        "-fsdev local,id=ninep-p9,path=/a,,b,security_model=passthrough,multidevs=remap,readonly=on ",
         "-chardev socket,id=vsock,fd=6 -device vhost-user-vsock-device,id=vsock-dev,chardev=vsock",
     ] {
         assert!(all.contains(part), "{part}\nis not in\n{all}");

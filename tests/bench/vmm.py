@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Pods in machines: where the time of a start goes, and reading of files and disks beside QEMU alone.
+
+Run inside the test bed, which has to be up: tests/bed/bed.sh run $PWD/tests/bench/vmm.py [ROUNDS] [PART…]
+PART is start, read, or both when none is named. Needs `vmm/guest/build.sh distribution`.
+
+start: pods of QEMU's q35 with Debian's kernel, cold, of a template and of the pool, and cold ones on a
+microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
+the VMM (or the restore) until the agent has said that it serves and has its token.
+
+read: a file of a volume (virtiofs), and a block volume (virtio-blk), read by dd in a container; beside
+it the same QEMU with the same machine, kernel, parameters and memory, with the same dd as its only
+program, a virtiofsd with no options of ours, and a disk from the boot. Each file is read once and was read on
+the host before. Medians.
+"""
+import glob, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+
+BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
+BED = os.path.abspath(BED)
+GUEST = os.path.abspath(f"{BED}/../guest")
+CONFIG, METRICS, LOG = f"{BED}/etc/kuasar-vmm.toml", f"{BED}/run/kuasar-vmm-metrics.sock", f"{BED}/run/kuasar-vmm.log"
+WORDS = [word for word in sys.argv[1:] if not word.isdigit()]
+ROUNDS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 5)
+MIB = 48
+SIZE = 384
+plain = open(CONFIG).read()
+
+
+def run(*words, **more):
+    done = subprocess.run(words, capture_output=True, text=True, **more)
+    if done.returncode:
+        sys.exit(f"{words}: {done.stderr}{done.stdout}")
+    return done.stdout
+
+
+def metrics():
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(METRICS)
+        s.sendall(b"GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n")
+        text = b""
+        while part := s.recv(65536):
+            text += part
+    values = {}
+    for line in text.decode().splitlines():
+        if line.startswith("kuasar_phase_seconds_sum"):
+            values[line.split('phase="')[1].split('"')[0]] = float(line.split()[-1]) * 1000
+        elif line.startswith("kuasar_pool_ready"):
+            values["ready"] = float(line.split()[-1])
+    return values
+
+
+def until(what, done, limit=240):
+    end = time.monotonic() + limit
+    while not done():
+        if time.monotonic() > end:
+            sys.exit(f"not in time: {what}")
+        time.sleep(0.05)
+
+
+def configure(text):
+    """As an operator does: the file, and SIGHUP."""
+    with open(CONFIG, "w") as f:
+        f.write(text)
+    seen = os.path.getsize(LOG)
+    os.kill(int(open(f"{BED}/run/daemon-vmm.pid").read()), signal.SIGHUP)
+
+    def read():
+        with open(LOG, "rb") as log:
+            log.seek(seen)
+            return b"configuration read again" in log.read()
+
+    until("the configuration", read, 10)
+
+
+def q35(lines=""):
+    guest = f'[guest]\nkernel = "{GUEST}/vmlinux-distribution"\ninitrd = "{GUEST}/initramfs-distribution.cpio"\n'
+    size = f"[size]\nmemory_mib = {SIZE}\n"
+    return plain.replace("[qemu]", '[qemu]\nmachine = "q35"') + guest + size + lines
+
+
+class Pod:
+    def __init__(self, top, name):
+        self.file = f"{top}/{name}.json"
+        with open(self.file, "w") as f:
+            json.dump({"metadata": {"name": name, "namespace": "bench", "uid": f"{os.getpid()}-{name}", "attempt": 1},
+                       "hostname": "bench", "log_directory": top, "linux": {"cgroup_parent": f"/kuasar-bench/{name}"}}, f)
+        before, begun = metrics(), time.monotonic()
+        self.id = run("crictl", "runp", "-r", "kuasar-vmm", self.file).strip()
+        self.took = (time.monotonic() - begun) * 1000
+        after = metrics()
+        self.phases = {name: after[name] - before.get(name, 0) for name in after}
+
+    def container(self, top, **more):
+        file = f"{top}/container.json"
+        with open(file, "w") as f:
+            json.dump({"metadata": {"name": "c"}, "image": {"image": "localhost/busybox:latest"},
+                       "command": ["sleep", "10000"], "log_path": "c.log", "linux": {}, **more}, f)
+        container = run("crictl", "create", self.id, file, self.file).strip()
+        run("crictl", "start", container)
+        return container
+
+    def qemu(self):
+        for path in glob.glob("/proc/[0-9]*/cgroup"):
+            try:
+                if f"machine-{self.id}" in open(path).read():
+                    words = open(f"{os.path.dirname(path)}/cmdline").read().split("\0")
+                    if "qemu" in words[0]:
+                        return words
+            except OSError:
+                pass
+        sys.exit("no QEMU of the pod")
+
+    def end(self):
+        run("crictl", "rmp", "-f", self.id)
+
+
+def starts(top):
+    kept = f'[template]\nenabled = true\ndir = "{top}/templates"\n'
+    kinds = {
+        "microvm, cold": plain,
+        "q35, cold": q35(),
+        "q35, of a template": q35(kept),
+        "q35, of the pool": q35(kept + "pool = 1\nrefill = \"0s\"\n"),
+    }
+    # The template, by a pod that is not counted. Where templates are counts from a daemon's start.
+    configure(kinds["q35, of a template"])
+    for word in ("stop", "start"):
+        run(f"{BED}/../../tests/bed/bed.sh", "daemon", word, env={**os.environ, "KIND": "vmm", "BED": BED})
+    seen = os.path.getsize(LOG)
+    Pod(top, "first").end()
+    until("a template", lambda: b"a template is ready" in open(LOG, "rb").read()[seen:])
+    rows = {kind: [] for kind in kinds}
+    for n in range(ROUNDS):
+        for kind, text in kinds.items():
+            configure(text)
+            if "pool" in kind:
+                until("the pool", lambda: metrics().get("ready") == 1)
+                time.sleep(1)
+            pod = Pod(top, f"p{n}-{len(kind)}")
+            one = pod.phases
+            one["runp"] = pod.took
+            one["word"] = one.get("pool_take", 0) or one.get("vmm_restore", 0) + one.get("vmm_spawn", 0) + one.get("guest_boot", 0)
+            rows[kind].append(one)
+            pod.end()
+    names = ["runp", "Start", "word", "vmm_spawn", "vmm_restore", "guest_boot", "pool_take", "guest_setup", "pod_network"]
+    print(f"rounds {ROUNDS}; medians in ms (least)")
+    print("kind".ljust(20) + "".join(name.rjust(15) for name in names))
+    for kind, all in rows.items():
+        cells = []
+        for name in names:
+            values = [one.get(name, 0) for one in all]
+            cells.append(f"{statistics.median(values):.0f} ({min(values):.0f})" if max(values) else "-")
+        print(kind.ljust(20) + "".join(cell.rjust(15) for cell in cells))
+
+
+def speed(text):
+    """MB/s of busybox' dd."""
+    found = re.search(r"(\d+) bytes.*copied, ([0-9.]+) seconds", text)
+    if not found:
+        sys.exit(f"dd says {text!r}")
+    return int(found[1]) / float(found[2]) / 1e6
+
+
+def cpio(files):
+    """An archive in the newc format."""
+    out = b""
+    for n, (name, mode, data) in enumerate(files + [("TRAILER!!!", 0, b"")]):
+        head = [n + 1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
+        out += b"070701" + b"".join(b"%08x" % field for field in head) + name.encode() + b"\0"
+        out += b"\0" * (-len(out) % 4) + data
+        out += b"\0" * (-len(out) % 4)
+    return out
+
+
+INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+for m in /modules/*; do insmod $m; done
+mount -t devtmpfs none /dev; mount -t proc none /proc
+mount -t virtiofs raw /tmp || echo no virtiofs
+echo FILE; dd if=/tmp/f%d of=/dev/null bs=1M 2>&1
+echo DISK; dd if=/dev/vda of=/dev/null bs=1M count=%d skip=%d 2>&1
+echo DONE
+reboot -f
+"""
+
+
+def alone(top, argv, n):
+    """The same machine without us, with the files of round n. Answers speeds of file and disk."""
+    keep, words = [], iter(argv[1:])
+    for word in words:
+        if word in ("-machine", "-global", "-accel", "-cpu", "-smp", "-m", "-kernel", "-append", "-L", "-display"):
+            keep += [word, next(words)]
+        elif word in ("-nodefaults", "-no-user-config", "-no-reboot"):
+            keep.append(word)
+        elif word == "-object" and "memory-backend" in (value := next(words)):
+            keep += [word, value]
+    busybox = open(f"{BED}/src/busybox", "rb").read()
+    init = INIT % (n, MIB, n * MIB)
+    extra = [("bin", 0o40755, b""), ("bin/busybox", 0o100755, busybox), ("init", 0o100755, init.encode())]
+    initrd = f"{top}/initrd"
+    base = open(f"{GUEST}/initramfs-distribution.cpio", "rb").read()
+    with open(initrd, "wb") as f:
+        f.write(base + b"\0" * (-len(base) % 512) + cpio(extra))
+    sock = f"{top}/fs{n}.sock"
+    fs = subprocess.Popen([f"{BED}/vmm/bin/virtiofsd", f"--socket-path={sock}", f"--shared-dir={top}/files"],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until("virtiofsd", lambda: os.path.exists(sock), 10)
+        more = ["-serial", "stdio", "-initrd", initrd, "-chardev", f"socket,id=fs,path={sock}",
+                "-device", "vhost-user-fs-pci,chardev=fs,tag=raw",
+                "-drive", f"if=none,id=d,file={top}/disk,format=raw,cache=writeback", "-device", "virtio-blk-pci,drive=d"]
+        said = run(argv[0], *keep, *more, stdin=subprocess.DEVNULL, timeout=300)
+    finally:
+        fs.kill()
+        fs.wait()
+    parts = re.split(r"(FILE|DISK|DONE)\r?\n", said)
+    of = lambda word: [speed(text) for kind, text in zip(parts[1::2], parts[2::2]) if kind == word]
+    return of("FILE"), of("DISK")
+
+
+def reads(top):
+    os.mkdir(f"{top}/files")
+    block = os.urandom(1 << 20)
+    for n in range(ROUNDS):
+        with open(f"{top}/files/f{n}", "wb") as f:
+            f.write(block * MIB)
+    with open(f"{top}/disk", "wb") as f:
+        f.write(block * (MIB * ROUNDS))
+    loop = run("losetup", "--find", "--show", f"{top}/disk").strip()
+    configure(q35())
+    pod = Pod(top, "read")
+    try:
+        device = {"container_path": "/dev/xvda", "host_path": loop, "permissions": "rwm"}
+        mount = {"container_path": "/files", "host_path": f"{top}/files", "readonly": True}
+        c = pod.container(top, mounts=[mount], devices=[device])
+        argv, files, disk, raw_files, raw_disk = pod.qemu(), [], [], [], []
+        for n in range(ROUNDS):
+            sh = lambda line: run("crictl", "exec", c, "sh", "-c", line + " 2>&1")
+            files.append(speed(sh(f"dd if=/files/f{n} of=/dev/null bs=1M")))
+            disk.append(speed(sh(f"dd if=/dev/xvda of=/dev/null bs=1M count={MIB} skip={n * MIB}")))
+            more = alone(top, argv, n)
+            raw_files += more[0]
+            raw_disk += more[1]
+    finally:
+        pod.end()
+        run("losetup", "--detach", loop)
+    mid = statistics.median
+    print(f"rounds {ROUNDS} of {MIB} MiB; medians in MB/s (least, most)")
+    for name, ours, raw in (("virtiofs", files, raw_files), ("virtio-blk", disk, raw_disk)):
+        show = lambda all: f"{mid(all):.0f} ({min(all):.0f}, {max(all):.0f})"
+        print(f"{name:12} in a pod {show(ours):>20}   QEMU alone {show(raw):>20}   ratio {mid(ours) / mid(raw):.2f}")
+
+
+top = tempfile.mkdtemp(prefix="vmm-bench.", dir=f"{BED}/run")
+try:
+    for name, part in (("start", starts), ("read", reads)):
+        if not WORDS or name in WORDS:
+            part(top)
+finally:
+    configure(plain)
+    shutil.rmtree(top, ignore_errors=True)
+    for root, dirs, _ in os.walk("/sys/fs/cgroup"):
+        if "kuasar-bench" in dirs:
+            for below, _, _ in os.walk(f"{root}/kuasar-bench", topdown=False):
+                try:
+                    os.rmdir(below)
+                except OSError:
+                    pass
+        if root.count("/") >= 4:
+            dirs.clear()
