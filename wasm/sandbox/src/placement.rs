@@ -29,8 +29,11 @@ pub struct Placement {
     /// What goes to the worker with that.
     pub passed: Option<OwnedFd>,
     /// Moves the process that it is told of there; `None` where the process is there already.
-    mover: Option<(oneshot::Sender<u32>, JoinHandle<Result<(), String>>)>,
+    mover: Option<Mover>,
 }
+
+/// Who is told which process it is, and the thread that waits for that.
+type Mover = (oneshot::Sender<u32>, JoinHandle<Result<(), String>>);
 
 impl Placement {
     /// Begins with it.
