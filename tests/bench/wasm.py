@@ -3,6 +3,7 @@
 
 Run inside the test bed, which has to be up, after the suite `wasm` has imported its image:
 tests/bed/bed.sh run env WASMTIME=PATH tests/bench/wasm.py [ROUNDS]
+MANY is how many containers are made in one go (100).
 Times of Create and Start are the daemon's own (metrics), without CRI and the client. The module is in
 the cache. Processor time is that of the daemon, sandbox-parent, the zygote and the container's process until
 its module waits: on a machine that others use, too, it is what can be compared. Memory is private dirty memory of an idle container's process. Requests come from one client
@@ -11,11 +12,12 @@ Stock runc's figures are of a container of busybox in the same bed, in turns wit
 the `wasmtime` program of the same version, the same component is served by `wasmtime serve`, in turns with
 ours, on one processor each, and the same module computes in both; without it that part is skipped.
 """
-import json, os, shutil, socket, statistics, subprocess, sys, tempfile, time
+import concurrent.futures, json, os, shutil, socket, statistics, subprocess, sys, tempfile, time
 
 BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
 BED = os.path.abspath(BED)
 METRICS = f"{BED}/run/kuasar-wasm-metrics.sock"
+MANY = int(os.environ.get("MANY", "100"))
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 PHASES = ["task_create", "rootfs", "wasm_artifact", "engine_create", "task_start", "engine_start"]
 
@@ -130,6 +132,47 @@ def compute_speed(top, path, sandbox, wasmtime, rounds):
           f"by least {min(seconds['wasmtime run']) / min(seconds['ours']):.3f}")
 
 
+def in_one_go(top, pods, count):
+    """So many containers in one pod, 16 clients at a time, for each of both; stock's first.
+
+    Our share is what Create and Start took here, which includes waiting for processors, and the processor
+    time of it, which says how many containers a second this machine could make if nothing else ran.
+    """
+    rates = {}
+    for handler, image, command in (("runc", "localhost/busybox:latest", ["sleep", "1000"]),
+                                    ("kuasar-wasm", "localhost/wasm:latest", ["/sleep.wasm"])):
+        path, sandbox = pods[handler]
+
+        def one(i):
+            own = config(top, f"many-{handler}-{i}", {
+                "metadata": {"name": f"m{i}"}, "image": {"image": image}, "command": command,
+                "log_path": f"m-{handler}-{i}.log", "linux": {}})
+            c = run("crictl", "create", sandbox, own, path).strip()
+            run("crictl", "start", c)
+            return c
+
+        before, spent = phases(), processor_time()
+        begun = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            made = list(pool.map(one, range(count)))
+        took = time.monotonic() - begun
+        spent, after = processor_time() - spent, phases()
+        rates[handler] = count / took
+        print(f"{count} containers in one go, {handler}: {took:.2f} s, {count / took:.1f} a second")
+        if handler != "runc":
+            # Looking at them takes the daemon's time, too: what they have used is added afterwards.
+            pids = [pid_of(c) for c in made]
+            spent -= processor_time()
+            spent += processor_time(pids)
+            share = sum(after.get(name, 0) - before.get(name, 0) for name in ("task_create", "task_start"))
+            print(f"our share: {share / count:.2f} ms for each, of processor time {spent / count:.2f} ms: "
+                  f"{os.cpu_count() * 1000 * count / spent:.0f} a second on {os.cpu_count()} processors")
+        for c in made:
+            run("crictl", "rm", "-f", c)
+    print(f"end to end, ours / stock: {rates['kuasar-wasm'] / rates['runc']:.2f}; by our processor time alone "
+          f"/ stock: {os.cpu_count() * 1000 * count / spent / rates['runc']:.1f}")
+
+
 def confine(pid, processors):
     for thread in os.listdir(f"/proc/{pid}/task"):
         os.sched_setaffinity(int(thread), processors)
@@ -188,6 +231,7 @@ try:
     row("ours: our share, Create and Start", row_of_share)
     row("ours: processor time", processor_times)
     print(f"{'ours: processor time':34} mean   {statistics.mean(processor_times):8.2f}")
+    in_one_go(top, pods, MANY)
     print("kB of an idle container")
     for kind in ("Private_Dirty", "Anonymous", "Pss", "Rss"):
         row(kind, [m[kind] for m in idle])
