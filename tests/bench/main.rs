@@ -3,7 +3,10 @@
 //!
 //! Environment: `BENCH_QUICK=1` for a run below two minutes; or each number by itself:
 //! `BENCH_N` (serial pods), `BENCH_EXECS`, `BENCH_REPS` (parallel rounds), `BENCH_PARALLEL`,
-//! `BENCH_PODS` (pods whose memory is weighed). `KUASAR_HANDLER` names the handler.
+//! `BENCH_PODS` (pods whose memory is weighed), `BENCH_MANY` (containers in one go; 0 for none),
+//! `BENCH_GOES` (how often).
+//! `KUASAR_HANDLER` names the handler; that of WebAssembly runs a module where others run a program,
+//! and has no execs.
 //!
 //! As on a node, a pod's cgroup is there before its RunPodSandbox: kubelet makes it.
 //! `BENCH_KUBELET=0` leaves that to the handler.
@@ -15,6 +18,7 @@
     clippy::large_futures
 )] // as tests; futures of a client are large
 
+mod many;
 mod memory;
 mod report;
 
@@ -43,7 +47,8 @@ struct Made {
     took: [Duration; 3],
 }
 
-async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
+/// A pod without a container.
+async fn pod(client: &mut Client, handler: &str, host_network: bool) -> (Made, PodSandboxConfig) {
     let mut config = pod_config("bench");
     if host_network {
         // As kubelet does: the host's name is not the pod's to set.
@@ -59,10 +64,34 @@ async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
     };
     let start = Instant::now();
     let pod = client.run_pod_sandbox(within(run, 120)).await.unwrap().into_inner().pod_sandbox_id;
-    let ran = Instant::now();
+    let took = [start.elapsed(), Duration::ZERO, Duration::ZERO];
+    let log_directory = config.log_directory.clone();
+    let made = Made { pod, container: String::new(), log_directory, cgroup, took };
+    (made, config)
+}
+
+/// Whether containers of this handler are modules.
+fn is_wasm(handler: &str) -> bool {
+    handler.starts_with("kuasar-wasm")
+}
+
+/// A container that sleeps, and how long it took to create and to start it.
+async fn container(
+    client: &mut Client,
+    handler: &str,
+    pod: &str,
+    config: &PodSandboxConfig,
+) -> (String, [Duration; 2]) {
+    let mut own = container_config(config, &["sleep", "1000000"]);
+    if is_wasm(handler) {
+        own = container_config(config, &["/sleep.wasm"]);
+        let image = kuasar_tests::wasm::IMAGE.to_owned();
+        own.image = Some(ImageSpec { image, ..Default::default() });
+    }
+    let begun = Instant::now();
     let create = CreateContainerRequest {
-        pod_sandbox_id: pod.clone(),
-        config: Some(container_config(&config, &["sleep", "1000000"])),
+        pod_sandbox_id: pod.to_owned(),
+        config: Some(own),
         sandbox_config: Some(config.clone()),
     };
     let container =
@@ -70,8 +99,15 @@ async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
     let created = Instant::now();
     let begin = StartContainerRequest { container_id: container.clone() };
     client.start_container(within(begin, 120)).await.unwrap();
-    let took = [ran - start, created - ran, created.elapsed()];
-    Made { pod, container, log_directory: config.log_directory, cgroup, took }
+    (container, [created - begun, created.elapsed()])
+}
+
+async fn make(client: &mut Client, handler: &str, host_network: bool) -> Made {
+    let (mut made, config) = pod(client, handler, host_network).await;
+    let (container, took) = container(client, handler, &made.pod, &config).await;
+    made.container = container;
+    made.took = [made.took[0], took[0], took[1]];
+    made
 }
 
 /// Makes the pod's cgroup, as kubelet does.
@@ -288,7 +324,8 @@ async fn restart(client: &mut Client, pods: &[Made]) -> Vec<f64> {
 
 /// Mean of each phase that the daemon itself has measured, from its metrics.
 fn own_phases(report: &mut Report, of: &str) {
-    let path = kuasar_tests::bed().join("run/kuasar-runc-metrics.sock");
+    let kind = kuasar_tests::kind();
+    let path = kuasar_tests::bed().join(format!("run/kuasar-{kind}-metrics.sock"));
     let Some(text) = report::scrape(&path) else {
         report.note("the daemon serves no metrics: its own phases are left out");
         return;
@@ -301,18 +338,29 @@ fn main() {
     let (n, runs) = (number("N", 30, 6), number("EXECS", 100, 20));
     let (reps, width) = (number("REPS", 3, 1), number("PARALLEL", 10, 10));
     let pods = number("PODS", 100, 20);
+    let (goes, containers) = (number("GOES", 3, 1), number("MANY", 100, 20));
+    if is_wasm(&handlers[1]) {
+        kuasar_tests::wasm::import();
+    }
     let mut report = Report::new(&handlers);
     runtime().block_on(async {
         let mut client = connect().await;
         let r = &mut report;
         println!("serial: {n} pods each");
         serial(r, &mut client, &handlers, n).await;
-        println!("exec: {runs} each");
-        execs(r, &mut client, &handlers, runs).await;
+        if !is_wasm(&handlers[1]) {
+            println!("exec: {runs} each");
+            execs(r, &mut client, &handlers, runs).await;
+        }
         own_phases(r, "one pod at a time, and exec");
         println!("parallel: {reps} rounds of {width} pods each");
         parallel(r, &mut client, &handlers, reps, width).await;
         own_phases(r, "with the pods in parallel");
+        if containers > 0 {
+            println!("in one go: {goes} rounds of {containers} containers each");
+            many::measure(r, &mut client, &handlers, goes, containers).await;
+            own_phases(r, "with the containers in one go");
+        }
         println!("memory: {pods} pods each");
         weigh(r, &mut client, &handlers, pods).await;
     });

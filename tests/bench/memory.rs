@@ -55,18 +55,9 @@ fn parent_of(pid: u32) -> u32 {
 
 /// The shims of this bed's containerd, and the pause processes below them.
 pub fn stock() -> Weight {
-    let socket = bed().join("run/containerd.sock");
-    let socket = socket.to_string_lossy();
     let mut weight = Weight(BTreeMap::new());
     let all = processes();
-    let shims: Vec<u32> = all
-        .iter()
-        .copied()
-        .filter(|p| {
-            let text = arguments(*p);
-            text.contains("containerd-shim-runc-v2") && text.contains(&*socket)
-        })
-        .collect();
+    let shims = shims();
     for shim in &shims {
         weight.add("shim", *shim);
     }
@@ -76,6 +67,17 @@ pub fn stock() -> Weight {
         }
     }
     weight
+}
+
+/// The shims of this bed's containerd.
+pub fn shims() -> Vec<u32> {
+    let socket = bed().join("run/containerd.sock");
+    let socket = socket.to_string_lossy();
+    let shim = |p: &u32| {
+        let text = arguments(*p);
+        text.contains("containerd-shim-runc-v2") && text.contains(&*socket)
+    };
+    processes().into_iter().filter(shim).collect()
 }
 
 /// Directories of which a process holds this lock file.
@@ -89,8 +91,16 @@ fn locked(pid: u32, lock: &str) -> Option<PathBuf> {
 /// daemons of other kinds that the bed runs, nor theirs.
 pub fn ours() -> Weight {
     let mut weight = Weight(BTreeMap::new());
+    for (name, pid) in our_processes() {
+        weight.add(&name, pid);
+    }
+    weight
+}
+
+/// The same processes, each with the name of its program.
+pub fn our_processes() -> Vec<(String, u32)> {
     let daemon = daemon_pid();
-    weight.add("daemon", daemon);
+    let mut all = vec![("daemon".to_owned(), daemon)];
     let (home, dir) = (programs(), locked(daemon, "daemon.lock"));
     assert!(dir.is_some(), "the daemon {daemon} holds no lock of its directory");
     for pid in processes() {
@@ -100,8 +110,8 @@ pub fn ours() -> Weight {
         let ours = exe.starts_with(&home) && (others.is_none() || others == dir);
         if pid != daemon && pid != own && ours {
             let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            weight.add(&name, pid);
+            all.push((name, pid));
         }
     }
-    weight
+    all
 }

@@ -206,7 +206,9 @@ impl Report {
         let at = kuasar_tests::top().join("target/bench");
         std::fs::create_dir_all(&at).unwrap();
         let mut text = self.markdown();
-        for (unit, name) in [("ms", "times"), ("MiB", "memory"), ("pods/s", "rate")] {
+        for (unit, name) in
+            [("ms", "times"), ("MiB", "memory"), ("pods/s", "rate"), ("containers/s", "many")]
+        {
             if let Some(chart) = self.chart(unit) {
                 std::fs::write(at.join(format!("{name}.svg")), chart).unwrap();
                 let _ = write!(text, "\n![{name}]({name}.svg)\n");

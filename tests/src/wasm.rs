@@ -179,7 +179,41 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         (call $check (call $connect (i32.load (i32.const 0)) (i32.const 16) (i32.const 9000)))
         (i32.store (i32.const 32) (i32.const 128)) (i32.store (i32.const 36) (i32.const 20))
         (call $check (call $send (i32.load (i32.const 0)) (i32.const 32) (i32.const 1) (i32.const 0) (i32.const 40))))"#;
+    // For tests/bench/wasm.py: computes, and says how many nanoseconds that took.
+    let compute = r#"
+      (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+      (import "wasi_snapshot_preview1" "clock_time_get" (func $clock (param i32 i64 i32) (result i32)))
+      (memory (export "memory") 2)
+      (func $now (result i64)
+        (drop (call $clock (i32.const 1) (i64.const 1) (i32.const 16)))
+        (i64.load (i32.const 16)))
+      (func (export "_start")
+        (local $n i32) (local $h i64) (local $time i64) (local $at i32)
+        (local.set $time (call $now))
+        (local.set $h (i64.const 88172645463325252))
+        (loop $more
+          (local.set $h (i64.xor (local.get $h) (i64.shl (local.get $h) (i64.const 13))))
+          (local.set $h (i64.xor (local.get $h) (i64.shr_u (local.get $h) (i64.const 7))))
+          (local.set $h (i64.xor (local.get $h) (i64.shl (local.get $h) (i64.const 17))))
+          (local.set $at (i32.and (i32.wrap_i64 (local.get $h)) (i32.const 0xfff8)))
+          (i64.store offset=65536 (local.get $at)
+            (i64.add (i64.load offset=65536 (local.get $at)) (local.get $h)))
+          (local.set $n (i32.add (local.get $n) (i32.const 1)))
+          (br_if $more (i32.lt_u (local.get $n) (i32.const 300000000))))
+        (local.set $time (i64.sub (call $now) (local.get $time)))
+        (local.set $at (i32.const 1100))
+        (i32.store8 (local.get $at) (i32.const 10))
+        (loop $digit
+          (local.set $at (i32.sub (local.get $at) (i32.const 1)))
+          (i32.store8 (local.get $at)
+            (i32.add (i32.const 48) (i32.wrap_i64 (i64.rem_u (local.get $time) (i64.const 10)))))
+          (local.set $time (i64.div_u (local.get $time) (i64.const 10)))
+          (br_if $digit (i64.ne (local.get $time) (i64.const 0))))
+        (i32.store (i32.const 0) (local.get $at))
+        (i32.store (i32.const 4) (i32.sub (i32.const 1101) (local.get $at)))
+        (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))"#;
     let mut all = BTreeMap::from([
+        ("compute.wasm", wat::parse_str(format!("(module {compute})")).unwrap()),
         ("simd.wasm", module(simd)),
         ("socket.wasm", wat::parse_str(format!("(module {socket})")).unwrap()),
         // Four threads, whose arguments are summed up.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::processes::{Command, Failure, Processes, new_cookie};
+use crate::processes::{Command, Failure, Place, Processes, new_cookie};
 
 /// How a command did not do what it was for.
 #[derive(Debug, thiserror::Error)]
@@ -37,10 +37,25 @@ pub async fn run(
     log: &Path,
     limit: Duration,
 ) -> Result<u64, Unfinished> {
+    run_in(processes, argv, fds, None, log, limit).await
+}
+
+/// The same for a program that makes a process which is to be in this place.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_in(
+    processes: &Arc<dyn Processes>,
+    argv: Vec<String>,
+    fds: Vec<Option<BorrowedFd<'_>>>,
+    place: Option<Place>,
+    log: &Path,
+    limit: Duration,
+) -> Result<u64, Unfinished> {
     let _ = std::fs::remove_file(log);
     let cookie = new_cookie();
     let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-    let command = Command { argv, env: vec![format!("PATH={path}")], fds, cookie };
+    let command = Command { argv, env: vec![format!("PATH={path}")], fds, cookie, place };
     let spawned = processes.spawn(command).await.map_err(Unfinished::Spawn)?;
     let exit = match tokio::time::timeout(limit, processes.exit_of(cookie)).await {
         Ok(exit) => exit.map_err(Unfinished::Wait)?,

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use crate::command::{self, Unfinished};
 use crate::control::{Control, OnHost};
 use crate::observer::Observer;
-use crate::processes::Processes;
+use crate::processes::{Place, Processes};
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.
@@ -224,19 +224,26 @@ impl Engine {
         if self.is_builtin() { Descriptors::Passed(FIRST_FD) } else { Descriptors::Ours }
     }
 
-    /// Creates a container of `bundle`; `passed` are further descriptors.
+    /// Whether it makes containers' processes by itself, so that it wants to know their place.
+    pub fn wants_place(&self) -> bool {
+        self.all.backend.relatives.contains_key(&self.name)
+    }
+
+    /// Creates a container of `bundle`; `passed` are further descriptors, `place` is where its
+    /// process is to be, if that is known.
     pub async fn create(
         &self,
         dir: &Path,
         id: &str,
         streams: &Streams<'_>,
         passed: &[BorrowedFd<'_>],
+        place: Option<Place>,
     ) -> Result<Left> {
         let mut words = vec!["create".to_owned(), "--bundle".into(), text(dir)?];
         let pid_file = dir.join("init.pid");
         self.process(&mut words, streams, &pid_file)?;
         words.push(id.into());
-        self.leave(dir, words, streams, passed, &pid_file).await
+        self.leave(dir, words, streams, passed, place, &pid_file).await
     }
 
     /// Runs `command`, which restores a container of `bundle`.
@@ -250,7 +257,7 @@ impl Engine {
         let pid_file = dir.join("init.pid");
         self.process(&mut command, streams, &pid_file)?;
         command.push(id.into());
-        self.leave(dir, command, streams, &[], &pid_file).await
+        self.leave(dir, command, streams, &[], None, &pid_file).await
     }
 
     /// Runs a further process; `process` is the file with its description.
@@ -266,7 +273,7 @@ impl Engine {
         let pid_file = process.with_extension("pid");
         self.process(&mut words, streams, &pid_file)?;
         words.push(id.into());
-        let left = self.leave(dir, words, streams, &[], &pid_file).await;
+        let left = self.leave(dir, words, streams, &[], None, &pid_file).await;
         let _ = std::fs::remove_file(&pid_file);
         left
     }
@@ -290,6 +297,7 @@ impl Engine {
         words: Vec<String>,
         streams: &Streams<'_>,
         passed: &[BorrowedFd<'_>],
+        place: Option<Place>,
         pid_file: &Path,
     ) -> Result<Left> {
         let mut fds: Vec<Option<BorrowedFd<'_>>> = match streams {
@@ -297,7 +305,8 @@ impl Engine {
             Streams::Console(_) => vec![None, None, None],
         };
         fds.extend(passed.iter().copied().map(Some));
-        let since = self.run(dir, words, fds, self.all.limits().create).await?;
+        let limit = self.all.limits().create;
+        let since = self.run_in(dir, words, fds, place, limit).await?;
         let pid = std::fs::read_to_string(pid_file).map_err(|error| {
             Error::internal(format!("engine {} left no pid file", self.name), error)
         })?;
@@ -339,12 +348,23 @@ impl Engine {
         self.run(dir, words, Vec::new(), self.all.limits().create).await.map(drop)
     }
 
-    /// Runs the engine and waits for its end; answers the number for `watch`.
     async fn run(
         &self,
         dir: &Path,
         words: Vec<String>,
         fds: Vec<Option<BorrowedFd<'_>>>,
+        limit: Duration,
+    ) -> Result<u64> {
+        self.run_in(dir, words, fds, None, limit).await
+    }
+
+    /// Runs the engine and waits for its end; answers the number for `watch`.
+    async fn run_in(
+        &self,
+        dir: &Path,
+        words: Vec<String>,
+        fds: Vec<Option<BorrowedFd<'_>>>,
+        place: Option<Place>,
         limit: Duration,
     ) -> Result<u64> {
         let verb = words.first().cloned().unwrap_or_default();
@@ -374,7 +394,7 @@ impl Engine {
         argv.extend(words);
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
         let processes = &self.all.backend.processes;
-        let reason = match command::run(processes, argv, fds, &log, limit).await {
+        let reason = match command::run_in(processes, argv, fds, place, &log, limit).await {
             Ok(since) => return Ok(since),
             Err(Unfinished::Failed(reason)) => reason,
             Err(Unfinished::Spawn(error)) => {

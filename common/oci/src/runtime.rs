@@ -33,7 +33,7 @@ use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
 use crate::observer::Observer;
 use crate::payloads::{Candidate, Payloads};
 use crate::pod::Pod;
-use crate::processes::{Processes, new_cookie};
+use crate::processes::{Place, Processes, new_cookie};
 use crate::spec;
 
 /// What a container's later calls need.
@@ -76,7 +76,6 @@ pub struct Containers {
     payloads: Option<Arc<dyn Payloads>>,
 }
 
-/// A kuasar-host error as the Task API answers it.
 impl Containers {
     /// The containers of `pod`.
     pub fn new(pod: Arc<Pod>, engines: Arc<Engines>, cgroups: Arc<Layout>) -> Self {
@@ -297,7 +296,7 @@ impl Containers {
         meta: &mut Meta,
         mut spec: Value,
         passed: usize,
-    ) -> Result<(Engine, Vec<OwnedFd>)> {
+    ) -> Result<(Engine, Vec<OwnedFd>, Option<Place>)> {
         let rootfs = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or_default();
         let candidate = Candidate {
             id: request.id.clone(),
@@ -309,13 +308,12 @@ impl Containers {
         let chosen = payloads.choose(&candidate, &mut spec).await?;
         meta.engine = chosen.engine;
         let engine = self.engine(&meta.engine)?;
-        let (dir, record) = (self.pod.container(&request.id), meta.clone());
-        blocking(move || {
-            write_spec(&dir, &spec)?;
-            save(&dir, &record)
-        })
-        .await?;
-        Ok((engine, chosen.descriptors))
+        let place = if engine.wants_place() { Place::of(&spec) } else { None };
+        // Two small files in memory: not worth another thread.
+        let dir = self.pod.container(&request.id);
+        write_spec(&dir, &spec)?;
+        save(&dir, meta)?;
+        Ok((engine, chosen.descriptors, place))
     }
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
@@ -329,11 +327,11 @@ impl Containers {
         })
         .await?;
         let dir = self.pod.container(&request.id);
-        let (engine, more) = match &self.payloads {
+        let (engine, more, place) = match &self.payloads {
             Some(payloads) => {
                 self.choose(payloads.as_ref(), request, &mut meta, spec, passed.len()).await?
             }
-            None => (engine, Vec::new()),
+            None => (engine, Vec::new(), None),
         };
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
         let passed: Vec<_> =
@@ -343,12 +341,12 @@ impl Containers {
         let (left, master) = match &io {
             ProcessIo::Streams { stdin, stdout, stderr } => {
                 let streams = plain(stdin, stdout, stderr);
-                (engine.create(&dir, &request.id, &streams, &passed).await?, None)
+                (engine.create(&dir, &request.id, &streams, &passed, place).await?, None)
             }
             ProcessIo::Terminal { size } => {
                 let console = Console::listen(&self.pod.dir)?;
                 let streams = Streams::Console(console.path());
-                let left = engine.create(&dir, &request.id, &streams, &passed).await?;
+                let left = engine.create(&dir, &request.id, &streams, &passed, place).await?;
                 (left, Some(console.master(*size)?))
             }
         };

@@ -147,6 +147,7 @@ impl GuestService {
             env: Vec::new(),
             fds: vec![None, None, None],
             cookie: kuasar_oci::processes::new_cookie(),
+            place: None,
         };
         let cookie = command.cookie;
         let spawned = self.reaper.spawn_in_new_pid_namespace(command).map_err(failed)?;

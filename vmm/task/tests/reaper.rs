@@ -14,6 +14,7 @@ fn shell(script: &str) -> Command<'static> {
         env: vec!["PATH=/usr/bin:/bin".into()],
         fds: vec![None, None, None],
         cookie: new_cookie(),
+        place: None,
     }
 }
 

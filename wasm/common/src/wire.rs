@@ -2,9 +2,10 @@
 //!
 //! 1. The worker sends one [`Greeting`]: a [`Hello`] when it is warm, or why it cannot be.
 //! 2. The sandboxer sends a [`Request`]: arguments, and descriptors beside it. The last descriptor
-//!    is the writing end of a pipe.
+//!    is the writing end of a pipe; the one before it is what [`Entry`] says, if there is one.
 //! 3. The new process writes its pid (four bytes, little endian) to the pipe, and at its end its
-//!    exit status (one byte). A pipe that ends earlier is a process that was killed.
+//!    exit status (one byte). A pipe that ends earlier is a process that was killed. The process
+//!    of a container has no end then: it says 0 when it waits for Start.
 //!
 //! The worker never answers by itself: it is the only process that must not wait. When the
 //! sandboxer's end is closed, it ends.
@@ -20,9 +21,15 @@ pub const MAX: usize = 128 << 10;
 /// Most descriptors with one packet.
 pub const MAX_FDS: usize = 32;
 
+/// What both ends have to be of: the two programs are installed together.
+pub const PROTOCOL: u32 = 2;
+
 /// First words of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
+    /// [`PROTOCOL`] of the worker.
+    #[serde(default)]
+    pub protocol: u32,
     /// Engine's name, such as `wasmtime`.
     pub engine: String,
     /// Its version.
@@ -41,6 +48,19 @@ pub struct Request {
     pub argv: Vec<String>,
     /// Which of its descriptors, from 0 on, come with the packet; the others are `/dev/null`.
     pub given: Vec<bool>,
+    /// The process is the container's itself, not one that makes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<Entry>,
+}
+
+/// How the process of a container is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its new namespaces: bits of clone(2).
+    pub namespaces: i32,
+    /// Whether the further descriptor is its cgroup's directory, in which it is from the start.
+    /// Otherwise it is a pipe that says when it has been moved there.
+    pub grouped: bool,
 }
 
 /// Why a packet could not be sent or read.
@@ -143,7 +163,8 @@ mod tests {
     fn a_packet_arrives_with_its_descriptors() {
         let (a, b) = pair();
         let (reader, writer) = std::io::pipe().unwrap();
-        let request = Request { argv: vec!["create".into()], given: vec![true, false] };
+        let request =
+            Request { argv: vec!["create".into()], given: vec![true, false], entry: None };
         send(a.as_fd(), &request, &[writer.as_fd(), reader.as_fd()]).unwrap();
         let (got, fds) = receive::<Request>(b.as_fd(), &mut Vec::new()).unwrap();
         assert_eq!((got, fds.len()), (request, 2));
@@ -155,15 +176,15 @@ mod tests {
         drop(a);
         let error = receive::<Request>(b.as_fd(), &mut Vec::new()).unwrap_err();
         assert!(matches!(error, Error::Closed));
-        let hello =
-            Hello { engine: String::new(), version: String::new(), settings: String::new() };
+        let (engine, version, settings) = (String::new(), String::new(), String::new());
+        let hello = Hello { protocol: PROTOCOL, engine, version, settings };
         assert!(matches!(send(b.as_fd(), &hello, &[]).unwrap_err(), Error::Closed));
     }
 
     #[test]
     fn what_is_too_large_is_refused_before_it_is_sent() {
         let (a, _b) = pair();
-        let request = Request { argv: vec!["x".repeat(MAX)], given: Vec::new() };
+        let request = Request { argv: vec!["x".repeat(MAX)], given: Vec::new(), entry: None };
         assert!(matches!(send(a.as_fd(), &request, &[]).unwrap_err(), Error::TooLarge));
     }
 }

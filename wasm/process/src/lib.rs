@@ -4,7 +4,9 @@
 //! * [`confine`] is the process that compiles one module, and can do nothing else.
 //! * [`container`] is what a container's process does before it belongs to the module, and how it
 //!   ends.
+//! * [`profile`] is the seccomp filter of all containers.
 
 pub mod confine;
 pub mod container;
+pub mod profile;
 pub mod zygote;

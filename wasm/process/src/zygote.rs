@@ -9,10 +9,14 @@
 //! a program: addresses learned in one container are those of all. What holds a container is the
 //! kernel (namespaces, seccomp, no privileges), not that they are secret.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use kuasar_oci::builtin::workload::Workload;
+use kuasar_oci::builtin::workload::{Container, Filter, Workload};
+use kuasar_oci::builtin::{self, Entered};
+use nix::sched::CloneFlags;
 use wasm_common::wire::{self, Hello, Request};
+
+use crate::profile;
 
 /// An engine that is set up: every container has it in its memory.
 pub trait Engine {
@@ -25,6 +29,12 @@ pub trait Engine {
 
 /// The socket's number.
 const SOCKET: RawFd = 3;
+/// What the process of a container may be made in.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWNET)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
 /// Above every number that a new process's descriptors get.
 const ASIDE: RawFd = 128;
 
@@ -50,7 +60,15 @@ pub fn run<E: Engine + 'static>(
         }
     };
     let hello = engine.hello();
-    kuasar_oci::builtin::warm();
+    let filter: &'static Filter = match profile::filter() {
+        Ok(filter) => Box::leak(Box::new(filter)),
+        Err(reason) => {
+            wire::send(socket, &wire::Greeting::Err(reason.clone()), &[]).map_err(send)?;
+            return Err(reason);
+        }
+    };
+    let warm = Warm { program, engine, filter };
+    builtin::warm();
     wire::send(socket, &wire::Greeting::Ok(hello), &[]).map_err(send)?;
     let mut buffer = Vec::new();
     loop {
@@ -63,10 +81,39 @@ pub fn run<E: Engine + 'static>(
                 continue;
             }
         };
-        if fork() == Some(0) {
-            child(program, engine, request, fds);
+        match fork(&request, &fds) {
+            Ok(0) => child(&warm, request, fds),
+            Ok(_) => {}
+            // The pipe closes with the descriptors: that tells.
+            Err(error) => eprintln!("{program}: a process: {error}"),
         }
-        // Otherwise, also when there is no process: the pipe closes with the descriptors.
+    }
+}
+
+/// What every process finds that is forked.
+struct Warm<E: 'static> {
+    program: &'static str,
+    engine: &'static E,
+    filter: &'static Filter,
+}
+
+/// A workload of the engine's, with the filter that all of them have.
+struct Filtered {
+    workload: Box<dyn Workload>,
+    filter: &'static Filter,
+}
+
+impl Workload for Filtered {
+    fn filter(&self) -> Option<&Filter> {
+        Some(self.filter)
+    }
+
+    fn prepare(&mut self, container: &Container<'_>) -> Result<(), String> {
+        self.workload.prepare(container)
+    }
+
+    fn run(self: Box<Self>) -> String {
+        self.workload.run()
     }
 }
 
@@ -79,23 +126,22 @@ pub fn name(name: &str) {
     }
 }
 
-/// A sibling of this process; `Some(0)` in it.
-fn fork() -> Option<libc::c_long> {
-    let flags = libc::CLONE_PARENT | libc::SIGCHLD;
-    // SAFETY: as fork(2), with one thread; no handler of the C library has anything to do.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
-    (pid >= 0).then_some(pid)
+/// A sibling of this process, where it is to be; 0 in it.
+fn fork(request: &Request, fds: &[OwnedFd]) -> std::io::Result<i32> {
+    let Some(entry) = request.entry else {
+        return builtin::clone_sibling(CloneFlags::empty(), None);
+    };
+    let namespaces = CloneFlags::from_bits(entry.namespaces)
+        .filter(|flags| NAMESPACES.contains(*flags))
+        .ok_or(std::io::ErrorKind::InvalidInput)?;
+    let group = fds.iter().rev().nth(1).filter(|_| entry.grouped).map(AsFd::as_fd);
+    builtin::clone_sibling(namespaces, group)
 }
 
 /// Becomes what was asked for; never returns.
-fn child<E: Engine>(
-    program: &'static str,
-    engine: &'static E,
-    request: Request,
-    mut fds: Vec<OwnedFd>,
-) -> ! {
+fn child<E: Engine>(warm: &Warm<E>, request: Request, mut fds: Vec<OwnedFd>) -> ! {
     let status = match fds.pop() {
-        Some(answer) => serve(program, engine, request, fds, answer),
+        Some(answer) => serve(warm, request, fds, answer),
         None => 1,
     };
     // SAFETY: ends this process without running anything of the zygote's.
@@ -103,32 +149,47 @@ fn child<E: Engine>(
 }
 
 fn serve<E: Engine>(
-    program: &'static str,
-    engine: &'static E,
+    warm: &Warm<E>,
     request: Request,
-    fds: Vec<OwnedFd>,
+    mut fds: Vec<OwnedFd>,
     answer: OwnedFd,
 ) -> u8 {
-    let Ok(answer) = place(&request, fds, answer) else { return 1 };
-    // SAFETY: plain calls.
-    let pid = unsafe {
-        libc::setsid();
-        libc::umask(0o022);
-        libc::getpid()
-    };
+    let go = if request.entry.is_some() { fds.pop() } else { None };
+    let mut aside = vec![answer];
+    aside.extend(go.filter(|_| request.entry.is_some_and(|entry| !entry.grouped)));
+    let Ok(mut aside) = place(&request, fds, aside) else { return 1 };
+    let go = if aside.len() > 1 { aside.pop() } else { None };
+    let (Some(answer), Ok(pid)) = (aside.pop(), builtin::own_pid()) else { return 1 };
     let tell = |bytes: &[u8]| nix::unistd::write(&answer, bytes).is_ok();
     // Nobody waits any more when it cannot be told.
     if !tell(&pid.to_le_bytes()) {
         return 1;
     }
-    let workload = Some(engine.workload());
-    let status = kuasar_oci::builtin::main_as(program, request.argv, workload);
+    let workload = Box::new(Filtered { workload: warm.engine.workload(), filter: warm.filter });
+    // SAFETY: a plain call.
+    unsafe { libc::umask(0o022) };
+    if let Some(entry) = request.entry {
+        let entered = Entered {
+            namespaces: CloneFlags::from_bits_truncate(entry.namespaces),
+            answer: answer.into(),
+            go: go.map(Into::into),
+        };
+        return builtin::enter(warm.program, request.argv, workload, entered);
+    }
+    // SAFETY: a plain call.
+    unsafe { libc::setsid() };
+    let status = builtin::main_as(warm.program, request.argv, Some(workload));
     tell(&[status]);
     status
 }
 
-/// Puts descriptors where the request has them, and closes all others; answers the pipe.
-fn place(request: &Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> std::io::Result<OwnedFd> {
+/// Puts descriptors where the request has them, `others` where they are in nobody's way, and closes
+/// all that are neither.
+fn place(
+    request: &Request,
+    fds: Vec<OwnedFd>,
+    others: Vec<OwnedFd>,
+) -> std::io::Result<Vec<OwnedFd>> {
     let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
     let mut given = fds.into_iter();
     // First out of the way, so that no one is overwritten before it is used.
@@ -137,12 +198,9 @@ fn place(request: &Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> std::io::Resu
         let fd = if *wanted { given.next() } else { None };
         moved.push(aside(fd.as_ref().unwrap_or(&null))?);
     }
-    // Its first number goes with it: it may be among those that are closed below.
-    let answer = {
-        let received = answer;
-        aside(&received)?
-    };
-    drop((given, null));
+    let kept = others.iter().map(aside).collect::<std::io::Result<Vec<_>>>()?;
+    // Their first numbers may be among those that are closed below.
+    drop((given, null, others));
     for (number, fd) in (0..).zip(&moved) {
         // SAFETY: what has this number is the socket or one of the received descriptors; none of
         // them is used any more. The owners of the latter have been dropped above.
@@ -155,7 +213,7 @@ fn place(request: &Request, fds: Vec<OwnedFd>, answer: OwnedFd) -> std::io::Resu
         let first = libc::c_uint::try_from(moved.len()).unwrap_or(3).max(3);
         libc::syscall(libc::SYS_close_range, first, ASIDE - 1, 0);
     }
-    Ok(answer)
+    Ok(kept)
 }
 
 /// A duplicate with a high number.

@@ -21,7 +21,7 @@ use sandbox_parent::client::{Parent, Spawn};
 use tokio::sync::Semaphore;
 use wasm_common::job::Budget;
 use wasm_common::kind::{self, Detected};
-use wasm_common::wire::Hello;
+use wasm_common::wire::{Hello, PROTOCOL};
 use wasm_image::{Program, shown};
 
 use crate::cache::{Cache, Draft};
@@ -401,7 +401,7 @@ fn hello(text: &str) -> Option<Hello> {
     let mut words = text.split_whitespace();
     let (engine, version) = (words.next()?.to_owned(), words.next()?.to_owned());
     let settings = words.next()?.strip_prefix('(')?.strip_suffix(')')?.to_owned();
-    Some(Hello { engine, version, settings })
+    Some(Hello { protocol: PROTOCOL, engine, version, settings })
 }
 
 #[cfg(test)]

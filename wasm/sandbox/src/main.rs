@@ -11,7 +11,7 @@ mod config;
 mod daemon;
 mod flavor;
 mod payloads;
-mod profile;
+mod placement;
 mod spec;
 mod verify;
 mod worker;

@@ -7,8 +7,6 @@
 use serde_json::{Map, Value, json};
 use wasm_common::job::{self, Job};
 
-use crate::profile;
-
 /// File systems of the kernel's that containerd mounts for programs.
 const KERNEL: [&str; 7] = ["proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts", "tmpfs"];
 /// Where they are: what a user has mounted elsewhere stays.
@@ -34,10 +32,10 @@ pub fn edit(spec: &mut Value, job: &Job) -> Result<(), String> {
         mounts.retain(|mount| !is_kernels(mount, terminal));
     }
     let linux = member(spec, "linux")?;
-    for key in ["maskedPaths", "readonlyPaths", "devices"] {
+    // The worker has a filter of its own for all of them, in place of the pod's.
+    for key in ["maskedPaths", "readonlyPaths", "devices", "seccomp"] {
         linux.remove(key);
     }
-    linux.insert("seccomp".into(), profile::profile());
     if let Some(list) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
         // A view of cgroups that are not mounted.
         list.retain(|entry| entry.get("type").and_then(Value::as_str) != Some("cgroup"));
@@ -120,7 +118,7 @@ mod tests {
                 { "destination": "/dev/data", "type": "bind" },
                 { "destination": "/etc/hosts", "type": "bind" },
             ],
-            "linux": { "resources": { "memory": { "limit": 1024 } }, "maskedPaths": ["/proc/kcore"],
+            "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ALLOW" }, "resources": { "memory": { "limit": 1024 } }, "maskedPaths": ["/proc/kcore"],
                 "namespaces": [{ "type": "pid" }, { "type": "cgroup" }] },
         })
     }
@@ -139,6 +137,7 @@ mod tests {
         assert_eq!(spec["process"]["noNewPrivileges"], json!(true));
         assert!(spec["process"].get("apparmorProfile").is_none());
         assert!(spec["linux"].get("maskedPaths").is_none());
+        assert!(spec["linux"].get("seccomp").is_none());
         assert_eq!(spec["linux"]["namespaces"], json!([{ "type": "pid" }]));
     }
 

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
+use kuasar_host::cgroup::Layout;
 use kuasar_host::live::Live;
 use kuasar_host::process;
 use kuasar_oci::processes::{Command, Exit, Failure, Processes, Spawned, new_cookie};
@@ -23,9 +24,10 @@ use sandbox_parent::client::{Parent, Spawn};
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
-use wasm_common::wire::{self, Hello, Request};
+use wasm_common::wire::{self, Hello, PROTOCOL, Request};
 
 use crate::config::Config;
+use crate::placement::Placement;
 
 /// Programs that stand for a fork of an engine's warm worker begin so; its name follows.
 const WARM: &str = "(warm) ";
@@ -132,7 +134,12 @@ impl Worker {
         let socket = unsafe { AsyncFd::register(ours) }?;
         let hello = tokio::time::timeout(limit, receive(&socket)).await;
         match hello {
-            Ok(Ok(Ok(hello))) => Ok((Running { socket, ended }, hello)),
+            Ok(Ok(Ok(hello))) if hello.protocol == PROTOCOL => {
+                Ok((Running { socket, ended }, hello))
+            }
+            Ok(Ok(Ok(_))) => Err("the worker is of another version of Kuasar than this program: \
+                                  install both of one version"
+                .into()),
             Ok(Ok(Err(reason))) => Err(reason.into()),
             Ok(Err(error)) => Err(format!("the worker has ended at once: {error}").into()),
             Err(_) => {
@@ -173,20 +180,21 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<wire::Greeting, wire::Erro
     }
 }
 
-type Ending = tokio::sync::watch::Receiver<Option<Exit>>;
+type Ending = tokio::sync::watch::Receiver<Option<std::result::Result<Exit, String>>>;
 
 /// sandbox-parent, and the workers beside it.
 pub struct Workers {
     parent: Parent,
     workers: Vec<Worker>,
+    cgroups: Arc<Layout>,
     /// Forks of the worker that make a container, by cookie.
     makers: Mutex<HashMap<u64, Ending>>,
 }
 
 impl Workers {
     /// Both.
-    pub fn new(parent: Parent, workers: Vec<Worker>) -> Self {
-        Self { parent, workers, makers: Mutex::default() }
+    pub fn new(parent: Parent, workers: Vec<Worker>, cgroups: Arc<Layout>) -> Self {
+        Self { parent, workers, cgroups, makers: Mutex::default() }
     }
 
     /// The worker of an engine.
@@ -204,30 +212,54 @@ impl Workers {
 
     async fn fork(&self, worker: &Worker, command: Command<'_>) -> Result<Spawned, Failure> {
         let (reader, writer) = std::io::pipe()?;
+        let placement = match command.place {
+            Some(place) => Some(Placement::begin(place, &self.cgroups).await?),
+            None => None,
+        };
         let request = Request {
             // Without the program and the word `oci`.
             argv: command.argv.into_iter().skip(2).collect(),
             given: command.fds.iter().map(Option::is_some).collect(),
+            entry: placement.as_ref().map(|placement| placement.entry),
         };
-        let mut fds: Vec<BorrowedFd<'_>> = command.fds.iter().flatten().copied().collect();
-        fds.push(writer.as_fd());
-        worker.ask(&request, &fds).await?;
-        drop(writer);
-        let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
-        let mut pid = [0; 4];
         let limit = worker.config.get().worker_timeout;
-        tokio::time::timeout(limit, reader.read_exact(&mut pid))
-            .await
-            .map_err(|_| format!("the worker has made no process within {limit:?}"))?
-            .map_err(|error| format!("the worker could not make a process: {error}"))?;
-        let pid = u32::from_le_bytes(pid);
+        let asked = async {
+            let mut fds: Vec<BorrowedFd<'_>> = command.fds.iter().flatten().copied().collect();
+            fds.extend(placement.iter().filter_map(|it| it.passed.as_ref()).map(AsFd::as_fd));
+            fds.push(writer.as_fd());
+            worker.ask(&request, &fds).await?;
+            drop(fds);
+            drop(writer);
+            let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
+            let mut pid = [0; 4];
+            tokio::time::timeout(limit, reader.read_exact(&mut pid))
+                .await
+                .map_err(|_| format!("the worker has made no process within {limit:?}"))?
+                .map_err(|error| format!("the worker could not make a process: {error}"))?;
+            Ok::<_, Failure>((u32::from_le_bytes(pid), reader))
+        };
+        let (pid, reader) = match asked.await {
+            Ok(asked) => asked,
+            Err(error) => {
+                if let Some(placement) = placement {
+                    placement.give_up().await;
+                }
+                return Err(error);
+            }
+        };
+        let moved = placement.map(|placement| placement.go_on(pid));
         let pidfd = process::pidfd_open(pid);
         let watched = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
         let (tell, ending) = tokio::sync::watch::channel(None);
         self.makers().insert(command.cookie, ending);
         tokio::spawn(async move {
-            let status = status(reader, watched).await;
-            let _ = tell.send(Some(Exit { status, at: SystemTime::now() }));
+            let (status, moved) = tokio::join!(status(reader, watched), async {
+                match moved {
+                    Some(moved) => moved.await,
+                    None => Ok(()),
+                }
+            });
+            let _ = tell.send(Some(moved.map(|()| Exit { status, at: SystemTime::now() })));
         });
         // One that has ended has no pidfd: what it has said is in the pipe.
         let pidfd = match pidfd {
@@ -278,8 +310,8 @@ impl Processes for Workers {
         let Some(mut maker) = maker else {
             return Processes::exit_of(&self.parent, cookie).await;
         };
-        let exit = *maker.wait_for(Option::is_some).await?;
-        exit.ok_or_else(|| "it is not known how it has ended".into())
+        let exit = maker.wait_for(Option::is_some).await?.clone();
+        Ok(exit.ok_or("it is not known how it has ended")??)
     }
 
     async fn acknowledge(&self, cookie: u64) {

@@ -6,7 +6,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{Hash, Hasher};
 
-use wasm_common::wire::Hello;
+use wasm_common::wire::{Hello, PROTOCOL};
 
 /// `WasmEdge_String` and `WasmEdge_Bytes`: a length, and where.
 #[repr(C)]
@@ -353,6 +353,7 @@ pub fn hello_of(library: &Library) -> Hello {
         processor.lines().find(|line| line.starts_with("flags") || line.starts_with("Features"));
     flags.hash(&mut hasher);
     Hello {
+        protocol: PROTOCOL,
         engine: "wasmedge".into(),
         version: library.version(),
         settings: format!("{:016x}", hasher.finish()),

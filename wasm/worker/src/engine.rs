@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 
 use kuasar_oci::builtin::workload::Workload;
 use wasm_common::kind::{Detected, Kind, detect};
-use wasm_common::wire::Hello;
+use wasm_common::wire::{Hello, PROTOCOL};
 use wasm_process::zygote;
 use wasmtime::component::Linker as ComponentLinker;
 use wasmtime::{Config, Engine, Linker, PoolingAllocationConfig};
@@ -172,6 +172,7 @@ pub fn hello_of(engine: &Engine) -> Hello {
     let mut hasher = std::hash::DefaultHasher::new();
     engine.precompile_compatibility_hash().hash(&mut hasher);
     Hello {
+        protocol: PROTOCOL,
         engine: "wasmtime".into(),
         version: VERSION.into(),
         settings: format!("{:016x}", hasher.finish()),

@@ -14,6 +14,8 @@
 
 mod code;
 mod engine;
+#[cfg(test)]
+mod figures;
 mod random;
 mod serve;
 mod state;

@@ -79,9 +79,7 @@ pub fn run(
     match super::direct::plan(create, &text) {
         Ok(plan) => super::direct::run(args, create, plan, workload),
         // libcontainer knows of programs alone.
-        Err(reason) if workload.is_some() => Err(Error::Other(format!(
-            "a container that runs no program of its image cannot have this: {reason}"
-        ))),
+        Err(reason) if workload.is_some() => Err(not(&reason)),
         Err(reason) => {
             if let Some(log) = log {
                 let line = json!({ "level": "info", "msg": format!("by libcontainer: {reason}") });
@@ -93,6 +91,13 @@ pub fn run(
             libcontainer(args, create, &bundle)
         }
     }
+}
+
+/// Why a container cannot be made whose process becomes a workload.
+pub fn not(reason: &super::direct::Reason) -> Error {
+    Error::Other(format!(
+        "a container that runs no program of its image cannot have this: {reason}"
+    ))
 }
 
 fn libcontainer(args: &Args, create: &Create, bundle: &Bundle) -> Result<()> {

@@ -33,9 +33,13 @@ mod payload;
 pub mod workload;
 
 use std::io::Write;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use args::{Args, Command};
+use nix::sched::CloneFlags;
+
+pub use direct::{Entered, GO, join, make_group};
 use workload::Workload;
 
 /// What went wrong, in words for the person who reads `kubectl describe pod`.
@@ -76,6 +80,50 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
 pub fn warm() {
     // The C library reads the host's time zone before its first date.
     let _ = direct::now();
+}
+
+/// A sibling of this process, which has one thread: in new namespaces and (cgroup v2) in a group from
+/// its first moment. Answers 0 in it.
+///
+/// # Errors
+/// The kernel's.
+pub fn clone_sibling(
+    namespaces: CloneFlags,
+    group: Option<BorrowedFd<'_>>,
+) -> std::io::Result<i32> {
+    direct::clone_sibling(namespaces.bits(), group)
+}
+
+/// The pid of this process in the procfs that is mounted on `/proc`; in a new PID namespace it is
+/// another one than the process itself sees.
+///
+/// # Errors
+/// When there is no procfs.
+pub fn own_pid() -> Result<i32> {
+    direct::own_pid()
+}
+
+/// Becomes the container that `arguments` describe, whose process this one is already. Comes back
+/// only when that cannot be, with an exit status; whoever waits has been told then.
+pub fn enter(
+    program: &str,
+    arguments: Vec<String>,
+    workload: Box<dyn Workload>,
+    entered: Entered,
+) -> u8 {
+    let args = match Args::parse(arguments) {
+        Ok(args) => args,
+        Err(error) => {
+            eprintln!("{program}: {error}");
+            return 1;
+        }
+    };
+    let log = args.log.as_deref().and_then(open_log);
+    let (mut log, mut answer, error) = direct::run_entered(&args, log, workload, entered);
+    report(log.as_mut(), &error.to_string());
+    // Nobody waits any more when it cannot be written.
+    let _ = answer.write_all(&[1]);
+    1
 }
 
 /// The same for containers whose process becomes no program of their image, but `workload`.

@@ -11,6 +11,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 
+pub use super::direct::seccomp::Filter;
+
 /// The container as its process finds it.
 #[derive(Debug)]
 pub struct Container<'a> {
@@ -29,6 +31,12 @@ pub struct Container<'a> {
 
 /// See the module. Both run in the container, with its user and without privileges.
 pub trait Workload {
+    /// The seccomp filter that takes the place of the spec's: loaded before [`Self::prepare`], which
+    /// takes `noNewPrivileges`.
+    fn filter(&self) -> Option<&Filter> {
+        None
+    }
+
     /// Gets ready, before the creation is answered. A spec's seccomp filter is loaded already when
     /// it has `noNewPrivileges`.
     ///

@@ -1,6 +1,6 @@
 //! The container's first process, from its first moment to its payload.
 
-use std::io::{PipeReader, Read, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -11,7 +11,8 @@ use nix::sched::CloneFlags;
 
 use super::plan::Plan;
 use super::seccomp::Filter;
-use super::{join, privileges, rootfs, sys};
+use super::{GO, Opened, join, privileges, rootfs, sys};
+use crate::builtin::args::Create;
 use crate::builtin::workload::{Container, Workload};
 use crate::builtin::{console, payload};
 
@@ -23,8 +24,8 @@ pub struct Prepared {
     pub listener: UnixListener,
     /// Who gets the terminal.
     pub console: Option<UnixStream>,
-    /// The container's cgroup.
-    pub group: Cgroup,
+    /// The container's cgroup, where this process has to know it.
+    pub group: Option<Cgroup>,
     /// How this process comes into it.
     pub turn: Turn,
     /// The compiled seccomp profile.
@@ -39,6 +40,76 @@ pub struct Prepared {
     pub workload: Option<Box<dyn Workload>>,
 }
 
+impl Prepared {
+    /// With what was opened for it.
+    pub(super) fn new(
+        opened: Opened,
+        group: Option<Cgroup>,
+        turn: Turn,
+        create: &Create,
+        workload: Option<Box<dyn Workload>>,
+    ) -> Self {
+        let Opened { console, program, proc, listener, filter } = opened;
+        Self {
+            proc,
+            listener,
+            console,
+            group,
+            turn,
+            filter,
+            process: program,
+            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+            preserved: u32::try_from(create.preserve_fds).unwrap_or(0),
+            workload,
+        }
+    }
+}
+
+/// Who is told whether the container could be made.
+pub enum Answer {
+    /// The engine's process: [`READY`], or why not.
+    Words(PipeWriter),
+    /// Who has forked this process: the exit status that an engine would have; why not goes to the
+    /// engine's log.
+    Status {
+        /// Gets one byte.
+        pipe: PipeWriter,
+        /// The log.
+        log: Option<std::fs::File>,
+    },
+}
+
+impl Answer {
+    /// What has to stay open until it is told.
+    fn kept(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::Words(pipe) => vec![pipe.as_fd()],
+            Self::Status { pipe, log } => {
+                let log = log.iter().map(AsFd::as_fd);
+                std::iter::once(pipe.as_fd()).chain(log).collect()
+            }
+        }
+    }
+
+    /// Tells it, and closes everything; answers whether somebody has been told that all is well.
+    fn tell(self, outcome: Result<(), String>) -> bool {
+        match (self, outcome) {
+            (Self::Words(mut pipe), Ok(())) => pipe.write_all(&[READY]).is_ok(),
+            (Self::Words(mut pipe), Err(reason)) => {
+                // Nobody waits any more when it cannot be written.
+                let _ = pipe.write_all(reason.as_bytes());
+                false
+            }
+            (Self::Status { mut pipe, .. }, Ok(())) => pipe.write_all(&[0]).is_ok(),
+            (Self::Status { mut pipe, mut log }, Err(reason)) => {
+                crate::builtin::report(log.as_mut(), &super::said(reason).to_string());
+                let _ = pipe.write_all(&[1]);
+                false
+            }
+        }
+    }
+}
+
 /// How the container's process comes into its cgroup.
 pub enum Turn {
     /// It is in it, and in its cgroup namespace.
@@ -49,15 +120,15 @@ pub enum Turn {
     Told(PipeReader),
 }
 
-/// What is said when the process is in its group.
-pub const GO: u8 = b'G';
-
 impl Turn {
     /// Comes back when this process is in its group and its cgroup namespace.
-    fn take(&mut self, plan: &Plan, group: &Cgroup) -> Result<(), String> {
+    fn take(&mut self, plan: &Plan, group: Option<&Cgroup>) -> Result<(), String> {
         match std::mem::replace(self, Self::Taken) {
             Self::Taken => return Ok(()),
-            Self::Own => join(group, 0).map_err(|error| error.to_string())?,
+            Self::Own => {
+                let group = group.ok_or("the container's cgroup is not known")?;
+                join(group, 0).map_err(|error| error.to_string())?;
+            }
             Self::Told(mut pipe) => {
                 let mut word = [0];
                 if !matches!(pipe.read(&mut word), Ok(1)) || word != [GO] {
@@ -82,19 +153,9 @@ fn enter_namespace(plan: &Plan) -> Result<(), String> {
 pub const READY: u8 = b'R';
 
 /// Becomes the payload, after `start`. Never returns.
-pub fn run(plan: &Plan, mut prepared: Prepared, answer: std::io::PipeWriter) -> ! {
-    let mut answer = answer;
-    let outcome = prepare(plan, &mut prepared, answer.as_fd());
-    let written = match &outcome {
-        Ok(()) => answer.write_all(&[READY]),
-        Err(reason) => answer.write_all(reason.as_bytes()),
-    };
-    drop(answer);
-    // Nobody waits any more when it cannot be written.
-    let starter = match (&outcome, &written) {
-        (Ok(()), Ok(())) => started(&prepared.listener),
-        _ => None,
-    };
+pub fn run(plan: &Plan, mut prepared: Prepared, answer: Answer) -> ! {
+    let outcome = prepare(plan, &mut prepared, &answer.kept());
+    let starter = if answer.tell(outcome) { started(&prepared.listener) } else { None };
     if let Some(starter) = starter {
         drop(prepared.listener);
         let reason = match (prepared.workload, late_filter(plan, prepared.filter.as_ref())) {
@@ -135,20 +196,20 @@ fn late_filter(plan: &Plan, filter: Option<&Filter>) -> Result<(), String> {
     }
 }
 
-fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Result<(), String> {
+fn prepare(plan: &Plan, prepared: &mut Prepared, kept: &[BorrowedFd<'_>]) -> Result<(), String> {
     let spec = &plan.spec;
     let process = &spec.process;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
     match prepared.turn {
         Turn::Taken => enter_namespace(plan)?,
-        Turn::Own => prepared.turn.take(plan, &prepared.group)?,
-        Turn::Told(_) => {}
+        Turn::Told(_) if !plan.is_charged() => {}
+        Turn::Own | Turn::Told(_) => prepared.turn.take(plan, prepared.group.as_ref())?,
     }
     privileges::oom_score(plan, &prepared.proc)?;
     names(plan)?;
     // SAFETY: plain system call. Modes are what they are said to be.
     unsafe { libc::umask(0) };
-    let (group, turn) = (&prepared.group, &mut prepared.turn);
+    let (group, turn) = (prepared.group.as_ref(), &mut prepared.turn);
     let root = rootfs::build(plan, group, || turn.take(plan, group))?;
     turn.take(plan, group)?;
     rootfs::enter(&root, plan.root)?;
@@ -205,13 +266,19 @@ fn prepare(plan: &Plan, prepared: &mut Prepared, answer: BorrowedFd<'_>) -> Resu
     let Some(workload) = &mut prepared.workload else {
         return payload::find(&prepared.process).map(drop);
     };
-    late_filter(plan, prepared.filter.take().as_ref())?;
+    match (workload.filter(), prepared.filter.take()) {
+        (Some(own), _) if no_new_privileges(plan) => own.load()?,
+        (Some(_), _) => return Err("noNewPrivileges is missing".into()),
+        (None, filter) => late_filter(plan, filter.as_ref())?,
+    }
+    let mut kept = kept.to_vec();
+    kept.push(prepared.listener.as_fd());
     workload.prepare(&Container {
         args: prepared.process.args().as_deref().unwrap_or_default(),
         env: prepared.process.env().as_deref().unwrap_or_default(),
         cwd: &process.cwd,
         annotations: plan.spec.annotations.as_ref(),
-        kept: &[prepared.listener.as_fd(), answer],
+        kept: &kept,
     })
 }
 

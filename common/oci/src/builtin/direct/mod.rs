@@ -12,6 +12,9 @@
 //! 3. Meanwhile we make the cgroup with its limits and device rules, move the process there, and
 //!    write the container's state. Then we wait for one word: ready, or why not.
 //!
+//! A program that forks the containers' processes itself has one process in place of two: see
+//! [`entered`].
+//!
 //! On cgroup v2 the group is made first, and the process is in it from its first moment
 //! (`CLONE_INTO_CGROUP`). On v1 a group is a directory in each of a dozen hierarchies, which takes
 //! as long as the mounts: both are done side by side, and the process waits for its group before the
@@ -26,11 +29,12 @@
 
 mod copy_up;
 mod devices;
+mod entered;
 mod init;
 mod plan;
 mod privileges;
 mod rootfs;
-mod seccomp;
+pub mod seccomp;
 mod spec;
 mod sys;
 #[cfg(test)]
@@ -44,15 +48,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_host::cgroup::{Cgroup, Layout};
-use libcontainer::oci_spec::runtime::ProcessBuilder;
+use libcontainer::oci_spec::runtime::{Process, ProcessBuilder};
 use nix::fcntl::OFlag;
 use nix::sched::CloneFlags;
 use nix::sys::stat::Mode;
+use serde_json::Value;
 
 use super::args::{Args, Create};
 use super::workload::Workload;
 use super::{Error, Result, console};
+pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
+pub use sys::clone_sibling;
 
 /// The device rules of `linux.resources`, completed as [`mod@plan`] completes them.
 pub fn device_rules(resources: Option<&serde_json::Value>) -> serde_json::Value {
@@ -85,7 +92,11 @@ pub fn plan(create: &Create, text: &[u8]) -> std::result::Result<Plan, Reason> {
     Ok(plan)
 }
 
+/// What is said to the container's process when it is in its group.
+pub const GO: u8 = b'G';
+
 /// What is made on the way, and removed again unless it is kept.
+#[derive(Default)]
 struct Traces {
     state: PathBuf,
     group: Option<Cgroup>,
@@ -111,15 +122,26 @@ impl Drop for Traces {
     }
 }
 
-/// Makes the container; its process waits for `start`.
-pub fn run(
+/// What the container's process works with, whoever makes it.
+struct Opened {
+    console: Option<UnixStream>,
+    program: Process,
+    proc: OwnedFd,
+    listener: UnixListener,
+    filter: Option<seccomp::Filter>,
+}
+
+/// Makes the state directory, opens everything that is outside of the container, and hides this
+/// process from it.
+fn open(
     args: &Args,
     create: &Create,
-    mut plan: Plan,
-    workload: Option<Box<dyn Workload>>,
-) -> Result<()> {
+    plan: &mut Plan,
+    traces: &mut Traces,
+    is_workload: bool,
+) -> Result<Opened> {
     // Its spec has the devices that it needs, if any: the image is not written to.
-    plan.fill_dev &= workload.is_none() || plan.spec.process.terminal;
+    plan.fill_dev &= !is_workload || plan.spec.process.terminal;
     let process = &mut plan.spec.process;
     let console = match (&create.console_socket, process.terminal) {
         (Some(path), true) => {
@@ -141,27 +163,50 @@ pub fn run(
     if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
         return Err(Error::os("PR_SET_DUMPABLE"));
     }
-    let mut traces = Traces { state: state_directory(args)?, group: None };
+    traces.state = state_directory(args)?;
     let listener = listen(&traces.state)?;
-    let group = Layout::detect_usual()
-        .and_then(|layout| layout.group(&plan.cgroup))
-        .map_err(|error| explain("cgroup", &error))?;
-    let beside = is_beside(&plan, &group);
-    if !beside {
-        make_group(&plan, &group, &mut traces)?;
-    }
     let filter = match &plan.spec.linux.seccomp {
         Some(profile) => {
             Some(seccomp::Filter::of(profile, create.cache.as_deref()).map_err(Error::Other)?)
         }
         None => None,
     };
+    Ok(Opened { console, program, proc, listener, filter })
+}
+
+/// Joins the namespaces that exist.
+fn join_namespaces(plan: &Plan) -> Result<()> {
     for (kind, path) in &plan.join {
         let namespace = kuasar_host::namespace::open_kind(path, *kind)
             .map_err(|error| Error::io("namespace", error))?;
         nix::sched::setns(&namespace, *kind)
             .map_err(|error| Error::io(format!("join namespace {}", path.display()), error))?;
     }
+    Ok(())
+}
+
+/// The container's group, by this process's own view of the hierarchies.
+fn group_of(plan: &Plan) -> Result<Cgroup> {
+    Layout::detect_usual()
+        .and_then(|layout| layout.group(&plan.cgroup))
+        .map_err(|error| explain("cgroup", &error))
+}
+
+/// Makes the container; its process waits for `start`.
+pub fn run(
+    args: &Args,
+    create: &Create,
+    mut plan: Plan,
+    workload: Option<Box<dyn Workload>>,
+) -> Result<()> {
+    let mut traces = Traces::default();
+    let opened = open(args, create, &mut plan, &mut traces, workload.is_some())?;
+    let group = group_of(&plan)?;
+    let beside = is_beside(&plan, &group);
+    if !beside {
+        make_planned_group(&plan, &group, &mut traces)?;
+    }
+    join_namespaces(&plan)?;
     let directory = match group.layout() {
         Layout::V2(root) => Some(open_directory(&root.join(group.path()))?),
         Layout::V1(_) => None,
@@ -169,42 +214,32 @@ pub fn run(
     let (mut answer, writer) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
     let (told, tell) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
     let namespaces = plan.new - CloneFlags::CLONE_NEWCGROUP;
-    let pid = sys::clone_sibling(namespaces.bits(), directory.as_ref().map(AsFd::as_fd))
+    let directory = directory.as_ref().map(AsFd::as_fd);
+    let pid = sys::clone_sibling(namespaces.bits(), directory)
         .map_err(|error| Error::io("clone the container's process", error))?;
     if pid == 0 {
         // Not ours to undo in there.
         std::mem::drop((answer, tell));
-        let turn = match (&directory, beside) {
-            (Some(_), _) => init::Turn::Taken,
-            (None, false) => init::Turn::Own,
-            (None, true) => init::Turn::Told(told),
+        let turn = match (directory.is_some(), beside) {
+            (true, _) => init::Turn::Taken,
+            (false, false) => init::Turn::Own,
+            (false, true) => init::Turn::Told(told),
         };
-        let prepared = init::Prepared {
-            proc,
-            listener,
-            console,
-            group,
-            turn,
-            filter,
-            process: program,
-            selinux: Path::new("/sys/fs/selinux/enforce").exists(),
-            preserved: u32::try_from(create.preserve_fds).unwrap_or(0),
-            workload,
-        };
-        init::run(&plan, prepared, writer);
+        let prepared = init::Prepared::new(opened, Some(group), turn, create, workload);
+        init::run(&plan, prepared, init::Answer::Words(writer));
     }
-    drop((writer, listener, told));
+    drop((writer, opened, told));
     // The process works meanwhile.
     let made = (|| {
         if beside {
-            make_group(&plan, &group, &mut traces)?;
+            make_planned_group(&plan, &group, &mut traces)?;
             join(&group, pid)?;
         }
         save(args, create, &plan, &traces.state, pid)
     })();
     if made.is_ok() {
         // It has gone when this fails, and has said why.
-        let _ = (&tell).write_all(&[init::GO]);
+        let _ = (&tell).write_all(&[GO]);
     }
     drop(tell);
     let mut words = Vec::new();
@@ -213,17 +248,18 @@ pub fn run(
     match words.as_slice() {
         [init::READY] => {}
         [] => return Err(Error::Other("the container's process has ended unexpectedly".into())),
-        words => {
-            let words = String::from_utf8_lossy(words).into_owned();
-            let theirs = words.starts_with("exec: ");
-            return Err(if theirs { Error::Process(words) } else { Error::Other(words) });
-        }
+        words => return Err(said(String::from_utf8_lossy(words).into_owned())),
     }
     if let Some(path) = &create.pid_file {
         std::fs::write(path, pid.to_string()).map_err(|error| Error::io(path.display(), error))?;
     }
     traces.keep();
     Ok(())
+}
+
+/// What the container's process says when it cannot be what it is to be.
+fn said(words: String) -> Error {
+    if words.starts_with("exec: ") { Error::Process(words) } else { Error::Other(words) }
 }
 
 fn proc_of_the_host() -> Result<OwnedFd> {
@@ -270,24 +306,37 @@ fn listen(state: &Path) -> Result<UnixListener> {
 fn is_beside(plan: &Plan, group: &Cgroup) -> bool {
     let user = CloneFlags::CLONE_NEWUSER;
     matches!(group.layout(), Layout::V1(_))
-        && !plan.mounts.iter().any(|mount| mount.copy_up)
+        && !plan.is_charged()
         && !plan.new.contains(user)
         && plan.join.iter().all(|(kind, _)| *kind != user)
 }
 
 /// Makes the container's cgroup, with its limits and device rules.
-fn make_group(plan: &Plan, group: &Cgroup, traces: &mut Traces) -> Result<()> {
+fn make_planned_group(plan: &Plan, group: &Cgroup, traces: &mut Traces) -> Result<()> {
     let made = group.create().map_err(|error| explain("cgroup", &error))?;
     if made {
         traces.group = Some(group.clone());
     }
-    group.set_devices(&plan.device_rules).map_err(|error| explain("devices", &error))?;
-    let resources = serde_json::to_vec(&plan.resources).unwrap_or_default();
+    limit(group, &plan.device_rules, &plan.resources)
+}
+
+fn limit(group: &Cgroup, devices: &Value, resources: &Value) -> Result<()> {
+    group.set_devices(devices).map_err(|error| explain("devices", &error))?;
+    let resources = serde_json::to_vec(resources).unwrap_or_default();
     group.update(&resources).map_err(|error| explain("resources", &error))
 }
 
+/// Makes a container's cgroup from `linux.resources` of its spec, for who makes the container's
+/// process without us.
+pub fn make_group(group: &Cgroup, resources: &Value) -> Result<()> {
+    let mut resources = resources.clone();
+    let devices = plan::split_resources(&mut resources).map_err(|reason| Error::Other(reason.0))?;
+    group.create().map_err(|error| explain("cgroup", &error))?;
+    limit(group, &devices, &resources)
+}
+
 /// Moves a process into a group; 0 is the caller. One write per hierarchy.
-fn join(group: &Cgroup, pid: i32) -> Result<()> {
+pub fn join(group: &Cgroup, pid: i32) -> Result<()> {
     for dir in group.dirs() {
         let file = dir.join("cgroup.procs");
         std::fs::OpenOptions::new()

@@ -270,6 +270,13 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether making the container writes something that its cgroup has to be charged for.
+    pub fn is_charged(&self) -> bool {
+        self.mounts.iter().any(|mount| mount.copy_up)
+    }
+}
+
 type Namespaces = (CloneFlags, Vec<(CloneFlags, PathBuf)>);
 
 fn namespaces(list: &[spec::Namespace]) -> Result<Namespaces, Reason> {
@@ -441,7 +448,7 @@ fn mount(mount: &spec::Mount) -> Result<Mount, Reason> {
 }
 
 /// Checks the resources, takes the device rules out and completes them.
-fn split_resources(resources: &mut Value) -> Result<Value, Reason> {
+pub fn split_resources(resources: &mut Value) -> Result<Value, Reason> {
     fn empty(value: &Value) -> bool {
         match value {
             Value::Null | Value::Bool(false) => true,

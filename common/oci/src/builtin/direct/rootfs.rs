@@ -51,7 +51,7 @@ fn is_directory(fd: &impl AsFd) -> bool {
 /// Steps 1 to 3; answers the root. `in_group` is called before the group is looked at.
 pub fn build(
     plan: &Plan,
-    group: &Cgroup,
+    group: Option<&Cgroup>,
     mut in_group: impl FnMut() -> Result<(), String>,
 ) -> Result<OwnedFd, String> {
     let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
@@ -75,7 +75,10 @@ pub fn build(
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
             (What::New(parameters), _) => new(&root, mount, parameters),
-            (What::Cgroup, _) => in_group().and_then(|()| cgroup(&root, mount, group)),
+            (What::Cgroup, _) => in_group().and_then(|()| {
+                let group = group.ok_or("the container's cgroup is not known")?;
+                cgroup(&root, mount, group)
+            }),
             (What::Bind { .. }, Some(tree)) => bind(&root, mount, &tree, plan.root),
             (What::Bind { .. }, None) => Ok(()),
         };

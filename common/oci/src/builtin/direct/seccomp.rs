@@ -15,6 +15,8 @@ use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
 };
 
+use serde::Deserialize;
+
 use super::spec::{Argument, Seccomp};
 use super::sys;
 
@@ -24,6 +26,7 @@ const MAGIC: &[u8] = b"kuasar-seccomp-1\n";
 const MAX_KEPT: u64 = 1 << 20;
 
 /// A filter that can be loaded.
+#[derive(Debug)]
 pub struct Filter {
     program: Vec<libc::sock_filter>,
     flags: u64,
@@ -101,7 +104,20 @@ impl Filter {
         Ok(Self { program: instructions(&bytes), flags })
     }
 
+    /// The filter of a profile as `linux.seccomp` of a spec has it.
+    ///
+    /// # Errors
+    /// What is wrong with the profile.
+    pub fn compile(profile: &serde_json::Value) -> Result<Self, String> {
+        let profile = Seccomp::deserialize(profile).map_err(|error| error.to_string())?;
+        check(&profile)?;
+        Ok(Self { program: instructions(&compile(&profile)?), flags: flags(&profile.flags)? })
+    }
+
     /// Filters this process from now on.
+    ///
+    /// # Errors
+    /// The kernel's.
     pub fn load(&self) -> Result<(), String> {
         sys::load_seccomp(&self.program, self.flags)
             .map_err(|error| format!("cannot load the seccomp profile: {error}"))

@@ -5,7 +5,10 @@
 //! process made (threads can), nothing mounted, traced, or changed in its identity. What is not
 //! named fails with EPERM; `clone3` with ENOSYS, so that the C library takes `clone`, whose flags
 //! a filter can read.
+//!
+//! It is the same for all containers, so that it is compiled once, in the zygote.
 
+use kuasar_oci::builtin::workload::Filter;
 use serde_json::{Value, json};
 
 /// System calls that Wasmtime, tokio and WASI's host functions make.
@@ -145,8 +148,16 @@ const ALLOWED: &[&str] = &[
 /// Families of sockets: Unix, IPv4, IPv6. Netlink is asked by the C library's resolver.
 const FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
+/// The filter.
+///
+/// # Errors
+/// When this system's libseccomp cannot make it.
+pub fn filter() -> Result<Filter, String> {
+    Filter::compile(&profile()).map_err(|error| format!("the seccomp profile: {error}"))
+}
+
 /// The profile, as `linux.seccomp` of a spec.
-pub fn profile() -> Value {
+fn profile() -> Value {
     let thread = (libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND) as u64;
     let mut rules = vec![
         json!({ "names": ALLOWED, "action": "SCMP_ACT_ALLOW" }),
@@ -182,6 +193,11 @@ fn architecture() -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_can_be_compiled() {
+        filter().unwrap();
+    }
 
     #[test]
     fn what_makes_a_container_dangerous_is_not_allowed() {
