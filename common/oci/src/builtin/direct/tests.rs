@@ -186,7 +186,7 @@ fn a_process_is_what_its_spec_says() {
         let text = c.run(
             "id -u; id -g; id -G; pwd; umask; ulimit -n; ulimit -Hn; hostname; echo $X $HOME; echo $$
              cat /proc/self/oom_score_adj /proc/sys/net/ipv4/ip_default_ttl /proc/sys/kernel/shmmni
-             grep -E '^(Cap|NoNewPrivs|Seccomp:|SigIgn)' /proc/$$/status; ls /proc/$$/fd | wc -w
+             grep -E '^(Cap|NoNewPrivs|Seccomp:|SigIgn)' /proc/$$/status; ls -m /proc/$$/fd
              mkdir /tmp/never || echo denied; cat /proc/self/cgroup | grep -v ':/$' || echo own cgroups
              readlink /proc/$$/exe | grep -c kuasar; true",
         );
@@ -209,8 +209,8 @@ fn a_process_is_what_its_spec_says() {
         ] {
             assert!(rest.contains(&wanted), "{wanted:?}: {text}");
         }
-        // Standard streams alone.
-        assert!(rest.iter().any(|line| line.trim() == "3"), "{text}");
+        // Standard streams alone. (In a pipeline the shell has its pipe, too, for a moment.)
+        assert!(rest.contains(&"0, 1, 2"), "{text}");
     });
 }
 
