@@ -115,7 +115,7 @@ check: deps ## format, lints, licences, documentation, shell scripts
 	cargo clippy --workspace --all-targets --features kuasar-tests/e2e -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --document-private-items
 	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
-	shellcheck -x tests/*.sh tests/bed/*.sh vmm/guest/build.sh packaging/*.sh .ci/run
+	shellcheck -x tests/*.sh tests/bed/*.sh tests/node/*.sh vmm/guest/build.sh packaging/*.sh .ci/run
 	shellcheck -s sh packaging/deb/*.in tests/packages/fake-systemctl
 	docs/pictures/draw.py --check
 	@if [ ! -x target/tools/bin/cargo-deny ]; then cargo install -q cargo-deny --locked --root target/tools; fi
