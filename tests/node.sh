@@ -9,7 +9,7 @@ B=${BED:-$TOP/target/bed}
 N=$B/node
 SUITE=${NODE_SUITE:-forky}
 # Seconds that all of it may take.
-LIMIT=${NODE_LIMIT:-1200}
+LIMIT=${NODE_LIMIT:-1800}
 QEMU=$B/vmm/bin/qemu-system-x86_64
 PACKAGES=systemd,systemd-sysv,dbus,containerd,runc,containernetworking-plugins,iproute2,kmod,procps,curl,ca-certificates
 # shellcheck source=tests/bed/apt.sh
