@@ -416,6 +416,17 @@ impl Isulad {
         (status, text)
     }
 
+    /// The container c1 ends by the signal of `isula stop`, and then its pod.
+    pub(crate) fn ends(mut self, mut out: Fifo) {
+        self.kill("c1", libc::SIGTERM).unwrap();
+        assert_eq!(self.wait("c1", ""), 7);
+        out.read_until("ended\n");
+        assert!(self.kill("c1", 0).is_err(), "it is dead");
+        self.clean("c1");
+        assert_eq!(self.state("c1", "").unwrap_err().code(), Code::NotFound);
+        self.remove_pod();
+    }
+
     /// An exec with input, announced, made and started; answers both its FIFOs.
     fn interactive(&mut self, id: &str, exec: &str, spec: &Value) -> (Fifo, Fifo) {
         let input = Fifo::for_input(&self.dir.0, &format!("{exec}-in"));
@@ -530,13 +541,7 @@ fn a_pod_of_namespaces_lives_as_isulad_drives_it() {
         assert!(text.contains("eth0"), "the network that came after Start: {text}");
         isulad.input_and_terminal("c1");
 
-        isulad.kill("c1", libc::SIGTERM).unwrap();
-        assert_eq!(isulad.wait("c1", ""), 7);
-        out.read_until("ended\n");
-        assert!(isulad.kill("c1", 0).is_err(), "it is dead");
-        isulad.clean("c1");
-        assert_eq!(isulad.state("c1", "").unwrap_err().code(), Code::NotFound);
-        isulad.remove_pod();
+        isulad.ends(out);
     }
     leaks::assert_none(&before);
 }

@@ -51,17 +51,6 @@ fn has_network(text: &str) -> bool {
     text.contains("eth0:") && text.contains("10.9.9.9")
 }
 
-/// The container ends by the signal of `isula stop`, and then its pod.
-fn ends(mut isulad: Isulad, mut out: Fifo) {
-    isulad.kill("c1", libc::SIGTERM).unwrap();
-    assert_eq!(isulad.wait("c1", ""), 7);
-    out.read_until("ended\n");
-    assert!(isulad.kill("c1", 0).is_err(), "it is dead");
-    isulad.clean("c1");
-    assert_eq!(isulad.state("c1", "").unwrap_err().code(), Code::NotFound);
-    isulad.remove_pod();
-}
-
 /// iSulad's Wait for a pod: when it breaks off, Platform is asked until there is an answer, and then
 /// Wait is called again. Answers how often that was so.
 fn wait_for_pod(id: &str) -> usize {
@@ -140,7 +129,7 @@ fn a_machine_without_hot_plug_lives_as_isulad_drives_it_with_its_network_first()
         let text = interfaces(&mut isulad);
         assert!(has_network(&text), "{text}");
         isulad.input_and_terminal("c1");
-        ends(isulad, out);
+        isulad.ends(out);
     }
     leaks::assert_none(&before);
 }

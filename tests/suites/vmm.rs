@@ -79,6 +79,28 @@ fn pod(name: &str) -> Pod {
     Pod::try_run(pod_config(name), HANDLER).unwrap()
 }
 
+/// Two pods on machines that were copied from one have nothing in common by which they are known, and
+/// the right time. Answers a container in each.
+pub(crate) fn strangers(pods: [&Pod; 2]) -> [Container; 2] {
+    let containers = pods.map(|pod| pod.start(&["sleep", "1000"]));
+    let said = |line: &str| containers.each_ref().map(|c| c.sh(line));
+    assert_eq!(said("hostname"), pods.map(|pod| pod.config.hostname.clone()));
+    for line in [
+        "head -c 16 /dev/urandom | od -An -tx1",
+        "cat /sys/class/net/eth0/address",
+        "ip -4 -o addr show eth0",
+    ] {
+        let [a, b] = said(line);
+        assert!(!a.is_empty() && a != b, "{line}: {a}");
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    for seconds in said("date +%s") {
+        let off = seconds.parse::<u64>().unwrap().abs_diff(now.as_secs());
+        assert!(off < 30, "the clock is off by {off} s");
+    }
+    containers
+}
+
 /// Pids of the pod's machine and its helpers: whoever has the pod's id on its command line or in
 /// its cgroup.
 pub(crate) fn machine(pod: &Pod) -> Vec<(u32, String)> {
