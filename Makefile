@@ -28,6 +28,11 @@ STATIC = RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" LI
   LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")"
 BUILT := target/static/$(HOST)
 
+# The workers have a compiler in them: optimised for speed, and not as a whole, which would take minutes.
+WORKER_OPT_LEVEL ?= 2
+WORKER = CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+  CARGO_PROFILE_RELEASE_OPT_LEVEL=$(WORKER_OPT_LEVEL)
+
 # FAKES: what stands for engines that nobody packages; for tests, never installed. Named together with
 # the programs, so that cargo compiles what they share once.
 FAKES ?=
@@ -38,14 +43,13 @@ build: deps ## all programs, optimised, into target/release
 	  $(addprefix -p ,$(FAKES)) --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
-	$(STATIC) cargo build --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
+	$(STATIC) $(WORKER) cargo build --release --target $(HOST) -p wasm-worker --target-dir target/static
 	@# It loads libwasmedge, which a static program cannot.
-	cargo build --profile wasm --target $(HOST) -p wasm-worker-wasmedge --target-dir target/dynamic
+	$(WORKER) cargo build --release --target $(HOST) -p wasm-worker-wasmedge --target-dir target/static
 	@install -d $(BIN)
-	cp --remove-destination target/dynamic/$(HOST)/wasm/wasm-worker-wasmedge $(BIN)/
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
-	  $(BUILT)/release/wasm-sandboxer $(BUILT)/wasm/wasm-worker \
+	  $(BUILT)/release/wasm-sandboxer $(BUILT)/release/wasm-worker $(BUILT)/release/wasm-worker-wasmedge \
 	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
 	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
@@ -85,7 +89,7 @@ unit: deps ## unit and component tests; need neither root nor containerd
 
 # With the Wasmtime that `build` compiles: a second one, for tests alone, takes minutes.
 test-worker: deps
-	$(STATIC) cargo test --profile wasm --target $(HOST) -p wasm-worker --target-dir target/static
+	$(STATIC) $(WORKER) cargo test --release --target $(HOST) -p wasm-worker --target-dir target/static
 
 test: deps ## everything: unit tests, end-to-end suites on real containerd, critest
 	@# Beside each other: the bed waits for the network, and a linker keeps one processor at a time.
