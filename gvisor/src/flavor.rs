@@ -189,7 +189,7 @@ impl Flavor for Gvisor {
         Ok(Arc::new(Containers::new(pod, own(value), runsc, cgroups)))
     }
 
-    fn expect_containers(&self) {
+    fn expect_containers(&self, _engine: &str) {
         let span = self.config.get().warm_cgroups;
         if !span.is_zero() {
             self.warmer.get_or_init(|| Warmer::new(&self.cgroups)).keep(span);

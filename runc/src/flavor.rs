@@ -53,7 +53,7 @@ impl Flavor for Runc {
         Ok(Arc::new(Containers::new(pod, self.engines.clone(), self.cgroups.clone())))
     }
 
-    fn expect_containers(&self) {
-        self.engines.expect_moves(&self.cgroups);
+    fn expect_containers(&self, engine: &str) {
+        self.engines.expect_moves(&self.cgroups, engine);
     }
 }

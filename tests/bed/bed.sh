@@ -116,8 +116,14 @@ up() {
     # Until it has its namespaces, `inside` would be the host.
     wait_for 5 own_namespaces
     inside ip link set lo up
-    # A hybrid of cgroup v1 and v2 is v1 in here: crun refuses the hybrid.
-    inside umount /sys/fs/cgroup/unified 2>/dev/null || true
+    if [ "${BED_CGROUP:-}" = v2 ]; then
+      # To measure: only v2 in here, with those controllers that the host's v1 leaves to it.
+      inside umount -R /sys/fs/cgroup
+      inside mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    else
+      # A hybrid of cgroup v1 and v2 is v1 in here: crun refuses the hybrid.
+      inside umount /sys/fs/cgroup/unified 2>/dev/null || true
+    fi
     # its own tmpfs, so that a full disk can be tried without harm
     for KIND in $(kinds); do
       inside mkdir -p "$B/run/kuasar-$KIND"

@@ -168,10 +168,13 @@ impl Engines {
         &self.backend
     }
 
-    /// Processes are about to be moved into cgroups: see [`Warmer`].
-    pub fn expect_moves(&self, layout: &Layout) {
+    /// `engine` is about to move processes into cgroups: see [`Warmer`]. Nothing is done for the
+    /// built-in one and its relatives: processes that they make enter their group by themselves, or
+    /// are in it from the start, and would wait for the first move of ours.
+    pub fn expect_moves(&self, layout: &Layout, engine: &str) {
+        let enters = engine == BUILTIN || self.backend.relatives.contains_key(engine);
         let span = self.backend.settings.get().warm_cgroups;
-        if !span.is_zero() {
+        if !enters && !span.is_zero() {
             self.warmer.get_or_init(|| Warmer::new(layout)).keep(span);
         }
     }

@@ -240,7 +240,7 @@ impl Containers {
         })?;
         let engine = self.engine(&meta.engine)?;
         checkpoint::possible(&engine)?;
-        self.engines.expect_moves(&self.cgroups);
+        self.engines.expect_moves(&self.cgroups, engine.name());
         let dir = self.pod.container(container);
         let given = match io {
             ProcessIo::Streams { stdin, stdout, stderr } => {
@@ -318,7 +318,7 @@ impl Containers {
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let engine = self.engine(&self.pod.engine)?;
-        self.engines.expect_moves(&self.cgroups);
+        self.engines.expect_moves(&self.cgroups, engine.name());
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let (engine_too, observer) = (engine.clone(), self.observer().clone());

@@ -73,8 +73,8 @@ pub trait Flavor: Send + Sync + 'static {
     /// of a stopped pod have ended, and deletes them. `own` is what is recorded.
     fn runtime(&self, pod: Arc<Pod>, own: &Value) -> Result<Arc<dyn Runtime>>;
 
-    /// A pod starts, its containers come next.
-    fn expect_containers(&self) {}
+    /// A pod starts, its containers come next, made by `engine`.
+    fn expect_containers(&self, _engine: &str) {}
 
     /// The pod's namespaces are there, kept and recorded. Whatever is started here is reported by
     /// [`watch_end`](crate::sandboxer::watch_end) when its end is the pod's end. A changed `own`

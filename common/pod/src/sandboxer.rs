@@ -318,7 +318,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         // It may have gone since Create, and containers enter it by its path.
         open_netns(&spec.netns_path)?;
         // Not earlier: for engines the first move holds up every mkdir of a cgroup.
-        self.flavor.expect_containers();
+        self.flavor.expect_containers(&state.engine);
         let Held { namespaces, init } = match self.spaces.take(&spec.id) {
             Some(held) => held,
             None if !self.flavor.in_namespaces() => Held::default(),

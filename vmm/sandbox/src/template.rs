@@ -18,7 +18,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -103,6 +103,38 @@ impl Identity {
     }
 }
 
+/// Bytes that are looked at together.
+const BLOCK: u64 = 256 << 10;
+
+/// Digest of a file's content: of its length, and of each block that is not all zeros with its place.
+/// The memory of a guest is mostly zeros, and its file mostly holes, which are not read.
+fn content(file: &mut File) -> std::io::Result<String> {
+    let length = file.metadata()?.len();
+    let mut hash = Sha256::new();
+    hash.update(length.to_le_bytes());
+    let mut at = 0;
+    while at < length {
+        let from = i64::try_from(at).map_err(std::io::Error::other)?;
+        at = match nix::unistd::lseek(&*file, from, nix::unistd::Whence::SeekData) {
+            Ok(data) => u64::try_from(data).map_err(std::io::Error::other)? / BLOCK * BLOCK,
+            // No data behind this.
+            Err(nix::errno::Errno::ENXIO) => break,
+            // A file system that does not know of holes.
+            Err(nix::errno::Errno::EINVAL) => at,
+            Err(error) => return Err(error.into()),
+        };
+        file.seek(SeekFrom::Start(at))?;
+        let mut block = Vec::new();
+        Read::by_ref(file).take(BLOCK).read_to_end(&mut block)?;
+        if block.iter().any(|byte| *byte != 0) {
+            hash.update(at.to_le_bytes());
+            hash.update(&block);
+        }
+        at += BLOCK;
+    }
+    Ok(hex(&hash.finalize()))
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Digests of files that did not change since.
@@ -161,15 +193,7 @@ impl Templates {
         if let Some(known) = self.state().digests.get(&identity) {
             return Ok(known.clone());
         }
-        let (mut hash, mut bytes) = (Sha256::new(), vec![0; 256 << 10]);
-        loop {
-            let n = file.read(&mut bytes).map_err(io("read", path))?;
-            if n == 0 {
-                break;
-            }
-            hash.update(bytes.get(..n).unwrap_or_default());
-        }
-        let digest = hex(&hash.finalize());
+        let digest = content(&mut file).map_err(io("read", path))?;
         let mut state = self.state();
         // Files that are long gone are the only ones that pile up.
         if state.digests.len() > 64 {
@@ -432,6 +456,31 @@ mod tests {
         std::fs::write(dir.join("state"), key).unwrap();
         templates.finish(&dir, key).unwrap();
         templates.path(key)
+    }
+
+    #[test]
+    fn a_hole_and_zeros_are_the_same_content_and_its_place_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = |name: &str, length: u64, parts: &[(u64, &[u8])]| {
+            use std::os::unix::fs::FileExt;
+            let path = dir.path().join(name);
+            let file = File::create_new(&path).unwrap();
+            file.set_len(length).unwrap();
+            parts.iter().for_each(|(at, bytes)| file.write_all_at(bytes, *at).unwrap());
+            content(&mut File::open(&path).unwrap()).unwrap()
+        };
+        let zeros = vec![0; 3 << 20];
+        let (length, at) = (16 << 20, (5 << 20) + 12345);
+        let holes = digest("holes", length, &[(at, b"x")]);
+        assert_eq!(holes, digest("zeros", length, &[(4 << 20, &zeros), (at, b"x")]));
+        let others = [
+            digest("empty", length, &[]),
+            digest("longer", length + 1, &[(at, b"x")]),
+            digest("later", length, &[(at + 1, b"x")]),
+            digest("other block", length, &[(at + BLOCK, b"x")]),
+            digest("no file", 0, &[]),
+        ];
+        assert!(!others.contains(&holes), "{others:?}");
     }
 
     #[test]

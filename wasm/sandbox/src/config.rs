@@ -56,10 +56,6 @@ pub struct Config {
     pub wasmedge: WasmEdgeConfig,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
-    /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
-    /// `0s`: never.
-    #[serde(with = "kuasar_host::duration")]
-    pub warm_cgroups: Duration,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
@@ -185,7 +181,6 @@ impl Default for Config {
             max_threads: 64,
             wasmedge: WasmEdgeConfig::default(),
             engine_timeouts: Limits::default(),
-            warm_cgroups: Duration::from_millis(250),
             shm_size: 64 << 20,
             unprivileged_ports: true,
             heeds: Vec::new(),
@@ -245,9 +240,6 @@ impl Config {
         if !self.wasmedge.plugins.is_empty() && !self.wasmedge.plugins.starts_with('/') {
             return Err("wasmedge.plugins: an absolute path, or \"\" for none".into());
         }
-        if self.warm_cgroups > Duration::from_secs(10) {
-            return Err("warm_cgroups: at most 10s".into());
-        }
         if self.shm_size < 4096 {
             return Err(format!("shm_size = {}: at least 4096 bytes", self.shm_size));
         }
@@ -280,7 +272,8 @@ impl Config {
         Settings {
             engines: BTreeMap::new(),
             timeouts: self.engine_timeouts,
-            warm_cgroups: self.warm_cgroups,
+            // Every process of a container's enters its cgroup by itself.
+            warm_cgroups: Duration::ZERO,
         }
     }
 

@@ -246,10 +246,6 @@ impl Flavor for Wasm {
         Ok(Arc::new(containers.with_payloads(Arc::new(modules))))
     }
 
-    fn expect_containers(&self) {
-        self.engines.expect_moves(&self.cgroups);
-    }
-
     async fn removed(&self, _ctx: &SandboxContext, own: &Value) -> Result<()> {
         self.pods().remove(&Own::of(own).id);
         Ok(())

@@ -242,24 +242,24 @@ impl Workers {
             Ok(asked) => asked,
             Err(error) => {
                 if let Some(placement) = placement {
-                    placement.give_up().await;
+                    // What was made is removed with the container, whatever came of it.
+                    let _ = placement.made().await;
                 }
                 return Err(error);
             }
         };
-        let moved = placement.map(|placement| placement.go_on(pid));
         let pidfd = process::pidfd_open(pid);
         let watched = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
         let (tell, ending) = tokio::sync::watch::channel(None);
         self.makers().insert(command.cookie, ending);
         tokio::spawn(async move {
-            let (status, moved) = tokio::join!(status(reader, watched), async {
-                match moved {
-                    Some(moved) => moved.await,
+            let (status, grouped) = tokio::join!(status(reader, watched), async {
+                match placement {
+                    Some(placement) => placement.made().await,
                     None => Ok(()),
                 }
             });
-            let _ = tell.send(Some(moved.map(|()| Exit { status, at: SystemTime::now() })));
+            let _ = tell.send(Some(grouped.map(|()| Exit { status, at: SystemTime::now() })));
         });
         // One that has ended has no pidfd: what it has said is in the pipe.
         let pidfd = match pidfd {

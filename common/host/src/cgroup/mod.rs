@@ -135,6 +135,11 @@ impl Layout {
         matches!(self, Self::V2(_))
     }
 
+    /// The file of a group by which a process of one thread enters it itself.
+    pub fn entrance(&self) -> &'static str {
+        if self.is_v2() { "cgroup.procs" } else { "tasks" }
+    }
+
     /// The group at `path`: as in a spec's `cgroupsPath` or CRI's `cgroup_parent`. Of systemd's
     /// `slice:prefix:name` the path that systemd would make is taken.
     ///
@@ -244,11 +249,25 @@ impl Cgroup {
         Err(Error::Invalid(format!("cgroup {} does not exist", self.path.display())))
     }
 
-    /// The files that a process enters the group by (`cgroup.procs`), one for each hierarchy in
-    /// which the group exists.
+    /// The files by which a process of one thread enters the group when it writes `0` to them, one
+    /// for each hierarchy in which the group exists.
+    ///
+    /// On v1 that is `tasks` and not `cgroup.procs`: a thread that moves itself need not wait for the
+    /// grace period that any other move begins with (Linux 5.5; see [`Warmer`]).
     pub fn entrances(&self) -> Vec<PathBuf> {
+        let name = self.layout.entrance();
         let dirs = self.dirs().into_iter().filter(|dir| dir.is_dir());
-        dirs.map(|dir| dir.join("cgroup.procs")).collect()
+        dirs.map(|dir| dir.join(name)).collect()
+    }
+
+    /// This process, which has one thread, enters the group in every hierarchy: see
+    /// [`Self::entrances`].
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it may not, or the group does not exist.
+    pub fn enter(&self) -> Result<()> {
+        let name = self.layout.entrance();
+        self.dirs().iter().try_for_each(|dir| write(dir, name, "0"))
     }
 
     /// The group below this one.

@@ -218,7 +218,9 @@ fn join_cgroup(pid: i32, id: &str) -> Result<()> {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
         let Some(mount) = cgroup_mount(&mounts, controllers) else { continue };
-        let file = mount.join(path.trim_start_matches('/')).join("cgroup.procs");
+        // This process has one thread, which on v1 need not wait when it moves itself.
+        let entrance = if controllers.is_empty() { "cgroup.procs" } else { "tasks" };
+        let file = mount.join(path.trim_start_matches('/')).join(entrance);
         std::fs::write(&file, "0").map_err(|error| {
             Error::io(
                 format!("cannot join the cgroup of container {id} ({})", file.display()),

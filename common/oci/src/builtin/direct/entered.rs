@@ -5,8 +5,8 @@
 //! another one: it reads the spec, joins the namespaces that exist, and becomes the container.
 //!
 //! What the engine's process does beside it elsewhere is done by who asked for this one: it makes
-//! the cgroup, on v2 before the fork (`CLONE_INTO_CGROUP`), on v1 at the same time, moves the process
-//! there and says [`super::GO`]; and it removes what is left when this process says that it has
+//! the cgroup, on v2 before the fork (`CLONE_INTO_CGROUP`), on v1 at the same time, and then says
+//! [`super::GO`]; and it removes what is left when this process says that it has
 //! failed, or ends.
 
 use std::io::{PipeReader, PipeWriter};
@@ -26,7 +26,8 @@ pub struct Entered {
     pub namespaces: CloneFlags,
     /// Gets one byte, the exit status that an engine would have: 0 when `start` is waited for.
     pub answer: PipeWriter,
-    /// Says [`super::GO`] when this process is in its cgroup; `None` when it was from the start.
+    /// Says [`super::GO`] when the cgroup is there, which this process then enters; `None` when it
+    /// was in it from the start.
     pub go: Option<PipeReader>,
 }
 
@@ -78,7 +79,7 @@ fn prepare(
         std::fs::write(path, pid.to_string()).map_err(|error| Error::io(path.display(), error))?;
     }
     let wanted = plan.mounts.iter().any(|mount| mount.what == super::plan::What::Cgroup);
-    let group = if wanted { Some(group_of(&plan)?) } else { None };
+    let group = if wanted || go.is_some() { Some(group_of(&plan)?) } else { None };
     join_namespaces(&plan)?;
     let turn = go.map_or(init::Turn::Taken, init::Turn::Told);
     let prepared = init::Prepared::new(opened, group, turn, create, Some(workload));

@@ -11,7 +11,7 @@ use nix::sched::CloneFlags;
 
 use super::plan::Plan;
 use super::seccomp::Filter;
-use super::{GO, Opened, join, privileges, rootfs, sys};
+use super::{GO, Opened, explain, privileges, rootfs, sys};
 use crate::builtin::args::Create;
 use crate::builtin::workload::{Container, Workload};
 use crate::builtin::{console, payload};
@@ -116,7 +116,7 @@ pub enum Turn {
     Taken,
     /// By itself.
     Own,
-    /// Who has made it makes the group, moves it there, and then says [`GO`].
+    /// By itself, when who has made it has made the group and says [`GO`].
     Told(PipeReader),
 }
 
@@ -125,10 +125,7 @@ impl Turn {
     fn take(&mut self, plan: &Plan, group: Option<&Cgroup>) -> Result<(), String> {
         match std::mem::replace(self, Self::Taken) {
             Self::Taken => return Ok(()),
-            Self::Own => {
-                let group = group.ok_or("the container's cgroup is not known")?;
-                join(group, 0).map_err(|error| error.to_string())?;
-            }
+            Self::Own => {}
             Self::Told(mut pipe) => {
                 let mut word = [0];
                 if !matches!(pipe.read(&mut word), Ok(1)) || word != [GO] {
@@ -136,6 +133,8 @@ impl Turn {
                 }
             }
         }
+        let group = group.ok_or("the container's cgroup is not known")?;
+        group.enter().map_err(|error| explain("cannot join the cgroup", &error).to_string())?;
         enter_namespace(plan)
     }
 }

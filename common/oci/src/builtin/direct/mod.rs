@@ -9,7 +9,7 @@
 //!    (the seccomp program).
 //! 2. One `clone3` makes the container's process: in its new namespaces, a sibling of ours
 //!    (`CLONE_PARENT`: who started us is to reap it). [`init`] is what it does.
-//! 3. Meanwhile we make the cgroup with its limits and device rules, move the process there, and
+//! 3. Meanwhile we make the cgroup with its limits and device rules, tell the process to enter it, and
 //!    write the container's state. Then we wait for one word: ready, or why not.
 //!
 //! A program that forks the containers' processes itself has one process in place of two: see
@@ -17,8 +17,9 @@
 //!
 //! On cgroup v2 the group is made first, and the process is in it from its first moment
 //! (`CLONE_INTO_CGROUP`). On v1 a group is a directory in each of a dozen hierarchies, which takes
-//! as long as the mounts: both are done side by side, and the process waits for its group before the
-//! first thing that depends on it ([`init::Turn`]). Until then it runs nothing of the container's and
+//! as long as the mounts: both are done side by side, and the process waits for its group, and enters
+//! it, before the first thing that depends on it ([`init::Turn`]). Nobody else moves it there: that would
+//! wait for all processors ([`Cgroup::entrances`]). Until then it runs nothing of the container's and
 //! copies nothing of the image's, so that there is nothing to charge or to limit.
 //!
 //! Nothing in here follows a path of the container: see [`kuasar_host::inside`] and [`rootfs`].
@@ -92,7 +93,7 @@ pub fn plan(create: &Create, text: &[u8]) -> std::result::Result<Plan, Reason> {
     Ok(plan)
 }
 
-/// What is said to the container's process when it is in its group.
+/// What is said to the container's process when its group is there.
 pub const GO: u8 = b'G';
 
 /// What is made on the way, and removed again unless it is kept.
@@ -233,14 +234,11 @@ pub fn run(
     let made = (|| {
         if beside {
             make_planned_group(&plan, &group, &mut traces)?;
-            join(&group, pid)?;
+            // It has gone when this fails, and has said why.
+            let _ = (&tell).write_all(&[GO]);
         }
         save(args, create, &plan, &traces.state, pid)
     })();
-    if made.is_ok() {
-        // It has gone when this fails, and has said why.
-        let _ = (&tell).write_all(&[GO]);
-    }
     drop(tell);
     let mut words = Vec::new();
     answer.read_to_end(&mut words).map_err(|error| Error::io("wait for the process", error))?;
@@ -333,21 +331,6 @@ pub fn make_group(group: &Cgroup, resources: &Value) -> Result<()> {
     let devices = plan::split_resources(&mut resources).map_err(|reason| Error::Other(reason.0))?;
     group.create().map_err(|error| explain("cgroup", &error))?;
     limit(group, &devices, &resources)
-}
-
-/// Moves a process into a group; 0 is the caller. One write per hierarchy.
-pub fn join(group: &Cgroup, pid: i32) -> Result<()> {
-    for dir in group.dirs() {
-        let file = dir.join("cgroup.procs");
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(&file)
-            .and_then(|mut procs| procs.write_all(pid.to_string().as_bytes()))
-            .map_err(|error| {
-                Error::io(format!("cannot join the cgroup ({})", file.display()), error)
-            })?;
-    }
-    Ok(())
 }
 
 /// An error of the host with its cause.

@@ -50,12 +50,19 @@ struct Description {
     fixed: Vec<String>,
     /// Bytes of the state.
     length: u64,
+    /// Whether each page has its own place in the file.
+    #[serde(default)]
+    mapped: bool,
+}
+
+async fn enable(qmp: &Qmp, capability: &str) -> Result<()> {
+    let on = json!({ "capabilities": [{ "capability": capability, "state": true }] });
+    qmp.call("migrate-set-capabilities", on, None).await.map(drop)
 }
 
 /// Runs `command`, which starts a migration, and waits for its end.
 async fn migrate(qmp: &Qmp, command: &str, file: &File, limit: Duration) -> Result<()> {
-    let on = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    qmp.call("migrate-set-capabilities", on, None).await?;
+    enable(qmp, "events").await?;
     // The guest stands still: nothing is gained by going easy on the disk.
     qmp.call("migrate-set-parameters", json!({ "max-bandwidth": 0 }), None).await?;
     let mut events = qmp.events();
@@ -114,6 +121,12 @@ pub(super) async fn save(machine: &Machine, dir: &Path) -> Result<()> {
     let file = file.doing(|| format!("make {}", path.display()))?;
     let saved = async {
         let limit = Duration::from_millis(machine.config.snapshot_timeout_ms);
+        // Pages are read straight to where they belong then; the file has holes. Since QEMU 9.0.
+        let mapped = match enable(qmp, "mapped-ram").await {
+            Ok(()) => true,
+            Err(Error::Refused { .. }) => false,
+            Err(error) => return Err(error),
+        };
         migrate(qmp, "migrate", &file, limit).await?;
         let length = file.metadata().doing(|| "look at the snapshot")?.len();
         let description = Description {
@@ -125,6 +138,7 @@ pub(super) async fn save(machine: &Machine, dir: &Path) -> Result<()> {
             serial: private.serial,
             fixed: private.fixed,
             length,
+            mapped,
         };
         let (kind, version) = RECORD;
         kuasar_host::record::write(&dir.join(DESCRIPTION), kind, version, &description)?;
@@ -214,7 +228,7 @@ pub(super) async fn restore(qemu: &Qemu, spec: &VmSpec, dir: &Path) -> Result<Ar
     // QEMU reads its state while the helpers start.
     let loaded = async {
         let vm = qemu.start(&base, true).await?;
-        match load(&vm, &file).await {
+        match load(&vm, &file, was.mapped).await {
             Ok(()) => Ok(vm),
             Err(error) => Err(give_up(vm, error).await),
         }
@@ -241,9 +255,12 @@ async fn give_up(vm: Machine, why: Error) -> Error {
 }
 
 /// Has QEMU read the state; the machine does not run yet.
-async fn load(vm: &Machine, file: &File) -> Result<()> {
+async fn load(vm: &Machine, file: &File, mapped: bool) -> Result<()> {
     let limit = Duration::from_millis(vm.config.snapshot_timeout_ms);
     let qmp = vm.qmp()?;
+    if mapped {
+        enable(qmp, "mapped-ram").await?;
+    }
     match migrate(qmp, "migrate-incoming", file, limit).await {
         // It ends when it cannot make sense of the state, and says why as it goes.
         Err(error @ (Error::Gone | Error::Refused { .. })) => {
