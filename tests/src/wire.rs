@@ -249,7 +249,7 @@ impl Bundle {
             ],
             "linux": {
                 "namespaces": [{ "type": "mount" }, { "type": "pid" }, ns("ipc"), ns("uts")],
-                "cgroupsPath": format!("/{}/bundle/{}", cgroup_root(), unique()),
+                "cgroupsPath": format!("/{}/bundle-{}", cgroup_root(), unique()),
             },
         });
         Self { dir, spec }
