@@ -146,7 +146,9 @@ impl Frame {
         let (session, stream, argument) = (take(8)?, take(4)? as u32, take(4)? as u32);
         let (length, kind, version) = (take(2)?, take(1)?, take(1)?);
         let kind = Kind::ALL.into_iter().find(|known| u64::from(*known as u8) == kind)?;
-        if version != u64::from(VERSION) || length != payload.len() as u64 || payload.len() > PAYLOAD
+        if version != u64::from(VERSION)
+            || length != payload.len() as u64
+            || payload.len() > PAYLOAD
         {
             return None;
         }

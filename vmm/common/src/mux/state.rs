@@ -298,7 +298,13 @@ impl State {
     }
 
     /// Reads up to `most` bytes.
-    pub fn read(&mut self, key: Key, most: usize, to: &mut impl FnMut(&[u8]), waker: &Waker) -> Progress {
+    pub fn read(
+        &mut self,
+        key: Key,
+        most: usize,
+        to: &mut impl FnMut(&[u8]),
+        waker: &Waker,
+    ) -> Progress {
         let Some(entry) = self.entry(key) else { return Progress::Broken };
         if !entry.received.is_empty() {
             let n = take(&mut entry.received, most, to);

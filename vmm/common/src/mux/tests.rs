@@ -180,7 +180,10 @@ async fn a_guest_that_was_saved_in_a_session_is_in_step_with_the_host_of_its_cop
     port.write_all(&frame(5, 0, Kind::Sync, b"")).await.unwrap();
     up(&guest).await;
     // It dials the host that is just going.
-    let dialling = { let guest = guest.clone(); tokio::spawn(async move { guest.open(1023).await }) };
+    let dialling = {
+        let guest = guest.clone();
+        tokio::spawn(async move { guest.open(1023).await })
+    };
     let mut some = [0; 200];
     soon(port.read(&mut some)).await.unwrap();
     let host = Mux::host(NUMBER);
