@@ -127,6 +127,8 @@ fn relay(pod: &Pod) -> u32 {
 fn works(channel: &str, device: &str, end: impl FnOnce(&Pod)) {
     let with = |text: &str| text.replace("[qemu]", &format!("[qemu]\nchannel = \"{channel}\""));
     let Some(_settings) = Settings::with(with) else { return };
+    // The first namespace of a bed makes the place of them all, which stays.
+    assert!(inside(&["sh", "-c", "ip netns add first && ip netns del first"]).status.success());
     let before = leaks::snapshot();
     {
         let pod = Pod::try_run(pod_config(channel), HANDLER).unwrap();
