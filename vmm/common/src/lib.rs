@@ -7,6 +7,7 @@
 //! asked for it. [`handshake`] has the lines with which every other connection begins.
 
 pub mod handshake;
+pub mod mux;
 
 /// Everything that the build script generated.
 #[allow(

@@ -12,10 +12,9 @@ use kuasar_host::cgroup::Cgroup;
 use kuasar_pod::files::host;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
-use vmm_common::port;
 
+use crate::channel;
 use crate::config::{Config, RootImage, ShareBy};
-use crate::drivers::{Hybrid, uds};
 use crate::errors::machine;
 use crate::guest::service;
 use crate::making::Template;
@@ -27,8 +26,6 @@ use crate::vmm::{
     Share, Vm, VmSpec, Vmm,
 };
 
-/// Context id of guests whose vsock is their own unix sockets: it tells nobody apart.
-const CID: u32 = 3;
 /// A pod's console log, in its state directory.
 pub(crate) const CONSOLE: &str = "console.log";
 /// Characters of a guest's console in an error.
@@ -55,15 +52,8 @@ pub(crate) fn serves_pods(driver: &dyn Vmm, share: ShareBy) -> Result<()> {
             (Feature::Ninep, "it serves no files by 9p, which the configuration wants")
         }
     };
-    let missing = [
-        by,
-        (
-            Feature::HybridVsock,
-            "it has no vsock as unix sockets, over which the daemon talks to agents",
-        ),
-    ];
-    match missing.into_iter().find(|(feature, _)| !driver.features().has(*feature)) {
-        None => Ok(()),
+    match Some(by).filter(|(feature, _)| !driver.features().has(*feature)) {
+        None => channel::serves(driver),
         Some((_, why)) => Err(Error::Unimplemented(format!(
             "{} runs no pods yet: {why}; use vmm = \"qemu\" or \"cloud-hypervisor\" for this \
              runtime class",
@@ -109,7 +99,8 @@ pub(crate) fn plain(
         }],
         nics: Vec::new(),
         disks: Vec::new(),
-        channel: Channel::HybridVsock { cid: CID, uds: uds(dir) },
+        // The driver's affair: see [`channel::give`].
+        channel: Channel::None,
         entropy: true,
         console: Console { log: console, limit: config.guest.console_bytes },
         netns: None,
@@ -176,6 +167,7 @@ impl VmmSandboxer {
             .await?;
         let dir = state.machine_dir.clone().unwrap_or_default();
         let spec = self.vm_spec(ctx, config, driver.features(), &dir, netns, nics, &cgroup)?;
+        let spec = channel::give(&*driver, spec);
         let template = self.template(config, &driver, &spec).await;
         let pooled = match &template {
             Some(_) => self.take_pooled(ctx, config, state, &driver, &spec, &cgroup).await?,
@@ -203,7 +195,7 @@ impl VmmSandboxer {
         let gone = watch::channel(false);
         let Running { vm, token, dir, cpus } = running;
         let pid = vm.pid();
-        let dial = Arc::new(Hybrid(uds(&dir)));
+        let dial = channel::dial(Some(&vm.state().channel), &dir);
         let (_tasks, guest) = self.insert(ctx, config, vm, token, dial, gone)?;
         if let Some(cpus) = cpus {
             let plugged = wire::OnlineRequest { cpus, ..wire::OnlineRequest::default() };
@@ -280,14 +272,15 @@ impl VmmSandboxer {
         spec: &VmSpec,
         saved: Option<&Path>,
     ) -> Result<(Arc<dyn Vm>, String)> {
-        let uds = uds(&spec.dir);
-        let ready = vmm::vsock::bind(&uds, port::READY, launcher.owner()).map_err(machine)?;
+        let (ready, spec) = channel::listen(spec, launcher.owner())?;
+        let spec = &*spec;
         let begun = Instant::now();
         let vm = match saved {
             Some(saved) => driver.restore(spec, saved).await,
             None => driver.spawn(spec).await,
         };
         let vm = vm.map_err(machine)?;
+        ready.is_of(&vm.state().channel);
         let what = if saved.is_some() { "vmm_restore" } else { "vmm_spawn" };
         kuasar_daemon::metrics::observe(what, begun.elapsed());
         state.vm = Some(vm.state());
@@ -357,8 +350,8 @@ mod tests {
         assert!(error.contains("9p"), "{error}");
         let firecracker = Firecracker::new(Default::default(), launcher());
         let stratovirt = StratoVirt::new(Default::default(), Default::default(), launcher());
-        let refused: [(&dyn Vmm, _); 2] =
-            [(&firecracker, "no shared directories"), (&stratovirt, "no vsock as unix sockets")];
+        serves_pods(&stratovirt, ShareBy::Virtiofs).unwrap();
+        let refused: [(&dyn Vmm, _); 1] = [(&firecracker, "no shared directories")];
         for (driver, why) in refused {
             let error = serves_pods(driver, ShareBy::Virtiofs).unwrap_err();
             assert!(matches!(&error, Error::Unimplemented(text) if text.contains(why)), "{error}");

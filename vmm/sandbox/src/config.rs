@@ -15,7 +15,7 @@ use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::QemuConfig;
 use crate::vmm::stratovirt::StratoVirtConfig;
-use crate::vmm::{Kind, Range, ShareKind};
+use crate::vmm::{Kind, Range, ShareKind, Way};
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
@@ -507,6 +507,13 @@ impl Config {
                         \"virtiofs\", or template.enabled = false"
                 .into());
         }
+        if t.enabled && matches!(self.qemu.channel, Way::Console | Way::Vsock) {
+            return Err(format!(
+                "template.enabled = true: QEMU copies no machine with qemu.channel = \"{}\": set \
+                 channel to \"hybrid\" or \"serial\" below [qemu], or template.enabled = false",
+                if self.qemu.channel == Way::Vsock { "vsock" } else { "console" }
+            ));
+        }
         if t.refill > Duration::from_secs(3600) {
             return Err("template.refill: at most 1h".into());
         }
@@ -559,6 +566,13 @@ mod tests {
         assert!(check("template = { enabled = true, pool = 65 }").contains("template.pool = 65"));
         let ninep = "share = '9p'\ntemplate = { enabled = true }";
         assert!(check(ninep).contains("share = \"virtiofs\""));
+        for channel in ["console", "vsock"] {
+            let text =
+                format!("qemu = {{ channel = '{channel}' }}\ntemplate = {{ enabled = true }}");
+            let said = check(&text);
+            assert!(said.contains(channel) && said.contains("\"serial\" below [qemu]"), "{said}");
+        }
+        assert!(toml::from_str::<Config>("stratovirt = { channel = 'hybrid' }").is_err());
         assert!(check("template = { refill = '2h' }").contains("template.refill"));
         assert!(toml::from_str::<Config>("vmm = 'bochs'").is_err());
         assert!(toml::from_str::<Config>("nonsense = 1").is_err());

@@ -1,18 +1,14 @@
 //! What machines are started with, whoever they are for: which driver, as which user, through which
-//! jail, and where a guest is dialled.
+//! jail.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
-use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result};
 use kuasar_host::cgroup::Layout;
 use sandbox_parent::client::Parent;
-use tokio::net::UnixStream;
 
 use crate::config::Config;
-use crate::guest::Dial;
 use crate::jail::Users;
 use crate::template::Templates;
 use crate::vmm::cloud_hypervisor::CloudHypervisor;
@@ -21,21 +17,6 @@ use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::stratovirt::StratoVirt;
 use crate::vmm::{self, Launcher, Vmm};
-
-/// Dials a guest through its unix socket.
-#[derive(Debug)]
-pub(crate) struct Hybrid(pub PathBuf);
-
-#[async_trait]
-impl Dial for Hybrid {
-    async fn dial(&self, port: u32, limit: Duration) -> std::io::Result<UnixStream> {
-        vmm::vsock::dial(&self.0, port, limit).await.map_err(std::io::Error::other)
-    }
-}
-
-pub(crate) fn uds(dir: &Path) -> PathBuf {
-    dir.join("v").join("s")
-}
 
 /// What pods, templates and the pool have in common to start machines.
 pub struct Machinery {
@@ -112,7 +93,7 @@ impl Machinery {
         user: Option<u32>,
     ) -> Result<(Arc<dyn Vmm>, Launcher)> {
         let launcher = self.launcher(config, user);
-        let helpers: HelpersConfig = config.helpers.clone();
+        let helpers = HelpersConfig { own: self.exe.clone(), ..config.helpers.clone() };
         match kind {
             vmm::Kind::Qemu => {
                 let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());

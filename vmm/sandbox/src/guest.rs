@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use vmm_common::handshake::{self, HandshakeError, Purpose, Ready, StreamKind, Welcome};
 use vmm_common::port;
+
+use crate::channel::Listener;
 
 pub use kuasar_forward::{Client, GuestError, Limits, Result, clean};
 
@@ -67,9 +69,8 @@ impl Waiting {
     ///
     /// # Errors
     /// [`GuestError::Nonsense`] for a guest that says something else, or is of another version.
-    pub async fn accept(listener: &UnixListener) -> Result<Self> {
-        let (mut stream, _) =
-            listener.accept().await.map_err(|e| GuestError::Broken(e.to_string()))?;
+    pub async fn accept(listener: &Listener) -> Result<Self> {
+        let mut stream = listener.accept().await.map_err(|e| GuestError::Broken(e.to_string()))?;
         let ready: Ready = handshake::read_json(&mut stream).await.map_err(greeting)?;
         if ready.protocol != handshake::PROTOCOL {
             return Err(GuestError::Nonsense(format!(
@@ -117,7 +118,7 @@ impl Waiting {
 /// # Errors
 /// [`GuestError::Deadline`], and as [`Waiting`]'s.
 pub async fn welcome(
-    listener: &UnixListener,
+    listener: &Listener,
     sandbox: &str,
     limit: Duration,
 ) -> Result<(Ready, String)> {

@@ -227,7 +227,7 @@ async fn the_end_of_the_machine_ends_every_call() {
 async fn boots(says: &'static [u8]) -> Result<(Ready, String)> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v_1023");
-    let listener = UnixListener::bind(&path).unwrap();
+    let listener = tokio::net::UnixListener::bind(&path).unwrap().into();
     let fake = tokio::spawn(async move {
         let mut stream = UnixStream::connect(path).await.unwrap();
         let _ = stream.write_all(says).await;

@@ -1,7 +1,8 @@
 //! `vmm-sandboxer`: sandboxes that are microVMs.
 //!
-//! One program with three faces: the resident daemon, the jailer of VMMs and their helpers
-//! (`vmm-sandboxer jail`, which sandbox-parent runs), and the operator's `shutdown-parent`.
+//! One program with four faces: the resident daemon, the jailer of VMMs and their helpers
+//! (`vmm-sandboxer jail`, which sandbox-parent runs), one of these helpers (`vmm-sandboxer relay`), and
+//! the operator's `shutdown-parent`.
 
 use std::process::ExitCode;
 
@@ -23,10 +24,13 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    // The jailer first: it wants nothing of what a daemon sets up.
+    // Jailer and relay first: they want nothing of what a daemon sets up.
     let mut arguments = std::env::args_os().skip(1).peekable();
     if arguments.peek().is_some_and(|first| first == "jail") {
         return ExitCode::from(vmm_sandboxer::jail::main(arguments.skip(1)));
+    }
+    if arguments.peek().is_some_and(|first| first == "relay") {
+        return ExitCode::from(vmm_sandboxer::relay::main(arguments.skip(1)));
     }
     kuasar_daemon::memory::tune();
     program::end("vmm-sandboxer", run(Arguments::parse()))

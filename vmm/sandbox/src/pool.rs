@@ -32,20 +32,19 @@ use futures::future::join_all;
 use kuasar_daemon::registry::{Counter, Gauge};
 use kuasar_pod::files::host;
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixListener;
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
-use vmm_common::port;
 
 use crate::boot::{CONSOLE, plain};
+use crate::channel::{self, Listener};
 use crate::config::Config;
-use crate::drivers::{Machinery, uds};
+use crate::drivers::Machinery;
 use crate::errors::{machine, task};
 use crate::guest::{Waiting, random_hex};
 use crate::making::can_be_copied;
 use crate::sandboxer::CGROUP;
 use crate::share::ShareTree;
-use crate::vmm::{self, Event, Feature, Kind, Range, Vm, VmSpec, VmState, Vmm};
+use crate::vmm::{Event, Feature, Kind, Range, Vm, VmSpec, VmState, Vmm};
 
 /// Kind of the record in a pooled machine's directory, and its version.
 const RECORD: (&str, u32) = ("vm-pooled", 1);
@@ -105,7 +104,7 @@ impl Pooled {
 #[derive(Debug)]
 pub(crate) struct Idle {
     /// Where it dials when it has waited for too long.
-    pub ready: UnixListener,
+    pub ready: Listener,
     pub agent: Waiting,
 }
 
@@ -284,7 +283,8 @@ impl Pool {
         let group =
             self.machinery.cgroups.group(&self.cgroup()).map_err(host("the pool's cgroup"))?;
         let name = (name.to_owned(), dir);
-        plain(config, driver.features(), name, size, share, console, group.entrances())
+        let plain = plain(config, driver.features(), name, size, share, console, group.entrances());
+        Ok(channel::give(driver, plain?))
     }
 
     /// Makes one machine ready; the template first when there is none.
@@ -343,7 +343,7 @@ impl Pool {
         })
         .await?;
         let spec = self.spec(config, &*driver, name, dir)?;
-        let ready = vmm::vsock::bind(&uds(dir), port::READY, launcher.owner()).map_err(machine)?;
+        let (ready, spec) = channel::listen(&spec, launcher.owner())?;
         let vm = driver.restore(&spec, saved).await.map_err(machine)?;
         let limit = config.template.ready;
         let waiting = async {

@@ -40,8 +40,9 @@ use vmm_common::{guest as wire, port};
 use crate::announced::Announced;
 use crate::block::{self, Disks};
 use crate::boot::CONSOLE;
+use crate::channel;
 use crate::config::{Config, HostNetwork, TaskEndpoint};
-use crate::drivers::{Hybrid, Machinery, uds};
+use crate::drivers::Machinery;
 use crate::errors::{chain, machine, net, task};
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
@@ -474,8 +475,9 @@ impl Sandboxer for VmmSandboxer {
         let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
         let mut started = self.started(ctx, pid);
         if state.task_port != 0 {
-            let uds = uds(&state.machine_dir.unwrap_or_default());
-            started.address = Some(format!("ttrpc+hvsock://{}:{}", uds.display(), state.task_port));
+            let (channel, dir) = (state.vm.map(|vm| vm.channel), state.machine_dir);
+            let dir = dir.unwrap_or_default();
+            started.address = Some(channel::endpoint(channel.as_ref(), &dir, state.task_port));
         }
         Ok(started)
     }
@@ -564,7 +566,7 @@ impl Sandboxer for VmmSandboxer {
         };
         let dir = state.machine_dir.clone().unwrap_or_default();
         let (end, gone) = watch::channel(false);
-        let dial = Arc::new(Hybrid(uds(&dir)));
+        let dial = channel::dial(state.vm.as_ref().map(|vm| &vm.channel), &dir);
         let taken = match state.vm.clone() {
             None => Err("it has no machine".to_owned()),
             Some(_) if self.fresh => Err("sandbox-parent has been lost".to_owned()),

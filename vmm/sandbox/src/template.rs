@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::net::UnixStream;
 use vmm_common::handshake::{PROTOCOL, Ready, read_json};
+use vmm_common::mux::Mux;
 
 use crate::vmm::{Channel, Console, Error, Result, Root, VmSpec, Vmm};
 
@@ -417,12 +418,25 @@ impl Templates {
 /// Waits until the agent says on the serial channel that it serves, and leaves without an answer:
 /// so the agent waits for a host when it is saved.
 async fn ready(spec: &VmSpec) -> Result<()> {
-    let Channel::Serial { socket } = &spec.channel else {
+    let Channel::Serial { socket, .. } = &spec.channel else {
         return Err(Error::Invalid("a template is made with a serial channel".into()));
     };
-    let mut stream = UnixStream::connect(socket).await.map_err(io("connect to", socket))?;
-    let ready: Ready =
-        read_json(&mut stream).await.map_err(|error| Error::State(error.to_string()))?;
+    let port = UnixStream::connect(socket).await.map_err(io("connect to", socket))?;
+    let number = crate::guest::random_hex(8).map_err(io("read", Path::new("/dev/urandom")))?;
+    let mux = Mux::host(u64::from_str_radix(&number, 16).unwrap_or(1));
+    let said = async {
+        let mut stream = loop {
+            let incoming = mux.next().await;
+            if incoming.port == vmm_common::port::READY {
+                break incoming.accept();
+            }
+        };
+        read_json(&mut stream).await.map_err(|error| Error::State(error.to_string()))
+    };
+    let ready: Ready = tokio::select! {
+        said = said => said?,
+        _ = mux.run(port) => return Err(Error::State("the serial port has ended".into())),
+    };
     if ready.protocol != PROTOCOL {
         return Err(Error::State(format!("its agent speaks version {}", ready.protocol)));
     }
@@ -438,7 +452,7 @@ pub fn machine(spec: &VmSpec, key: &str, dir: &Path, cgroups: Vec<PathBuf>) -> V
         shares: Vec::new(),
         nics: Vec::new(),
         disks: Vec::new(),
-        channel: Channel::Serial { socket: dir.join("serial.sock") },
+        channel: Channel::Serial { socket: dir.join("serial.sock"), console: false, uds: None },
         console: Console { log: dir.join("console.log"), limit: spec.console.limit },
         netns: None,
         cgroups,

@@ -23,7 +23,8 @@ use tokio::time::timeout;
 use bench::{Bench, Target, bench_with, image, nic, patience, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
-    Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind, VmSpec,
+    Channel, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind, VmSpec,
+    vsock,
 };
 
 /// Where the kernel lies in memory, and begins.
@@ -109,8 +110,20 @@ async fn it_takes_devices_pauses_and_is_taken_up_again(target: Target) -> Option
     if bench.vmm.features().has(Feature::MemoryResize) {
         spec.memory_mib = Range { at_boot: 128, most: 256 };
     }
+    // A serial port's relay has the VMM's end of it, and serves, though no agent is there.
+    let relayed = match &mut spec.channel {
+        Channel::Serial { uds, .. } => uds.insert(bench.uds()).clone().into(),
+        _ => None,
+    };
     let vm = bench.spawn(&spec).await;
     vm.ping().await.unwrap_or_else(|error| panic!("{}", error.chain()));
+    if let Some(uds) = relayed {
+        let helpers = vm.state().helpers;
+        assert!(helpers.iter().any(|helper| helper.name.contains("relay")), "{helpers:?}");
+        let dialled = vsock::dial(&uds, 1024, patience()).await;
+        assert!(matches!(dialled, Err(Error::Io { .. })), "{dialled:?}");
+        println!("the relay serves");
+    }
 
     let image = image(bench.dir.path(), "hot", "hot");
     let hot = Disk::open("hot", &image, DiskFormat::Raw, false).unwrap();

@@ -101,7 +101,7 @@ impl Bench {
             nics: Vec::new(),
             disks: Vec::new(),
             channel: if self.vmm.kind() == Kind::StratoVirt {
-                Channel::Serial { socket: dir.join("agent.sock") }
+                Channel::Serial { socket: dir.join("agent.sock"), console: true, uds: None }
             } else {
                 Channel::HybridVsock { cid: 3, uds: self.dir.path().join("v/s") }
             },
@@ -396,7 +396,8 @@ async fn memory_follows_and_what_is_missing_says_the_way_out() {
     assert!(matches!(&error, Error::Unsupported { .. }), "{error}");
     bench.end(&vm).await;
     let mut spec = bench.spec();
-    spec.channel = Channel::Serial { socket: bench.dir.path().join("s") };
+    spec.channel =
+        Channel::Serial { socket: bench.dir.path().join("s"), console: false, uds: None };
     let error = bench.vmm.spawn(&spec).await.unwrap_err();
     assert!(matches!(&error, Error::Unsupported { way_out, .. } if way_out.contains("vsock")));
     let Some(bench) = Bench::new(Kind::StratoVirt, "") else { return };

@@ -21,7 +21,7 @@ use crate::guest::GuestService;
 use crate::kmsg::Kmsg;
 use crate::reaper::Reaper;
 use crate::spans::Spans;
-use crate::{boot, kmsg, limits, modules, power, serial, streaming};
+use crate::{boot, kmsg, limits, modules, power, serial};
 
 /// Why PID 1 cannot do its duty.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -143,30 +143,43 @@ async fn serve(
     let _server = ttrpc_server(connections, &tasks, &service).await?;
     steps.end_of("services");
     let vsock = options.channel != Channel::Serial;
-    let port = (options.channel != Channel::Vsock).then(serial::find).flatten();
+    let serial = options.channel != Channel::Vsock;
     if vsock {
         // Also where there is no device yet: it may be plugged after a template was restored.
         match channel::listen(&gate) {
             Ok(()) => {}
-            Err(error) if port.is_some() => tracing::info!(%error, "no vsock"),
-            Err(error) => return Err(format!("no vsock and no serial port: {error}").into()),
+            Err(error) if serial => tracing::info!(%error, "no vsock"),
+            Err(error) => return Err(format!("no vsock: {error}").into()),
         }
     }
     steps.end_of("channel");
     service.serving_ns.store(boot::now_ns(), Ordering::Relaxed);
     let _ = service.steps.set(std::mem::take(&mut steps.done));
-    if let Some(port) = port {
-        let (gate, service) = (gate.clone(), service.clone());
-        serial::serve(port, gate, move |welcome| service.welcomed(welcome))?;
-    }
+    let port = serial.then(|| tokio::spawn(serve_port(service.clone())));
     if vsock {
         // A machine of a template has no vsock device before it is restored: it is a copy then,
         // and the one that plugs the device in is its host.
         channel::wait_for_vsock().await?;
-        channel::welcome(|welcome| service.welcomed(welcome)).await;
+        let dial = || channel::dial_host(options.ready);
+        channel::welcome(dial, |welcome| service.welcomed(welcome)).await;
+        // One that is there is served on; none is waited for any more.
+        port.iter().for_each(tokio::task::JoinHandle::abort);
     }
     // Everything else is done by tasks that never end.
     std::future::pending().await
+}
+
+/// Serves the serial port, when there is one.
+async fn serve_port(service: Arc<GuestService>) {
+    let port = match serial::wait_for_port().await {
+        Ok(port) => port,
+        Err(error) => return tracing::error!(error = %error.chain(), "no serial port"),
+    };
+    let path = port.display().to_string();
+    let (gate, engine) = (service.gate.clone(), service.engine.clone());
+    if let Err(error) = serial::serve(port, gate, engine, move |w| service.welcomed(w)) {
+        tracing::error!(path, %error, "the serial port cannot be served");
+    }
 }
 
 async fn ttrpc_server(
@@ -181,7 +194,6 @@ async fn ttrpc_server(
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(listener)
         .register_service(tasks.tables())
-        .register_service(streaming::services(tasks.clone()))
         .register_service(service.services());
     server.start().await?;
     Ok(server)

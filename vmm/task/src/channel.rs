@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -33,8 +34,6 @@ pub enum Port {
     Control,
     /// Streams.
     Stream,
-    /// The one serial port: ttrpc.
-    Serial,
 }
 
 /// Lets the host in and nobody else.
@@ -113,7 +112,7 @@ impl Gate {
             return refuse(&mut stream, HandshakeError::Refused(why.into())).await;
         }
         match (port, purpose) {
-            (Port::Control | Port::Serial, Purpose::Control) => {
+            (Port::Control, Purpose::Control) => {
                 let Ok(slot) = self.control_slots.clone().try_acquire_owned() else {
                     return refused(&mut stream, "too many control connections").await;
                 };
@@ -146,7 +145,7 @@ impl Gate {
                     .attach_raw(&name, connection)
                     .map_err(|error| HandshakeError::Refused(error.to_string()))
             }
-            (Port::Control | Port::Serial, Purpose::Stream { .. }) => {
+            (Port::Control, Purpose::Stream { .. }) => {
                 refused(&mut stream, "this port is for control").await
             }
             (Port::Stream, Purpose::Control) => {
@@ -326,15 +325,18 @@ pub async fn acknowledge(
 
 /// Dials the host until it answers, and answers its welcome; `taken` is called in between, so
 /// that everything is in force when the host hears that it is.
-pub async fn welcome(taken: impl Fn(&Welcome)) {
+pub async fn welcome<S, F>(dial: impl Fn() -> F, taken: impl Fn(&Welcome))
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: Future<Output = io::Result<S>>,
+{
     const SHORT: Duration = Duration::from_millis(10);
     let mut pause = SHORT;
     loop {
-        let reached = std::cell::Cell::new(false);
+        let reached = AtomicBool::new(false);
         let attempt = async {
-            let host = VsockAddr::new(VMADDR_CID_HOST, port::READY);
-            let mut stream = VsockStream::connect(host).await?;
-            reached.set(true);
+            let mut stream = dial().await?;
+            reached.store(true, Ordering::Relaxed);
             let welcome = announce(&mut stream).await?;
             taken(&welcome);
             acknowledge(&mut stream).await
@@ -343,7 +345,7 @@ pub async fn welcome(taken: impl Fn(&Welcome)) {
             Ok(()) => return,
             Err(error) => tracing::info!(%error, "the host does not answer yet"),
         }
-        if reached.get() {
+        if reached.into_inner() {
             // A host that listens and does not answer yet has no pod for this machine: it may have one
             // at any moment, and is told anew now and then that there is a guest.
             pause = SHORT;
@@ -351,6 +353,14 @@ pub async fn welcome(taken: impl Fn(&Welcome)) {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(limits::READY_PAUSE);
     }
+}
+
+/// Dials a port of the host over vsock.
+///
+/// # Errors
+/// When nobody listens there.
+pub async fn dial_host(port: u32) -> io::Result<VsockStream> {
+    VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await
 }
 
 /// Returns as soon as there is a vsock device.

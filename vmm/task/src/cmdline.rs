@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | `kuasar.log=LEVEL` | `error`, `warn`, `info`, `debug`, `trace`, to the kernel's log | `warn` |
 //! | `kuasar.debug` | the same as `kuasar.log=debug`, and the kernel drops no lines of ours | off |
-//! | `kuasar.channel=WHICH` | `vsock`, `serial`, or `auto`: each that is there | `auto` |
+//! | `kuasar.channel=WHICH` | `vsock`, `serial` (a port or a console), or `auto`: each that is there | `auto` |
+//! | `kuasar.ready=PORT` | vsock port of the host at which it waits for our READY | 1023 |
 //! | `kuasar.poweroff=HOW` | `poweroff`, `reboot`, or `auto`; see [`crate::power`] | `auto` |
 //!
 //! Nothing secret is ever there: containers can read `/proc/cmdline`.
@@ -47,6 +48,8 @@ pub struct Options {
     pub debug: bool,
     /// Channel.
     pub channel: Channel,
+    /// Port of the host, on vsock.
+    pub ready: u32,
     /// End.
     pub poweroff: PowerOff,
 }
@@ -57,6 +60,7 @@ impl Default for Options {
             level: Level::WARN,
             debug: false,
             channel: Channel::default(),
+            ready: vmm_common::port::READY,
             poweroff: PowerOff::default(),
         }
     }
@@ -83,6 +87,10 @@ impl Options {
                     "auto" => set(&mut options.channel, Channel::Auto),
                     "vsock" => set(&mut options.channel, Channel::Vsock),
                     "serial" => set(&mut options.channel, Channel::Serial),
+                    _ => false,
+                },
+                "ready" => match value.parse() {
+                    Ok(port) if port > 0 => set(&mut options.ready, port),
                     _ => false,
                 },
                 "poweroff" => match value {
@@ -129,6 +137,12 @@ mod tests {
         assert_eq!(options.channel, Channel::Serial);
         assert_eq!(options.poweroff, PowerOff::Reboot);
         assert!(!options.debug && unknown.is_empty());
+        assert_eq!(options.ready, vmm_common::port::READY);
+        assert_eq!(Options::parse(b"kuasar.ready=70000").0.ready, 70_000);
+        for bad in [&b"kuasar.ready=0"[..], b"kuasar.ready=", b"kuasar.ready=-1"] {
+            let (options, unknown) = Options::parse(bad);
+            assert_eq!((options.ready, unknown.len()), (vmm_common::port::READY, 1));
+        }
         let (options, unknown) = Options::parse(b"kuasar.debug kuasar.moon=1 kuasar.log=loud");
         assert!(options.debug && options.level == Level::DEBUG);
         assert_eq!(unknown, ["moon=1", "log=loud"]);

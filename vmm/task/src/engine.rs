@@ -3,7 +3,7 @@
 //! iSulad sends no token, so nobody greets on this port. What it can do is bounded in other ways:
 //!
 //! * It is listened on only where the host asked for it at Setup, it serves the Task API alone, and
-//!   connections of others than the host are closed.
+//!   connections of others than the host are closed (the serial port has no other at its end).
 //! * The engine makes what the host has declared, and nothing else. Its Create and Exec name that;
 //!   of what they say besides, only the path of the bundle is kept, for State. Each declaration is
 //!   good for one attempt.
@@ -23,7 +23,7 @@ use futures::stream;
 use kuasar_protos::shim::api;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use ttrpc::r#async::{MethodHandler, Server, Service, TtrpcContext};
 use ttrpc::proto::{Request, Response};
@@ -31,7 +31,7 @@ use vmm_common::guest::{DeclareRequest, SetupRequest};
 use vmm_common::handshake::StreamKind;
 use vmm_common::{CONTAINER_TYPE, stream_address};
 
-use crate::channel::Control;
+use crate::channel::{Control, Stream};
 use crate::limits;
 
 /// What an exec's process is sent as.
@@ -93,6 +93,8 @@ pub struct Engine {
     table: Mutex<Table>,
     /// Kept as long as we live.
     server: Mutex<Option<Server>>,
+    /// Where connections get in, as many as there are places.
+    door: Mutex<Option<(mpsc::Sender<Control>, Arc<Semaphore>)>>,
 }
 
 fn key(container: &str, exec: &str) -> (String, String) {
@@ -107,7 +109,8 @@ fn named(container: &str, exec: &str) -> String {
 impl Engine {
     /// Nothing is declared, and nobody listens.
     pub fn new(tasks: Arc<TaskServer>) -> Arc<Self> {
-        Arc::new(Self { tasks, table: Mutex::default(), server: Mutex::default() })
+        let (table, server, door) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { tasks, table, server, door })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -236,10 +239,11 @@ impl Engine {
         services
     }
 
-    /// Listens where the host has asked for it; answers the port.
+    /// Listens where the host has asked for it; answers the port. Where there is no vsock, streams of
+    /// the serial port come by [`Engine::offer`].
     ///
     /// # Errors
-    /// When the kernel has no vsock, or the port is taken.
+    /// When the port is taken, or the server cannot be started.
     pub async fn listen(self: &Arc<Self>, request: &SetupRequest) -> Result<u32> {
         let port = request.task_port;
         if port == 0 {
@@ -248,39 +252,56 @@ impl Engine {
         let failed = |error: &dyn std::fmt::Display| {
             Error::internal(format!("listen on vsock port {port}"), error.to_string())
         };
-        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
-            .map_err(|error| failed(&error))?;
+        let (door, connections) = mpsc::channel(1);
         let slots = Arc::new(Semaphore::new(limits::ENGINE));
-        let connections = stream::unfold(listener, move |listener| {
-            let slots = slots.clone();
-            async move {
-                loop {
-                    match listener.accept().await {
-                        Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => {
-                            if let Ok(slot) = slots.clone().try_acquire_owned() {
-                                let connection = Control::new(stream, slot);
-                                return Some((Ok::<_, std::io::Error>(connection), listener));
-                            }
-                            tracing::warn!("too many connections of the engine: one was closed");
-                        }
-                        Ok((_, peer)) => {
-                            tracing::warn!(cid = peer.cid(), "not the host's: closed");
-                        }
-                        Err(error) => {
-                            tracing::warn!(%error, "cannot accept the engine's connections");
-                            // Out of descriptors: let some be closed first.
-                            tokio::time::sleep(limits::ACCEPT_PAUSE).await;
-                        }
-                    }
-                }
-            }
+        match VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)) {
+            Ok(listener) => drop(tokio::spawn(accept(listener, door.clone(), slots.clone()))),
+            // A kernel without vsock: the host has reached us by the serial port.
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+            Err(error) => return Err(failed(&error)),
+        }
+        let connections = stream::unfold(connections, |mut queue| async move {
+            queue.recv().await.map(|one| (Ok::<_, std::io::Error>(one), queue))
         });
         let mut server = Server::new()
             .add_listener(ttrpc::r#async::transport::Listener::new(connections))
             .register_service(self.services());
         server.start().await.map_err(|error| failed(&error))?;
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        *self.door.lock().unwrap_or_else(PoisonError::into_inner) = Some((door, slots));
         Ok(port)
+    }
+
+    /// A connection of the engine's that came another way than by vsock: accepted where the host has
+    /// asked for that, else dropped.
+    pub async fn offer<T, S: Stream>(&self, accept: impl FnOnce(T) -> S, connection: T) {
+        let door = self.door.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((door, slots)) = door else { return };
+        match slots.try_acquire_owned() {
+            Ok(slot) => drop(door.send(Control::new(accept(connection), slot)).await),
+            Err(_) => tracing::warn!("too many connections of the engine: one was closed"),
+        }
+    }
+}
+
+async fn accept(listener: VsockListener, door: mpsc::Sender<Control>, slots: Arc<Semaphore>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => {
+                match slots.clone().try_acquire_owned() {
+                    Ok(slot) => drop(door.send(Control::new(stream, slot)).await),
+                    Err(_) => tracing::warn!("too many connections of the engine: one was closed"),
+                }
+            }
+            Ok((_, peer)) => {
+                tracing::warn!(cid = peer.cid(), "not the host's: closed");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept the engine's connections");
+                // Out of descriptors: let some be closed first.
+                tokio::time::sleep(limits::ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 

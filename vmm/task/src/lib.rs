@@ -43,7 +43,6 @@ pub mod reaper;
 pub mod serial;
 pub mod spans;
 pub mod storage;
-pub mod streaming;
 pub mod uevent;
 
 #[cfg(test)]

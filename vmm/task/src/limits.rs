@@ -43,6 +43,8 @@ pub const FORWARD_TIME: Duration = Duration::from_secs(30);
 pub const DEVICE_TIME: Duration = Duration::from_secs(10);
 /// Between two looks for a vsock device of which the kernel has not told.
 pub const VSOCK_TIME: Duration = Duration::from_secs(60);
+/// Between two looks for a serial port of which the kernel has not told.
+pub const PORT_TIME: Duration = Duration::from_secs(60);
 /// How long plugged CPUs and memory may take to appear.
 pub const ONLINE_TIME: Duration = Duration::from_secs(10);
 /// Contents of one of the pod's files, in bytes.

@@ -57,7 +57,7 @@ pub enum Role {
     ServingVmm,
     /// virtiofsd.
     FileServer,
-    /// `vhost-device-vsock`.
+    /// `vhost-device-vsock`, or the relay of a serial channel.
     VsockDevice,
 }
 

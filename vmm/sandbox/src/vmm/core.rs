@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::error::{Error, Result};
 use super::process::{Exit, Process, Record};
-use super::spec::{Channel, VmSpec};
+use super::spec::VmSpec;
 use super::{Event, Kind, Processes, STATE_VERSION, VmState, console, vsock};
 
 /// Events that a slow receiver may be behind.
@@ -186,11 +186,7 @@ impl<P: Serialize + DeserializeOwned> Core<P> {
         for process in helpers.iter().chain([&self.process]) {
             process.acknowledge().await;
         }
-        match &channel {
-            Channel::HybridVsock { uds, .. } => remove(uds),
-            Channel::Serial { socket } => remove(socket),
-            Channel::None | Channel::KernelVsock { .. } => {}
-        }
+        channel.sockets().iter().for_each(|path| remove(path));
         files.iter().for_each(|path| remove(path));
     }
 }

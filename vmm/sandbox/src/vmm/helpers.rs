@@ -1,7 +1,7 @@
-//! The processes beside a VMM: virtiofsd, one for each share, and `vhost-device-vsock` where a
-//! host's kernel has no vhost-vsock.
+//! The processes beside a VMM: virtiofsd, one for each share, `vhost-device-vsock` where a host's
+//! kernel has no vhost-vsock, and the relay of a serial channel ([`crate::relay`]).
 //!
-//! Both speak vhost-user over a unix socket that we connect ourselves and hand to the VMM as a
+//! The first two speak vhost-user over a unix socket that we connect ourselves and hand to the VMM as a
 //! descriptor: the VMM needs no way to any socket's path, and nothing waits by polling.
 //!
 //! virtiofsd's own protection is never off (CVE-2026-47243 came from switching it off): seccomp
@@ -38,6 +38,9 @@ pub struct HelpersConfig {
     pub vsock: PathBuf,
     /// How long a helper may take until it serves, in milliseconds.
     pub timeout_ms: u64,
+    /// This program, which is the relay of a serial channel. Set by the daemon, not by the file.
+    #[serde(skip)]
+    pub own: PathBuf,
 }
 
 impl Default for HelpersConfig {
@@ -49,6 +52,7 @@ impl Default for HelpersConfig {
             xattr: true,
             vsock: "vhost-device-vsock".into(),
             timeout_ms: 5000,
+            own: PathBuf::new(),
         }
     }
 }
@@ -255,6 +259,37 @@ pub async fn vsock(
             Err(error)
         }
     }
+}
+
+/// Starts the relay of a serial channel, whose end of the port is `port`. It serves as soon as it
+/// runs: its socket is there before. It does not end with the VMM.
+///
+/// # Errors
+/// As [`virtiofsd`].
+pub async fn relay(
+    config: &HelpersConfig,
+    launcher: &Launcher,
+    spec: &VmSpec,
+    port: UnixStream,
+    uds: &Path,
+) -> Result<Process> {
+    check_socket(uds, 6)?;
+    super::vsock::prepare(uds, launcher.owner())?;
+    let mut fds = Fds::default();
+    let port = fds.push(OwnedFd::from(port));
+    let listen = fds.push(super::vsock::private(uds, launcher.owner())?);
+    let mut view = View::new(Role::VsockDevice);
+    view.writable.extend(uds.parent().map(Path::to_owned));
+    let program = Program {
+        name: "the serial channel's relay".into(),
+        argv: crate::relay::command_line(text(&config.own)?, port, listen, text(uds)?),
+        stdout: None,
+        fds: &fds,
+        view,
+        netns: None,
+        cgroups: &spec.cgroups,
+    };
+    launcher.run(program).await
 }
 
 /// Waits for a socket to be made in a directory.

@@ -46,6 +46,7 @@ pub mod qmp;
 pub mod spec;
 mod started;
 pub mod stratovirt;
+mod vhost;
 pub mod vsock;
 
 use std::fmt;
@@ -61,8 +62,16 @@ pub use error::{Error, Result};
 pub use process::{Exit, Launcher, Processes};
 pub use spec::{
     Boot, Channel, Console, Disk, DiskFormat, Nic, Range, Root, SERIAL_PORT, Share, ShareKind,
-    VmSpec,
+    VmSpec, Way,
 };
+
+/// Whether the host's kernel has vsock for guests; `vmm` is who wants it.
+///
+/// # Errors
+/// [`Error::Unsupported`], which says what to do.
+pub fn vhost_vsock(vmm: &str) -> Result<()> {
+    vhost::there(vmm)
+}
 
 /// The VMMs that there are drivers for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -187,6 +196,11 @@ pub trait Vmm: fmt::Debug + Send + Sync {
 
     /// For people, with the machine type: `qemu microvm`.
     fn name(&self) -> String;
+
+    /// By which way pods' agents are to be reached.
+    fn way(&self) -> Way {
+        Way::Hybrid
+    }
 
     /// What its machines can do at best; [`Vm::features`] is what one can.
     fn features(&self) -> Features;

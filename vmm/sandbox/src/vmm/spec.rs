@@ -238,14 +238,57 @@ pub enum Channel {
     },
     /// vsock of the host's kernel (`/dev/vhost-vsock`); the host dials `cid`.
     KernelVsock {
-        /// Context id of the guest, unique on the host, 3 or more.
+        /// Context id of the guest, unique on the host, 3 or more; 0 lets the driver take one
+        /// that is free, which [`super::VmState::channel`] has then.
         cid: u32,
     },
     /// One virtio-serial port ([`SERIAL_PORT`]) whose bytes come out at a unix socket.
     Serial {
         /// The socket; the driver makes it. One connection at a time.
         socket: PathBuf,
+        /// The port is a console, the first one of the machine.
+        #[serde(default)]
+        console: bool,
+        /// A relay beside the VMM ([`crate::relay`]) has that connection, and serves vsock's unix
+        /// sockets here, as for [`Channel::HybridVsock`].
+        #[serde(default)]
+        uds: Option<PathBuf>,
     },
+}
+
+impl Channel {
+    /// The unix socket at which the guest's ports are dialled, where there is one.
+    pub fn uds(&self) -> Option<&Path> {
+        match self {
+            Self::HybridVsock { uds, .. } => Some(uds),
+            Self::Serial { uds, .. } => uds.as_deref(),
+            Self::None | Self::KernelVsock { .. } => None,
+        }
+    }
+
+    /// The sockets of it that are left when the machine has ended.
+    pub(super) fn sockets(&self) -> Vec<PathBuf> {
+        let port = match self {
+            Self::Serial { socket, .. } => Some(socket.clone()),
+            _ => None,
+        };
+        self.uds().map(Path::to_owned).into_iter().chain(port).collect()
+    }
+}
+
+/// By which way the agents of a VMM's machines are reached: `channel` in its configuration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// vsock as unix sockets, made by the VMM or by `vhost-device-vsock` beside it.
+    #[default]
+    Hybrid,
+    /// A virtio-serial port.
+    Serial,
+    /// The same as a console.
+    Console,
+    /// vsock of the host's kernel.
+    Vsock,
 }
 
 /// Name of the virtio-serial port of [`Channel::Serial`].
@@ -301,6 +344,7 @@ impl VmSpec {
             }
         }
         match &self.channel {
+            Channel::KernelVsock { cid: 0 } => Ok(()),
             Channel::HybridVsock { cid, .. } | Channel::KernelVsock { cid }
                 if *cid < 3 || *cid == u32::MAX =>
             {
@@ -308,7 +352,10 @@ impl VmSpec {
             }
             // The longest that comes behind it is `_` and five digits.
             Channel::HybridVsock { uds, .. } => check_socket(uds, 6),
-            Channel::Serial { socket } => check_socket(socket, 0),
+            Channel::Serial { socket, uds, .. } => {
+                uds.as_ref().map_or(Ok(()), |uds| check_socket(uds, 6))?;
+                check_socket(socket, 0)
+            }
             _ => Ok(()),
         }
     }

@@ -128,7 +128,8 @@ pub async fn bench_with(target: Target, kernel_file: Option<PathBuf>) -> Option<
     });
     let launcher = Launcher::new(processes.clone(), jail);
     let owner = launcher.owner();
-    let helpers = HelpersConfig { virtiofsd, vsock, ..HelpersConfig::default() };
+    let own = env!("CARGO_BIN_EXE_vmm-sandboxer").into();
+    let helpers = HelpersConfig { virtiofsd, vsock, own, ..HelpersConfig::default() };
     // A guest whose kernel is interpreted moves its balloon by a few MiB a second.
     let slow = patience().as_millis() as u64;
     let vmm: Arc<dyn Vmm> = match target {
@@ -245,7 +246,11 @@ impl Bench {
             disks: Vec::new(),
             channel: match channel {
                 "vsock" => Channel::HybridVsock { cid: 3, uds: self.uds() },
-                "serial" => Channel::Serial { socket: dir.join("agent.sock") },
+                "serial" => Channel::Serial {
+                    socket: dir.join("agent.sock"),
+                    console: self.vmm.kind() == Kind::StratoVirt,
+                    uds: None,
+                },
                 _ => Channel::None,
             },
             entropy: true,
@@ -321,7 +326,7 @@ impl Probe<UnixStream> {
     }
 
     pub async fn serial(spec: &VmSpec) -> Self {
-        let Channel::Serial { socket } = &spec.channel else { panic!() };
+        let Channel::Serial { socket, .. } = &spec.channel else { panic!() };
         Self(BufReader::new(UnixStream::connect(socket).await.unwrap()))
     }
 }

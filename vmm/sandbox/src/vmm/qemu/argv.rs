@@ -30,6 +30,8 @@ pub(super) struct Sockets {
     pub vsock: Option<i32>,
     /// Listening, for the serial channel.
     pub serial: Option<i32>,
+    /// The host's vhost-vsock device, which has the guest's context id already.
+    pub vhost: Option<i32>,
 }
 
 /// Options of a `-device`, or the arguments of QMP's `device_add`: driver first.
@@ -371,12 +373,16 @@ fn channel(spec: &VmSpec, sockets: &Sockets, line: &mut Line<'_>) -> Result<()> 
             line.device(&device);
         }
         Channel::KernelVsock { cid } => {
-            line.virtio("vhost-vsock", vec![("guest-cid", cid.to_string())]);
+            let device = sockets.vhost.ok_or(Error::Gone)?;
+            let options = vec![("guest-cid", cid.to_string()), ("vhostfd", device.to_string())];
+            line.virtio("vhost-vsock", options);
         }
-        Channel::Serial { .. } => {
+        Channel::Serial { console, .. } => {
             line.chardev("agent", sockets.serial.ok_or(Error::Gone)?, true);
             line.virtio("virtio-serial", vec![("max_ports", "2".into())]);
-            line.option("device", format!("virtserialport,chardev=agent,name={SERIAL_PORT}"));
+            // Number 0 is kept for a console, and is what a machine with one port alone has.
+            let port = if *console { "virtconsole,nr=0" } else { "virtserialport" };
+            line.option("device", format!("{port},chardev=agent,name={SERIAL_PORT}"));
         }
     }
     Ok(())

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::super::spec::Way;
+
 /// QEMU's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -27,6 +29,8 @@ pub struct QemuConfig {
     pub hotplug: Hotplug,
     /// A balloon: memory can be resized, and free pages are given back to the host by themselves.
     pub balloon: bool,
+    /// How agents are reached. `console` is what StratoVirt's microvm has in place of `serial`.
+    pub channel: Way,
     /// Deadline for QEMU's start and for each command, in milliseconds.
     pub timeout_ms: u64,
     /// How long a guest may take to let go of a device, in milliseconds.
@@ -52,6 +56,7 @@ impl Default for QemuConfig {
             root_ports: 8,
             hotplug: Hotplug::Acpi,
             balloon: true,
+            channel: Way::Hybrid,
             timeout_ms: 10_000,
             unplug_timeout_ms: 15_000,
             snapshot_timeout_ms: 60_000,

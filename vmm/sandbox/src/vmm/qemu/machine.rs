@@ -139,7 +139,7 @@ impl Machine {
             accel: config.accel,
             slots: Slots::new(ports),
             unsaveable: vsock.or(shared).map(str::to_owned),
-            serial: matches!(spec.channel, Channel::Serial { .. }),
+            serial: matches!(spec.channel, Channel::Serial { console: false, .. }),
             fixed: fixed.chain(spec.nics.iter().map(|nic| nic.id.clone())).collect(),
         };
         let state = VmState {
@@ -396,13 +396,7 @@ impl Vm for Machine {
         for process in self.helpers().iter().chain([&self.process]) {
             process.acknowledge().await;
         }
-        let mut sockets = vec![dir.join("qmp.sock")];
-        match channel {
-            Channel::HybridVsock { uds, .. } => sockets.push(uds),
-            Channel::Serial { socket } => sockets.push(socket),
-            Channel::None | Channel::KernelVsock { .. } => {}
-        }
-        for socket in sockets {
+        for socket in channel.sockets().into_iter().chain([dir.join("qmp.sock")]) {
             // It may be gone already.
             let _ = std::fs::remove_file(socket);
         }

@@ -26,9 +26,9 @@ use super::error::{Doing, Error, Result};
 use super::helpers::{self, Helper, HelpersConfig};
 use super::process::{Fds, Launcher, Process, Program};
 use super::qmp::Qmp;
-use super::spec::{Channel, Root, ShareKind, VmSpec, check_socket};
+use super::spec::{Channel, Root, ShareKind, VmSpec, Way, check_socket};
 use super::started::Started;
-use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
+use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vhost, vsock};
 use crate::jail::{Role, View};
 use argv::Sockets;
 use machine::Machine as QemuVm;
@@ -63,16 +63,8 @@ impl Qemu {
 
     fn check(&self, spec: &VmSpec) -> Result<()> {
         spec.check()?;
-        if let Channel::KernelVsock { .. } = spec.channel
-            && !Path::new("/dev/vhost-vsock").exists()
-        {
-            return Err(Error::Unsupported {
-                vmm: self.name(),
-                what: "use the kernel's vsock".into(),
-                way_out: "this host has no /dev/vhost-vsock: load the module vhost_vsock, or let \
-                          vhost-device-vsock serve it"
-                    .into(),
-            });
+        if let Channel::KernelVsock { .. } = spec.channel {
+            vhost::there(&self.name())?;
         }
         if self.config.accel == Accel::Kvm && !Path::new("/dev/kvm").exists() {
             return Err(Error::Unsupported {
@@ -90,12 +82,20 @@ impl Qemu {
     /// Starts helpers and QEMU; `incoming` lets it wait for a snapshot.
     async fn start(&self, spec: &VmSpec, incoming: bool) -> Result<QemuVm> {
         self.check(spec)?;
+        let (spec, vhost) = vhost::reserve(spec)?;
+        let spec = &*spec;
         let Served { mut started, shares, vsock } = self.serve(spec).await?;
         let (mut fds, mut sockets) = (Fds::default(), Sockets::default());
         sockets.shares = shares.into_iter().map(|socket| fds.push(socket)).collect();
         sockets.vsock = vsock.map(|socket| fds.push(socket));
-        if let Channel::Serial { socket } = &spec.channel {
+        sockets.vhost = vhost.map(|device| fds.push(device));
+        if let Channel::Serial { socket, uds, .. } = &spec.channel {
             sockets.serial = Some(fds.push(vsock::private(socket, None)?));
+            if let Some(uds) = uds {
+                let port = StdStream::connect(socket).doing(|| "connect to the serial port")?;
+                let relay = helpers::relay(&self.helpers, &self.launcher, spec, port, uds);
+                started.processes.push(relay.await?);
+            }
         }
         let monitor = spec.dir.join("qmp.sock");
         check_socket(&monitor, 0)?;
@@ -201,9 +201,6 @@ impl Qemu {
         if self.config.accel == Accel::Kvm {
             view.devices.push("/dev/kvm".into());
         }
-        if let Channel::KernelVsock { .. } = spec.channel {
-            view.devices.push("/dev/vhost-vsock".into());
-        }
         let mut ninep = spec.shares.iter().filter(|share| share.kind == ShareKind::Ninep);
         view.shared_tree = ninep.next().map(|share| share.dir.clone());
         if view.shared_tree.is_some() {
@@ -221,6 +218,10 @@ impl Vmm for Qemu {
 
     fn name(&self) -> String {
         format!("qemu {}", self.config.machine.as_str())
+    }
+
+    fn way(&self) -> Way {
+        self.config.channel
     }
 
     fn features(&self) -> Features {

@@ -178,11 +178,17 @@ fn base(qemu: &Qemu, spec: &VmSpec, was: &Description) -> Result<VmSpec> {
     }
     base.shares.clear();
     base.channel = match (&spec.channel, was.serial) {
+        (Channel::Serial { console: true, .. }, _) => {
+            return Err(Error::State("the snapshot has a port and no console".into()));
+        }
         (Channel::Serial { .. }, true) => spec.channel.clone(),
         (Channel::Serial { .. }, false) => {
             return Err(Error::State("the snapshot has no serial channel".into()));
         }
-        (_, true) => Channel::Serial { socket: spec.dir.join("serial.sock") },
+        (_, true) => {
+            let socket = spec.dir.join("serial.sock");
+            Channel::Serial { socket, console: false, uds: None }
+        }
         (_, false) => Channel::None,
     };
     let ninep = spec.shares.iter().any(|share| share.kind == ShareKind::Ninep);

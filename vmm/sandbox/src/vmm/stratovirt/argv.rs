@@ -21,6 +21,8 @@ pub(super) struct Places<'a> {
     pub disks: &'a [std::path::PathBuf],
     /// Numbers of the taps' descriptors, in the order of the NICs.
     pub taps: &'a [i32],
+    /// Number of the host's vhost-vsock device, which has the guest's context id already.
+    pub vhost: Option<i32>,
     /// Directory of a snapshot to start from.
     pub incoming: Option<&'a Path>,
 }
@@ -117,7 +119,9 @@ pub(super) fn build(
             option("device", format!("virtconsole,id={SERIAL_PORT},chardev=agent,nr=0"));
         }
         Channel::KernelVsock { cid } => {
-            option("device", format!("vhost-vsock-device,id=vsock,guest-cid={cid}"));
+            let device = places.vhost.ok_or(Error::Gone)?;
+            let ids = format!("id=vsock,guest-cid={cid},vhostfd={device}");
+            option("device", format!("vhost-vsock-device,{ids}"));
         }
         Channel::None | Channel::HybridVsock { .. } => {}
     }
@@ -150,6 +154,7 @@ mod tests {
             shares: &["/w/fs".into()],
             disks: &[],
             taps: &[],
+            vhost: Some(9),
             incoming: None,
         };
         Ok(build(config, spec, &places)?.join(" "))
@@ -159,7 +164,10 @@ mod tests {
     fn the_filter_is_on_unless_it_was_switched_off_and_memory_is_shared_only_for_shares() {
         let config = StratoVirtConfig::default();
         let mut spec = spec();
-        spec.channel = Channel::Serial { socket: "/s".into() };
+        spec.channel = Channel::KernelVsock { cid: 5 };
+        let all = line(&config, &spec).unwrap();
+        assert!(all.contains("vhost-vsock-device,id=vsock,guest-cid=5,vhostfd=9"), "{all}");
+        spec.channel = Channel::Serial { socket: "/s".into(), console: true, uds: None };
         let all = line(&config, &spec).unwrap();
         assert!(!all.contains("disable-seccomp"));
         assert!(all.contains("mem-share=off"));

@@ -20,6 +20,8 @@ pub struct StratoVirtConfig {
     pub seccomp: bool,
     /// A balloon: memory can be resized. Machines with one cannot be saved.
     pub balloon: bool,
+    /// How agents are reached.
+    pub channel: Chosen,
     /// Deadline for its start and for each command, in milliseconds.
     pub timeout_ms: u64,
     /// How long saving or loading a snapshot, and resizing memory, may take, in milliseconds.
@@ -29,6 +31,19 @@ pub struct StratoVirtConfig {
     pub memory_still_ms: u64,
 }
 
+/// The ways that StratoVirt has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Chosen {
+    /// The kernel's vsock where the host has it, else the console.
+    #[default]
+    Auto,
+    /// vsock of the host's kernel.
+    Vsock,
+    /// A virtio console: its microvm has no other port.
+    Console,
+}
+
 impl Default for StratoVirtConfig {
     fn default() -> Self {
         Self {
@@ -36,6 +51,7 @@ impl Default for StratoVirtConfig {
             kernel: None,
             seccomp: true,
             balloon: false,
+            channel: Chosen::Auto,
             timeout_ms: 10_000,
             snapshot_timeout_ms: 60_000,
             memory_still_ms: 1_000,

@@ -4,7 +4,7 @@
 //! bzImage or a flat binary, which is made of an ELF file here (`kernel`); four places for disks and two for NICs are there from the boot, empty
 //! or not. A disk may come into an empty one while the guest runs. A NIC may too, but the guest has
 //! read the place's MAC address at its boot and does not read it again, so that is no hot-plug
-//! here. vsock is the host kernel's alone; without it the agent is reached by a virtio-serial port.
+//! here. vsock is the host kernel's alone; without it the agent is reached by a virtio console.
 //!
 //! A guest ends it by a reset as well as by a triple fault (`LightMachine::reset`).
 
@@ -27,14 +27,14 @@ use super::files::{lend, length};
 use super::helpers::{self, HelpersConfig, Watch};
 use super::process::{Fds, Launcher, Program, text};
 use super::qmp::Qmp;
-use super::spec::{Channel, DiskFormat, Root, ShareKind, VmSpec, check_socket};
+use super::spec::{Channel, DiskFormat, Root, ShareKind, VmSpec, Way, check_socket};
 use super::started::Started;
-use super::{Feature, Features, Kind, Vm, VmState, Vmm, console};
+use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vhost};
 use crate::jail::{Role, View};
 use argv::Places;
 use machine::{Description, Machine, Private};
 
-pub use config::StratoVirtConfig;
+pub use config::{Chosen, StratoVirtConfig};
 
 /// Places for disks of a microvm, that of its root among them (machine/src/micro_common/mod.rs).
 const DISKS: usize = 4;
@@ -80,11 +80,11 @@ impl StratoVirt {
         }
         match &spec.channel {
             Channel::HybridVsock { .. } => return Err(Vmm::cannot(self, Feature::HybridVsock)),
-            Channel::KernelVsock { .. } if !Path::new("/dev/vhost-vsock").exists() => {
+            Channel::KernelVsock { .. } => vhost::there(&self.name())?,
+            Channel::Serial { console: false, .. } => {
                 return Err(unsupported(
-                    "use the kernel's vsock",
-                    "this host has no /dev/vhost-vsock: load the module vhost_vsock, or use the \
-                     serial channel",
+                    "have a serial port that is no console",
+                    "set channel = \"console\"",
                 ));
             }
             _ => {}
@@ -138,6 +138,8 @@ impl StratoVirt {
     /// Starts helpers and VMM, from a snapshot with `incoming`.
     async fn start(&self, spec: &VmSpec, incoming: Option<&Path>) -> Result<Machine> {
         self.check(spec)?;
+        let (spec, vhost) = vhost::reserve(spec)?;
+        let spec = &*spec;
         kuasar_host::record::private_dir(&spec.dir)?;
         let owner = self.launcher.owner();
         let work = work_dir(&spec.dir, owner)?;
@@ -165,6 +167,7 @@ impl StratoVirt {
         let mut fds = Fds::default();
         let taps = spec.nics.iter().flat_map(|nic| nic.tap.first());
         let taps: Vec<i32> = taps.map(|tap| fds.push(tap.clone())).collect();
+        let vhost = vhost.map(|device| fds.push(device));
         let wanted = self.config.kernel.as_ref().unwrap_or(&spec.boot.kernel).clone();
         let beside = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
         let flattened = tokio::task::spawn_blocking(move || kernel::usable(&wanted, &beside));
@@ -179,10 +182,11 @@ impl StratoVirt {
                 shares: &shares,
                 disks: &placed.iter().map(|one| one.path.clone()).collect::<Vec<_>>(),
                 taps: &taps,
+                vhost,
                 incoming,
             },
         )?;
-        if let Channel::Serial { socket } = &spec.channel
+        if let Channel::Serial { socket, .. } = &spec.channel
             && socket != &serial
         {
             super::core::remove(socket);
@@ -198,9 +202,6 @@ impl StratoVirt {
             view.readable.extend(Description::FILES.map(|name| dir.join(name)));
         }
         view.devices.push("/dev/kvm".into());
-        if let Channel::KernelVsock { .. } = spec.channel {
-            view.devices.push("/dev/vhost-vsock".into());
-        }
         let watch = Watch::new(&work)?;
         view.writable.push(work);
         view.shared_tree = disks.shown();
@@ -241,6 +242,21 @@ impl StratoVirt {
                 return Err(error);
             }
         };
+        if let Channel::Serial { uds: Some(uds), .. } = &spec.channel {
+            let joined = async {
+                let port = tokio::time::timeout(limit, watch.connect(&serial)).await;
+                let what = || Error::Deadline { what: "stratovirt's console".into(), limit };
+                let port = port.map_err(|_| what())??;
+                helpers::relay(&self.helpers, &self.launcher, spec, port, uds).await
+            };
+            match or_last_words(&process, limit, joined).await {
+                Ok(relay) => started.processes.push(relay),
+                Err(error) => {
+                    started.processes.push(process);
+                    return Err(error);
+                }
+            }
+        }
         drop(placed);
         started.forget = None;
         undo.0 = None;
@@ -258,6 +274,14 @@ impl Vmm for StratoVirt {
 
     fn name(&self) -> String {
         "stratovirt microvm".into()
+    }
+
+    fn way(&self) -> Way {
+        match self.config.channel {
+            Chosen::Vsock => Way::Vsock,
+            Chosen::Auto if vhost::is_there() => Way::Vsock,
+            Chosen::Auto | Chosen::Console => Way::Console,
+        }
     }
 
     fn features(&self) -> Features {

@@ -114,7 +114,7 @@ fn shares_channels_and_nics_are_descriptors() {
         tap_name: None,
     }];
     spec.channel = Channel::HybridVsock { cid: 3, uds: "/run/k/v".into() };
-    let sockets = Sockets { qmp: 9, shares: vec![5], vsock: Some(6), serial: None };
+    let sockets = Sockets { qmp: 9, shares: vec![5], vsock: Some(6), ..Sockets::default() };
     let all = line(&config(Machine::Microvm), &spec, &sockets);
     for part in [
         "-netdev tap,id=net-eth0,fds=3:4 -device virtio-net-device,id=eth0,netdev=net-eth0,\
@@ -127,7 +127,7 @@ fn shares_channels_and_nics_are_descriptors() {
         assert!(all.contains(part), "{part}\nis not in\n{all}");
     }
     spec.shares.clear();
-    spec.channel = Channel::Serial { socket: "/run/k/s".into() };
+    spec.channel = Channel::Serial { socket: "/run/k/s".into(), console: false, uds: None };
     let sockets = Sockets { serial: Some(7), ..Sockets::default() };
     let all = line(&config(Machine::Q35), &spec, &sockets);
     assert!(all.contains(
@@ -135,6 +135,17 @@ fn shares_channels_and_nics_are_descriptors() {
          -device virtserialport,chardev=agent,name=org.kuasar.agent.0"
     ));
     assert!(all.contains("romfile=,mq=on,vectors=6"));
+    spec.channel = Channel::Serial { socket: "/run/k/s".into(), console: true, uds: None };
+    let all = line(&config(Machine::Microvm), &spec, &sockets);
+    assert!(
+        all.contains("-device virtconsole,nr=0,chardev=agent,name=org.kuasar.agent.0"),
+        "{all}"
+    );
+    // The device that has the id is handed over: QEMU opens none.
+    spec.channel = Channel::KernelVsock { cid: 77 };
+    let sockets = Sockets { vhost: Some(8), ..Sockets::default() };
+    let all = line(&config(Machine::Microvm), &spec, &sockets);
+    assert!(all.contains("-device vhost-vsock-device,guest-cid=77,vhostfd=8"), "{all}");
 }
 
 #[test]

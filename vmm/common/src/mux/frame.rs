@@ -1,0 +1,312 @@
+//! Frames, and how they are told apart in a stream of bytes.
+//!
+//! A frame is stuffed (COBS: Cheshire and Baker, "Consistent Overhead Byte Stuffing", 1999): no
+//! byte of it is zero then, and a zero ends it. So whoever begins to listen in the middle is in step
+//! again at the next zero, and nothing that a frame carries can be taken for its end.
+//!
+//! ```text
+//! session u64 | stream u32 | argument u32 | length u16 | kind u8 | version u8 | check u32 | payload
+//! ```
+//!
+//! All numbers are little-endian. `check` is the CRC-32 of what stands before it: what is left of
+//! two frames of which the middle is missing is no frame.
+
+use crate::mux::VERSION;
+
+/// Bytes before the payload.
+const HEADER: usize = 24;
+/// Bytes of the header that `check` is of.
+const CHECKED: usize = 20;
+/// Most bytes of a payload.
+pub const PAYLOAD: usize = 8 * 1024;
+/// Most bytes between two zeros.
+const MOST: usize = HEADER + PAYLOAD + (HEADER + PAYLOAD) / 254 + 1;
+
+/// What a frame says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Guest: I am here. In no session.
+    Hello = 1,
+    /// Host: from now on this session.
+    Sync,
+    /// Guest: the session has begun.
+    Begun,
+    /// A new stream to the port that is the argument.
+    Open,
+    /// The stream is accepted.
+    Accept,
+    /// Bytes of a stream.
+    Data,
+    /// So many more bytes may come.
+    Window,
+    /// No more bytes come.
+    End,
+    /// No more bytes are read.
+    Stop,
+    /// The stream is no more, or was never accepted.
+    Reset,
+}
+
+impl Kind {
+    const ALL: [Self; 10] = [
+        Self::Hello,
+        Self::Sync,
+        Self::Begun,
+        Self::Open,
+        Self::Accept,
+        Self::Data,
+        Self::Window,
+        Self::End,
+        Self::Stop,
+        Self::Reset,
+    ];
+}
+
+/// A frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Of which session; 0 is none.
+    pub session: u64,
+    /// Of which stream; 0 is none.
+    pub stream: u32,
+    /// What it says.
+    pub kind: Kind,
+    /// A port, or a number of bytes.
+    pub argument: u32,
+    /// Bytes of a stream, at most [`PAYLOAD`].
+    pub payload: Vec<u8>,
+}
+
+/// CRC-32 (IEEE 802.3).
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 }
+        })
+    })
+}
+
+fn stuff(from: &[u8], to: &mut Vec<u8>) {
+    for mut run in from.split(|byte| *byte == 0) {
+        while let Some((full, rest)) = run.split_at_checked(254) {
+            to.push(255);
+            to.extend_from_slice(full);
+            run = rest;
+        }
+        // Below 254 now.
+        to.push(run.len() as u8 + 1);
+        to.extend_from_slice(run);
+    }
+}
+
+fn unstuff(from: &[u8], to: &mut Vec<u8>) -> Option<()> {
+    let mut rest = from;
+    while let Some((code, tail)) = rest.split_first() {
+        let (run, tail) = tail.split_at_checked(usize::from(*code).checked_sub(1)?)?;
+        to.extend_from_slice(run);
+        if *code < 255 && !tail.is_empty() {
+            to.push(0);
+        }
+        rest = tail;
+    }
+    Some(())
+}
+
+impl Frame {
+    /// Appends it, stuffed, and its end.
+    pub fn write(&self, to: &mut Vec<u8>) {
+        let mut plain = Vec::with_capacity(HEADER + self.payload.len());
+        plain.extend_from_slice(&self.session.to_le_bytes());
+        plain.extend_from_slice(&self.stream.to_le_bytes());
+        plain.extend_from_slice(&self.argument.to_le_bytes());
+        plain.extend_from_slice(&(self.payload.len() as u16).to_le_bytes());
+        plain.extend_from_slice(&[self.kind as u8, VERSION]);
+        plain.extend_from_slice(&crc(&plain).to_le_bytes());
+        plain.extend_from_slice(&self.payload);
+        stuff(&plain, to);
+        to.push(0);
+    }
+
+    /// What stood between two zeros; nothing when that is no frame.
+    fn read(stuffed: &[u8]) -> Option<Self> {
+        let mut plain = Vec::with_capacity(stuffed.len());
+        unstuff(stuffed, &mut plain)?;
+        let (header, payload) = plain.split_at_checked(HEADER)?;
+        let (checked, check) = header.split_at_checked(CHECKED)?;
+        if check != crc(checked).to_le_bytes() {
+            return None;
+        }
+        let mut rest = checked;
+        let mut take = |n: usize| {
+            let (number, tail) = rest.split_at_checked(n)?;
+            rest = tail;
+            Some(number.iter().rev().fold(0_u64, |all, byte| all << 8 | u64::from(*byte)))
+        };
+        let (session, stream, argument) = (take(8)?, take(4)? as u32, take(4)? as u32);
+        let (length, kind, version) = (take(2)?, take(1)?, take(1)?);
+        let kind = Kind::ALL.into_iter().find(|known| u64::from(*known as u8) == kind)?;
+        if version != u64::from(VERSION)
+            || length != payload.len() as u64
+            || payload.len() > PAYLOAD
+        {
+            return None;
+        }
+        Some(Self { session, stream, kind, argument, payload: payload.to_vec() })
+    }
+}
+
+/// Finds frames in what comes.
+#[derive(Debug, Default)]
+pub struct Finder {
+    kept: Vec<u8>,
+    /// What comes up to the next zero is too long to be a frame.
+    lost: bool,
+}
+
+impl Finder {
+    /// Answers the frames that end in `bytes`. What is none is left out.
+    pub fn find(&mut self, bytes: &[u8]) -> Vec<Frame> {
+        let mut all = Vec::new();
+        let mut pieces = bytes.split(|byte| *byte == 0).peekable();
+        while let Some(piece) = pieces.next() {
+            if self.kept.len() + piece.len() > MOST {
+                self.lost = true;
+                self.kept = Vec::new();
+            }
+            if !self.lost {
+                self.kept.extend_from_slice(piece);
+            }
+            // Behind every piece but the last there was a zero.
+            if pieces.peek().is_some() {
+                if !self.lost && !self.kept.is_empty() {
+                    all.extend(Frame::read(&self.kept));
+                }
+                self.lost = false;
+                self.kept.clear();
+            }
+        }
+        all
+    }
+
+    /// Bytes that are kept of a frame that has not ended.
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        self.kept.len()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// xorshift64: looks random, and is the same each time.
+    pub(crate) struct Random(pub(crate) u64);
+
+    impl Random {
+        pub(crate) fn next(&mut self) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0
+        }
+
+        pub(crate) fn below(&mut self, n: usize) -> usize {
+            (self.next() % n as u64) as usize
+        }
+
+        /// So many bytes, some of them zeros.
+        pub(crate) fn bytes(&mut self, n: usize) -> Vec<u8> {
+            let zeros = self.below(4);
+            (0..n).map(|_| if self.below(4) < zeros { 0 } else { self.next() as u8 }).collect()
+        }
+
+        pub(crate) fn frame(&mut self) -> Frame {
+            let n = if self.below(8) == 0 { self.below(PAYLOAD + 1) } else { self.below(600) };
+            Frame {
+                session: self.next() % 3,
+                stream: self.next() as u32 % 8,
+                kind: Kind::ALL[self.below(10)],
+                argument: self.next() as u32,
+                payload: self.bytes(n),
+            }
+        }
+    }
+
+    #[test]
+    fn a_frame_is_read_as_it_was_written_however_it_comes() {
+        let mut random = Random(7);
+        let lengths = [0, 1, 229, 230, 231, 253, 254, 255, 508, 509, PAYLOAD - 1, PAYLOAD];
+        for (n, fill) in lengths.into_iter().flat_map(|n| [(n, 0), (n, 1), (n, 255)]) {
+            let frame = Frame { payload: vec![fill; n], ..random.frame() };
+            let mut bytes = Vec::new();
+            frame.write(&mut bytes);
+            assert!(bytes.len() <= MOST + 1, "{n}: {}", bytes.len());
+            assert_eq!(bytes.iter().filter(|byte| **byte == 0).count(), 1);
+            assert_eq!(Finder::default().find(&bytes), [frame]);
+        }
+        let frames: Vec<Frame> = (0..200).map(|_| random.frame()).collect();
+        let mut bytes = Vec::new();
+        frames.iter().for_each(|frame| frame.write(&mut bytes));
+        let (mut finder, mut found, mut rest) = (Finder::default(), Vec::new(), &bytes[..]);
+        while !rest.is_empty() {
+            let (piece, tail) = rest.split_at((1 + random.below(900)).min(rest.len()));
+            found.extend(finder.find(piece));
+            rest = tail;
+        }
+        assert!(found == frames);
+    }
+
+    #[test]
+    fn what_is_torn_is_no_frame_and_the_next_one_is_found() {
+        let mut random = Random(11);
+        for _ in 0..400 {
+            let (one, other, next) = (random.frame(), random.frame(), random.frame());
+            let (mut first, mut second) = (Vec::new(), Vec::new());
+            one.write(&mut first);
+            other.write(&mut second);
+            // The end of one and the beginning of the other are missing.
+            let mut bytes = first[..random.below(first.len() - 1)].to_vec();
+            bytes.extend(&second[1 + random.below(second.len() - 1)..]);
+            let (torn, mut finder) = (bytes.len(), Finder::default());
+            next.write(&mut bytes);
+            let mut found = finder.find(&bytes);
+            assert_eq!(found.pop(), Some(next), "{torn}");
+            // A header that is whole may have another's payload of just its length behind it: never
+            // another session or stream.
+            for strange in found {
+                let whole = (one.session, one.stream, one.kind);
+                assert_eq!((strange.session, strange.stream, strange.kind), whole);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_comes_is_too_odd_or_kept_without_end() {
+        let mut random = Random(13);
+        let mut finder = Finder::default();
+        for _ in 0..3_000 {
+            let n = random.below(20_000);
+            let mut bytes = random.bytes(n);
+            if random.below(3) == 0 {
+                bytes.clear();
+                random.frame().write(&mut bytes);
+                let at = random.below(bytes.len());
+                bytes[at] ^= 1 << random.below(8);
+            }
+            finder.find(&bytes);
+            assert!(finder.kept() <= MOST);
+        }
+        finder.find(&vec![1; 10 * MOST]);
+        assert!(finder.kept() <= MOST);
+        // In step again behind it.
+        let (mut bytes, frame) = (vec![0], random.frame());
+        frame.write(&mut bytes);
+        assert_eq!(finder.find(&bytes), [frame]);
+    }
+
+    #[test]
+    fn the_check_is_the_usual_crc() {
+        assert_eq!(crc(b"123456789"), 0xcbf4_3926);
+    }
+}
