@@ -8,14 +8,16 @@
 //! session u64 | stream u32 | argument u32 | length u16 | kind u8 | version u8 | check u32 | payload
 //! ```
 //!
-//! All numbers are little-endian. `check` is the CRC-32 of what stands before it: what is left of
-//! two frames of which the middle is missing is no frame.
+//! All numbers are little-endian. `check` is the CRC-32 of what stands before it and of the payload: what
+//! is left of two frames of which the middle is missing is no frame, and neither is one in which a
+//! byte has changed. A frame that is left out is missed at its stream: what carries bytes or ends them
+//! says how many came before.
 
 use crate::mux::VERSION;
 
 /// Bytes before the payload.
 const HEADER: usize = 24;
-/// Bytes of the header that `check` is of.
+/// Bytes of the header before `check`.
 const CHECKED: usize = 20;
 /// Most bytes of a payload.
 pub const PAYLOAD: usize = 8 * 1024;
@@ -36,11 +38,11 @@ pub enum Kind {
     Open,
     /// The stream is accepted.
     Accept,
-    /// Bytes of a stream.
+    /// Bytes of a stream; the argument is how many it had before, modulo 2^32.
     Data,
     /// So many more bytes may come.
     Window,
-    /// No more bytes come.
+    /// No more bytes come; the argument is how many came.
     End,
     /// No more bytes are read.
     Stop,
@@ -72,18 +74,33 @@ pub struct Frame {
     pub stream: u32,
     /// What it says.
     pub kind: Kind,
-    /// A port, or a number of bytes.
+    /// A port, or a number of bytes: see [`Kind`].
     pub argument: u32,
     /// Bytes of a stream, at most [`PAYLOAD`].
     pub payload: Vec<u8>,
 }
 
-/// CRC-32 (IEEE 802.3).
-fn crc(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 }
-        })
+/// What a byte does to a CRC-32 (IEEE 802.3).
+const STEPS: [u32; 256] = {
+    let mut steps = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let (mut crc, mut bit) = (byte as u32, 0);
+        while bit < 8 {
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 };
+            bit += 1;
+        }
+        steps[byte] = crc;
+        byte += 1;
+    }
+    steps
+};
+
+/// CRC-32 (IEEE 802.3) of both, one behind the other.
+fn crc(header: &[u8], payload: &[u8]) -> u32 {
+    !header.iter().chain(payload).fold(u32::MAX, |crc, byte| {
+        let at = (crc ^ u32::from(*byte)) & 0xff;
+        (crc >> 8) ^ STEPS.get(at as usize).copied().unwrap_or_default()
     })
 }
 
@@ -122,7 +139,7 @@ impl Frame {
         plain.extend_from_slice(&self.argument.to_le_bytes());
         plain.extend_from_slice(&(self.payload.len() as u16).to_le_bytes());
         plain.extend_from_slice(&[self.kind as u8, VERSION]);
-        plain.extend_from_slice(&crc(&plain).to_le_bytes());
+        plain.extend_from_slice(&crc(&plain, &self.payload).to_le_bytes());
         plain.extend_from_slice(&self.payload);
         stuff(&plain, to);
         to.push(0);
@@ -134,7 +151,7 @@ impl Frame {
         unstuff(stuffed, &mut plain)?;
         let (header, payload) = plain.split_at_checked(HEADER)?;
         let (checked, check) = header.split_at_checked(CHECKED)?;
-        if check != crc(checked).to_le_bytes() {
+        if check != crc(checked, payload).to_le_bytes() {
             return None;
         }
         let mut rest = checked;
@@ -307,6 +324,6 @@ pub(crate) mod tests {
 
     #[test]
     fn the_check_is_the_usual_crc() {
-        assert_eq!(crc(b"123456789"), 0xcbf4_3926);
+        assert_eq!(crc(b"1234", b"56789"), 0xcbf4_3926);
     }
 }

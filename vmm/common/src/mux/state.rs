@@ -36,6 +36,9 @@ enum End {
 #[derive(Debug, Default)]
 struct Entry {
     received: VecDeque<u8>,
+    /// Bytes that have come, and that were sent, modulo 2^32: one that gets lost is missed.
+    got: u32,
+    sent: u32,
     /// Bytes that the other side may still send.
     window: usize,
     /// Bytes that were read, and not granted anew.
@@ -79,6 +82,13 @@ impl Entry {
         for waker in [self.reader.take(), self.writer.take(), self.watcher.take()] {
             waker.into_iter().for_each(Waker::wake);
         }
+    }
+
+    /// It is no more, on either side.
+    fn fail(&mut self) {
+        self.silence();
+        (self.broken, self.reset) = (true, true);
+        self.wake();
     }
 
     /// Nothing of it goes out any more.
@@ -222,6 +232,12 @@ impl State {
     pub fn held(&self) -> (usize, usize, usize) {
         let longest = self.streams.values().map(|entry| entry.received.len()).max();
         (self.streams.len(), longest.unwrap_or_default(), self.refused.len() + self.arrived.len())
+    }
+
+    /// What the next bytes of a stream have as their place.
+    #[cfg(test)]
+    pub fn place(&self, id: u32) -> u32 {
+        self.streams.get(&id).map_or(0, |entry| entry.got)
     }
 
     fn entry(&mut self, (session, id): Key) -> Option<&mut Entry> {
@@ -418,19 +434,26 @@ impl State {
                 entry.watcher.take().into_iter().for_each(Waker::wake);
             }
             Kind::Data if entry.broken || entry.ended => {}
-            Kind::Data if frame.payload.len() > entry.window || !entry.accepted => {
-                // More than it was granted.
-                entry.silence();
-                (entry.broken, entry.reset) = (true, true);
-                entry.wake();
+            // More than it was granted, or not what follows.
+            Kind::Data
+                if frame.payload.len() > entry.window
+                    || !entry.accepted
+                    || frame.argument != entry.got =>
+            {
+                entry.fail();
             }
-            Kind::Data if !entry.held || entry.stop || entry.stop_sent => {}
+            Kind::Data if !entry.held || entry.stop || entry.stop_sent => {
+                entry.got = entry.got.wrapping_add(frame.payload.len() as u32);
+            }
             Kind::Data => {
+                entry.got = entry.got.wrapping_add(frame.payload.len() as u32);
                 entry.window -= frame.payload.len();
                 entry.received.extend(frame.payload);
                 entry.reader.take().into_iter().for_each(Waker::wake);
             }
             Kind::Window => entry.credit = entry.credit.saturating_add(frame.argument as usize),
+            Kind::End if entry.broken => {}
+            Kind::End if frame.argument != entry.got => entry.fail(),
             Kind::End => {
                 entry.ended = true;
                 entry.stop = false;
@@ -512,12 +535,14 @@ impl State {
                 let most = entry.credit.min(PAYLOAD);
                 let mut add = |bytes: &[u8]| payload.extend_from_slice(bytes);
                 entry.credit -= take(&mut entry.waiting, most, &mut add);
-                Frame { session, stream: id, kind: Kind::Data, argument: 0, payload }.write(to);
+                let argument = entry.sent;
+                entry.sent = argument.wrapping_add(payload.len() as u32);
+                Frame { session, stream: id, kind: Kind::Data, argument, payload }.write(to);
                 entry.writer.take().into_iter().for_each(Waker::wake);
             }
             if entry.end == End::Due && entry.waiting.is_empty() && entry.accepted {
                 entry.end = End::Sent;
-                say(to, session, id, Kind::End, 0);
+                say(to, session, id, Kind::End, entry.sent);
             }
             if entry.accepted && std::mem::take(&mut entry.stop) {
                 entry.stop_sent = true;

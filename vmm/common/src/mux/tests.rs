@@ -210,26 +210,94 @@ async fn the_end_of_the_port_is_the_end_of_its_streams() {
 #[test]
 fn a_peer_that_sends_more_than_it_was_granted_loses_the_stream_alone() {
     let mut state = State::new(Role::Host, NUMBER);
-    let say = |stream, kind, payload: Vec<u8>| Frame {
+    let say = |stream, kind, argument, payload: Vec<u8>| Frame {
         session: NUMBER,
         stream,
         kind,
-        argument: 1,
+        argument,
         payload,
     };
-    state.hear(say(0, Kind::Begun, Vec::new()));
+    state.hear(say(0, Kind::Begun, 0, Vec::new()));
     for id in [2, 4] {
-        state.hear(say(id, Kind::Open, Vec::new()));
+        state.hear(say(id, Kind::Open, 1, Vec::new()));
         let (key, _) = state.arrived().unwrap();
         state.accept(key);
     }
-    for _ in 0..2 * WINDOW / PAYLOAD {
-        state.hear(say(2, Kind::Data, vec![1; PAYLOAD]));
+    for n in 0..2 * WINDOW / PAYLOAD {
+        state.hear(say(2, Kind::Data, (n * PAYLOAD) as u32, vec![1; PAYLOAD]));
     }
     let (streams, longest, _) = state.held();
     assert_eq!((streams, longest), (2, WINDOW));
     assert_eq!(state.write((NUMBER, 2), b"x", Waker::noop()), Progress::Broken);
     assert_eq!(state.write((NUMBER, 4), b"x", Waker::noop()), Progress::Done(1));
+}
+
+/// What a guest has sent of a stream, as frames of their own; the last one is the end.
+async fn sent(bytes_sent: &[u8]) -> Vec<Frame> {
+    let (guest, mut port, _running) = guest_alone().await;
+    port.write_all(&frame(NUMBER, 0, Kind::Sync, b"")).await.unwrap();
+    port.write_all(&frame(NUMBER, 1, Kind::Open, b"")).await.unwrap();
+    let mut stream = soon(guest.next()).await.accept();
+    stream.write_all(bytes_sent).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let (mut finder, mut all, mut some) = (frame::Finder::default(), Vec::new(), vec![0; 9000]);
+    while !all.iter().any(|frame: &Frame| frame.kind == Kind::End) {
+        let n = soon(port.read(&mut some)).await.unwrap();
+        all.extend(finder.find(&some[..n]));
+    }
+    all.retain(|frame| matches!(frame.kind, Kind::Data | Kind::End));
+    all
+}
+
+#[tokio::test]
+async fn bytes_that_are_lost_or_changed_are_an_error_and_never_other_bytes() {
+    let original = bytes(3 * PAYLOAD);
+    let frames = sent(&original).await;
+    assert!(frames.len() > 3, "{}", frames.len());
+    // None, each of the frames that carry bytes, and a byte of each.
+    for case in 0..2 * frames.len() - 1 {
+        let mut line = Vec::new();
+        for (n, frame) in frames.iter().enumerate() {
+            let begin = line.len();
+            frame.write(&mut line);
+            if case == n + 1 && frame.kind == Kind::Data {
+                line.truncate(begin);
+            } else if case == n + frames.len() && frame.kind == Kind::Data {
+                // Far behind the header, and no zero.
+                let byte = &mut line[begin + 100];
+                *byte = if *byte == 1 { 2 } else { *byte ^ 1 };
+            }
+        }
+        let mut state = State::new(Role::Host, NUMBER);
+        let say = |kind, argument, stream| Frame {
+            session: NUMBER,
+            stream,
+            kind,
+            argument,
+            payload: Vec::new(),
+        };
+        state.hear(say(Kind::Begun, 0, 0));
+        let key = state.open(1025).unwrap();
+        state.fill(&mut Vec::new());
+        state.hear(say(Kind::Accept, 0, key.1));
+        for frame in frame::Finder::default().find(&line) {
+            state.hear(frame);
+        }
+        let mut got = Vec::new();
+        let last = loop {
+            let mut add = |some: &[u8]| got.extend_from_slice(some);
+            match state.read(key, usize::MAX, &mut add, Waker::noop()) {
+                Progress::Done(n) if n > 0 => {}
+                other => break other,
+            }
+        };
+        if case == 0 {
+            assert_eq!((last, got == original), (Progress::Done(0), true), "{case}");
+        } else {
+            assert_eq!(last, Progress::Broken, "{case}");
+            assert!(original.starts_with(&got), "{case}");
+        }
+    }
 }
 
 #[test]
@@ -247,6 +315,9 @@ fn whatever_a_hostile_peer_says_what_is_kept_for_it_has_bounds() {
             };
             if random.below(200) != 0 && matches!(frame.kind, Kind::Sync | Kind::Hello) {
                 frame.kind = Kind::Open;
+            }
+            if matches!(frame.kind, Kind::Data | Kind::End) && random.below(20) != 0 {
+                frame.argument = state.place(frame.stream);
             }
             if step % 500 == 0 {
                 frame.kind = if role == Role::Host { Kind::Begun } else { Kind::Sync };
