@@ -35,7 +35,6 @@ use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
 use crate::guest::{GuestError, service};
-use crate::prepare::Meta;
 use crate::runtime::{Containers, ends};
 use crate::spec;
 
@@ -194,8 +193,7 @@ impl Announced {
             options: None,
         };
         list.complete(&mut request, &mut Stdio::default())?;
-        let (what, disks) = self.containers.ready(&request, terminal).await?;
-        self.containers.host.save(id, &Meta { disks, ..Meta::default() })?;
+        let (what, _) = self.containers.ready(&request, terminal).await?;
         Ok(what)
     }
 

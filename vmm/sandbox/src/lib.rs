@@ -5,6 +5,7 @@ mod announced;
 pub mod block;
 mod boot;
 pub mod config;
+pub mod copy;
 pub mod daemon;
 mod drivers;
 mod errors;
