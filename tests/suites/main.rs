@@ -29,6 +29,7 @@ mod stdio;
 mod terminal;
 mod traces;
 mod vmm;
+mod vmm_noshare;
 mod vmm_pool;
 mod vmm_q35;
 mod volumes;
