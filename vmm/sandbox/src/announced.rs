@@ -137,6 +137,9 @@ impl Announced {
             }
         }
         for name in known.into_iter().filter(|name| check(name).is_ok()) {
+            if name.1.is_empty() {
+                self.containers.resume_copies(&name.0).await;
+            }
             match self.resume(list, &name).await {
                 Ok(joined) => self.follow(name, joined),
                 Err(error) => {

@@ -246,6 +246,13 @@ impl Containers {
         })
     }
 
+    /// Goes on with what an earlier daemon has followed for a container.
+    pub(crate) async fn resume_copies(&self, container: &str) {
+        if let (Some(copies), Ok(meta)) = (&self.copies, self.host.meta(container)) {
+            copies.resume(container, &meta.copies).await;
+        }
+    }
+
     async fn undo(&self, id: &str) {
         if let Err(error) = self.delete(id, Path::new("")).await {
             tracing::warn!(container = id, error = %error.chain(), "cannot clean up after a failed create");
@@ -407,10 +414,8 @@ impl Runtime for Containers {
                 outputs.extend(pump);
             }
         }
-        if let (Some(copies), true, Ok(meta)) =
-            (&self.copies, exec.is_empty(), self.host.meta(container))
-        {
-            copies.resume(container, &meta.copies).await;
+        if exec.is_empty() {
+            self.resume_copies(container).await;
         }
         Ok(Some(self.exit_of(container, exec, outputs)))
     }
