@@ -22,6 +22,11 @@ fn path(variable: &str, name: &str) -> Option<PathBuf> {
 
 /// The daemon with q35 and these lines more; nothing, and a note, where that does not run.
 pub(crate) fn q35(lines: &str) -> Option<Settings> {
+    q35_and("", lines)
+}
+
+/// The same, with these lines above all tables.
+pub(crate) fn q35_and(top: &str, lines: &str) -> Option<Settings> {
     let kernel = path("KUASAR_PCI_KERNEL", "vmlinux-distribution");
     let initrd = path("KUASAR_PCI_INITRD", "initramfs-distribution.cpio");
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else {
@@ -31,7 +36,7 @@ pub(crate) fn q35(lines: &str) -> Option<Settings> {
     let (kernel, initrd) = (kernel.display(), initrd.display());
     let guest = format!("[guest]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n");
     Settings::with(|text| {
-        format!("{}\n{guest}{lines}\n", text.replace("[qemu]", "[qemu]\nmachine = \"q35\""))
+        format!("{top}{}\n{guest}{lines}\n", text.replace("[qemu]", "[qemu]\nmachine = \"q35\""))
     })
 }
 

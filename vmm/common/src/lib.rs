@@ -49,6 +49,8 @@ pub const SERIAL_PORT: &str = "org.kuasar.agent.0";
 pub const SHARE_TAG: &str = "kuasar";
 /// Where the guest mounts it.
 pub const SHARE_PATH: &str = "/run/kuasar/share";
+/// Where the guest has copies of the host's files, in a pod without a share.
+pub const FILES_PATH: &str = "/run/kuasar/files";
 /// Type URL of [`guest::Container`] in the options of a Task.Create.
 pub const CONTAINER_TYPE: &str = "kuasar.vmm.v1.Container";
 /// Most that may be written at once on vsock, in bytes: some devices hang on larger descriptors.

@@ -10,7 +10,7 @@ use kuasar_host::cgroup::Cgroup;
 use kuasar_pod::files::host;
 
 use crate::boot::Running;
-use crate::config::Config;
+use crate::config::{Config, ShareBy};
 use crate::errors::{machine, task};
 use crate::guest::{self, GuestError};
 use crate::pool::{Idle, Pooled};
@@ -138,9 +138,11 @@ impl VmmSandboxer {
         self.users.hand_over(&pooled.name, &ctx.spec.id);
         let (own, theirs) = (ShareTree::new(&ctx.dir), pooled.tree());
         let (group, processes) = (cgroup.clone(), vm.state());
+        let shared = state.share != ShareBy::None;
         blocking(move || {
             enter(&group, &processes)?;
-            own.take_over(&theirs).map_err(task)
+            // Without a share there is no tree.
+            if shared { own.take_over(&theirs).map_err(task) } else { Ok(()) }
         })
         .await?;
         if let Some(cpus) = change.cpus {
@@ -188,9 +190,10 @@ impl VmmSandboxer {
         self.users.release(&ctx.spec.id);
         let user = self.user(&ctx.spec.id, config)?;
         *state = PodState { user, ..before.clone() };
+        let shared = state.share != ShareBy::None;
         blocking(move || {
             tree.remove().map_err(task)?;
-            tree.make().map_err(task)
+            if shared { tree.make().map_err(task) } else { Ok(()) }
         })
         .await?;
         self.save(ctx, state).await

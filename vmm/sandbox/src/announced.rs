@@ -35,7 +35,6 @@ use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
 use crate::guest::{GuestError, service};
-use crate::prepare::Meta;
 use crate::runtime::{Containers, ends};
 use crate::spec;
 
@@ -138,6 +137,9 @@ impl Announced {
             }
         }
         for name in known.into_iter().filter(|name| check(name).is_ok()) {
+            if name.1.is_empty() {
+                self.containers.resume_copies(&name.0).await;
+            }
             match self.resume(list, &name).await {
                 Ok(joined) => self.follow(name, joined),
                 Err(error) => {
@@ -194,8 +196,7 @@ impl Announced {
             options: None,
         };
         list.complete(&mut request, &mut Stdio::default())?;
-        let (what, disks) = self.containers.ready(&request, terminal).await?;
-        self.containers.host.save(id, &Meta { disks, ..Meta::default() })?;
+        let (what, _) = self.containers.ready(&request, terminal).await?;
         Ok(what)
     }
 

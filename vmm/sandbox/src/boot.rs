@@ -18,7 +18,7 @@ use crate::config::{Config, RootImage, ShareBy};
 use crate::errors::machine;
 use crate::guest::service;
 use crate::making::Template;
-use crate::network::Plan;
+use crate::network::{Plan, Taps};
 use crate::sandboxer::{PodState, VmmSandboxer};
 use crate::share::ShareTree;
 use crate::vmm::{
@@ -41,16 +41,29 @@ fn last_words(log: &Path) -> String {
     }
 }
 
+/// How files reach the pods of a VMM: as configured, or not at all where it has no shares.
+pub(crate) fn share_of(features: Features, configured: ShareBy) -> ShareBy {
+    match [Feature::Virtiofs, Feature::Ninep].iter().any(|by| features.has(*by)) {
+        true => configured,
+        false => ShareBy::None,
+    }
+}
+
 /// Whether pods can be machines of this VMM; said before anything is made.
-pub(crate) fn serves_pods(driver: &dyn Vmm, share: ShareBy) -> Result<()> {
-    let by = match share {
-        ShareBy::Virtiofs => (
-            Feature::Virtiofs,
-            "it has no shared directories, and a pod's volumes and files need one",
-        ),
+pub(crate) fn serves_pods(driver: &dyn Vmm, configured: ShareBy) -> Result<()> {
+    let by = match share_of(driver.features(), configured) {
+        ShareBy::Virtiofs => {
+            (Feature::Virtiofs, "it has no virtiofs, which the configuration wants")
+        }
         ShareBy::Ninep => {
             (Feature::Ninep, "it serves no files by 9p, which the configuration wants")
         }
+        // Its containers' root file systems are disks.
+        ShareBy::None if !driver.features().has(Feature::DiskHotplug) => {
+            let why = driver.cannot(Feature::DiskHotplug);
+            return Err(Error::Unimplemented(format!("pods without a share need disks: {why}")));
+        }
+        ShareBy::None => (Feature::DiskHotplug, ""),
     };
     match Some(by).filter(|(feature, _)| !driver.features().has(*feature)) {
         None => channel::serves(driver),
@@ -80,6 +93,12 @@ pub(crate) fn plain(
             fstype: "erofs".into(),
         },
     };
+    let shares = share_of(features, config.share).kind().map(|kind| Share {
+        tag: vmm_common::SHARE_TAG.into(),
+        dir: share,
+        kind,
+        read_only: false,
+    });
     let (more_cpus, more_memory) = config.size.growth(cpus, memory);
     let range = |feature, range: Range| {
         if features.has(feature) { range } else { Range::fixed(range.at_boot) }
@@ -91,12 +110,7 @@ pub(crate) fn plain(
         memory_mib: range(Feature::MemoryResize, more_memory),
         hugepages: config.size.hugepages,
         boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
-        shares: vec![Share {
-            tag: vmm_common::SHARE_TAG.into(),
-            dir: share,
-            kind: config.share.kind(),
-            read_only: false,
-        }],
+        shares: shares.into_iter().collect(),
         nics: Vec::new(),
         disks: Vec::new(),
         // The driver's affair: see [`channel::give`].
@@ -119,6 +133,26 @@ pub(crate) struct Running {
 }
 
 impl VmmSandboxer {
+    fn kind_of(ctx: &SandboxContext, config: &Config) -> Result<vmm::Kind> {
+        let vmm = config.vmm_of(&ctx.spec.runtime, &ctx.spec.config.annotations);
+        Ok(vmm.map_err(Error::InvalidArgument)?.kind())
+    }
+
+    /// The driver for a pod whose machine is of `user`, and how that comes by its taps.
+    pub(crate) fn driver_of(
+        &self,
+        ctx: &SandboxContext,
+        config: &Config,
+        user: Option<u32>,
+    ) -> Result<(Arc<dyn Vmm>, Taps)> {
+        let (driver, launcher) = self.vmm(config, Self::kind_of(ctx, config)?, user)?;
+        let taps = match driver.opens_taps() {
+            true => Taps::Named { owner: launcher.owner().map_or(0, |(uid, _)| uid) },
+            false => Taps::Held { queues: 1 },
+        };
+        Ok((driver, taps))
+    }
+
     /// The machine of a pod.
     #[allow(clippy::too_many_arguments)] // all that a machine is made of
     fn vm_spec(
@@ -155,10 +189,7 @@ impl VmmSandboxer {
         nics: Vec<Nic>,
         plan: &Plan,
     ) -> Result<u32> {
-        let kind = config
-            .vmm_of(&ctx.spec.runtime, &ctx.spec.config.annotations)
-            .map_err(Error::InvalidArgument)?
-            .kind();
+        let kind = Self::kind_of(ctx, config)?;
         let (driver, launcher) = self.vmm(config, kind, state.user)?;
         let cgroup = state.machine_cgroup.clone().unwrap_or_default();
         let cgroup = self.cgroups.group(&cgroup).map_err(host("the machine's cgroup"))?;
@@ -196,14 +227,15 @@ impl VmmSandboxer {
         let Running { vm, token, dir, cpus } = running;
         let pid = vm.pid();
         let dial = channel::dial(Some(&vm.state().channel), &dir);
-        let (_tasks, guest) = self.insert(ctx, config, vm, token, dial, gone)?;
+        let own = (config, state.share);
+        let (_tasks, guest) = self.insert(ctx, own, vm, token, dial, gone)?;
         if let Some(cpus) = cpus {
             let plugged = wire::OnlineRequest { cpus, ..wire::OnlineRequest::default() };
             let _: wire::OnlineResponse =
                 guest.call_again(service::GUEST, "Online", &plugged).await?;
         }
         let begun = Instant::now();
-        let question = Self::setup(ctx, config, plan)?;
+        let question = Self::setup(ctx, config, state.share, plan)?;
         let limit = Some(config.guest_timeouts.create);
         let answer: wire::SetupResponse =
             guest.call_for(service::GUEST, "Setup", &question, limit).await?;
@@ -333,7 +365,7 @@ impl VmmSandboxer {
 mod tests {
     use super::*;
     use crate::vmm::cloud_hypervisor::CloudHypervisor;
-    use crate::vmm::firecracker::Firecracker;
+    use crate::vmm::firecracker::{Firecracker, FirecrackerConfig};
     use crate::vmm::process::Local;
     use crate::vmm::qemu::Qemu;
     use crate::vmm::stratovirt::StratoVirt;
@@ -348,12 +380,27 @@ mod tests {
         serves_pods(&hypervisor, ShareBy::Virtiofs).unwrap();
         let error = serves_pods(&hypervisor, ShareBy::Ninep).unwrap_err().to_string();
         assert!(error.contains("9p"), "{error}");
+        serves_pods(&hypervisor, ShareBy::None).unwrap();
+        // Without shares, whatever is configured.
         let firecracker = Firecracker::new(Default::default(), launcher());
+        serves_pods(&firecracker, ShareBy::Virtiofs).unwrap();
+        assert_eq!(share_of(firecracker.features(), ShareBy::Virtiofs), ShareBy::None);
+        assert_eq!(share_of(hypervisor.features(), ShareBy::Ninep), ShareBy::Ninep);
+        let no_slots = FirecrackerConfig {
+            disk_slots: 0,
+            read_only_disk_slots: 0,
+            ..FirecrackerConfig::default()
+        };
+        let no_slots = Firecracker::new(no_slots, launcher());
         let stratovirt = StratoVirt::new(Default::default(), Default::default(), launcher());
         serves_pods(&stratovirt, ShareBy::Virtiofs).unwrap();
-        let refused: [(&dyn Vmm, _); 1] = [(&firecracker, "no shared directories")];
-        for (driver, why) in refused {
-            let error = serves_pods(driver, ShareBy::Virtiofs).unwrap_err();
+        let refused: [(&dyn Vmm, _, _); 2] = [
+            (&no_slots, ShareBy::Virtiofs, "disk_slots"),
+            // A microvm.
+            (&qemu, ShareBy::None, "q35"),
+        ];
+        for (driver, share, why) in refused {
+            let error = serves_pods(driver, share).unwrap_err();
             assert!(matches!(&error, Error::Unimplemented(text) if text.contains(why)), "{error}");
         }
     }

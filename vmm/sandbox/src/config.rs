@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::{CommonConfig, duration};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::block::StorageConfig;
+use crate::copy::CopyConfig;
 use crate::jail::JailConfig;
 use crate::template::TemplateConfig;
 use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
@@ -49,6 +50,8 @@ pub struct Config {
     pub qemu: QemuConfig,
     /// Block storage of containers.
     pub storage: StorageConfig,
+    /// Files that are copied into guests without a share.
+    pub copy: CopyConfig,
     /// Templates.
     pub template: TemplateConfig,
     /// Cloud Hypervisor.
@@ -69,7 +72,7 @@ pub struct Config {
 }
 
 /// How the files of a pod reach its guest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ShareBy {
     /// By a virtiofsd beside the VMM.
@@ -78,21 +81,29 @@ pub enum ShareBy {
     /// By the VMM itself (QEMU), for hosts without virtiofsd.
     #[serde(rename = "9p")]
     Ninep,
+    /// Not at all: root file systems are disks, and small files are copied ([`crate::copy`]).
+    None,
 }
 
 impl ShareBy {
     /// As drivers name it.
-    pub fn kind(self) -> ShareKind {
+    pub fn kind(self) -> Option<ShareKind> {
         match self {
-            Self::Virtiofs => ShareKind::Virtiofs,
-            Self::Ninep => ShareKind::Ninep,
+            Self::Virtiofs => Some(ShareKind::Virtiofs),
+            Self::Ninep => Some(ShareKind::Ninep),
+            Self::None => None,
         }
+    }
+
+    /// Limits of what is copied in place of being shared.
+    pub fn copying(self, config: &Config) -> Option<CopyConfig> {
+        (self == Self::None).then(|| config.copy.clone())
     }
 
     /// Options of the guest's mount.
     pub fn options(self) -> Vec<String> {
         match self {
-            Self::Virtiofs => Vec::new(),
+            Self::Virtiofs | Self::None => Vec::new(),
             // Without it no file can be mapped that is shared and written to
             // (Linux, filesystems/9p).
             Self::Ninep => vec!["cache=mmap".into()],
@@ -104,6 +115,7 @@ impl ShareBy {
         match self {
             Self::Virtiofs => "virtiofs",
             Self::Ninep => "9p",
+            Self::None => "",
         }
     }
 }
@@ -517,6 +529,7 @@ impl Config {
         if t.refill > Duration::from_secs(3600) {
             return Err("template.refill: at most 1h".into());
         }
+        self.copy.check()?;
         self.jail.check()
     }
 

@@ -6,6 +6,7 @@ pub mod block;
 mod boot;
 pub mod channel;
 pub mod config;
+pub mod copy;
 pub mod daemon;
 mod drivers;
 mod errors;

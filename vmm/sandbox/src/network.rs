@@ -12,7 +12,8 @@
 //! refused; so is a pod whose interfaces are not Ethernet.
 //!
 //! Taps are not persistent: they live as long as a descriptor of them is open, so nothing is left
-//! of them after the VMM and the daemon are gone. All netlink work happens on sockets that were
+//! of them after the VMM and the daemon are gone. Only a VMM that opens them itself, by name, gets
+//! persistent ones, which belong to its user, and go when they are parted. All netlink work happens on sockets that were
 //! opened inside the namespace by a thread of their own; no thread of the daemon changes its own.
 
 use std::net::IpAddr;
@@ -234,15 +235,29 @@ pub fn mac_text(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
+/// How a VMM comes by its taps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taps {
+    /// By descriptors, one for each pair of queues.
+    Held {
+        /// Pairs of queues of each tap.
+        queues: u16,
+    },
+    /// By name: it opens them in the pod's namespace, as this user, and nobody else has them open.
+    Named {
+        /// User of the VMM.
+        owner: u32,
+    },
+}
+
 /// Makes the tap of each interface and joins the two. When one fails, those before it are undone.
-/// `queues` is the number of queue pairs of each tap.
 ///
 /// # Errors
 /// [`Error::Unsupported`] on a kernel that lacks tc's redirection; [`Error::Host`].
-pub fn join(netns: BorrowedFd<'_>, plan: &Plan, queues: u16) -> Result<Vec<Joined>> {
+pub fn join(netns: BorrowedFd<'_>, plan: &Plan, taps: Taps) -> Result<Vec<Joined>> {
     let mut joined = Vec::with_capacity(plan.interfaces.len());
     for interface in &plan.interfaces {
-        match join_one(netns, interface, queues) {
+        match join_one(netns, interface, taps) {
             Ok(tap) => joined.push(Joined { interface: interface.clone(), tap }),
             Err(error) => {
                 let before: Vec<_> = joined.drain(..).map(|one| one.interface).collect();
@@ -256,10 +271,10 @@ pub fn join(netns: BorrowedFd<'_>, plan: &Plan, queues: u16) -> Result<Vec<Joine
     Ok(joined)
 }
 
-fn join_one(netns: BorrowedFd<'_>, interface: &Interface, queues: u16) -> Result<Vec<OwnedFd>> {
+fn join_one(netns: BorrowedFd<'_>, interface: &Interface, taps: Taps) -> Result<Vec<OwnedFd>> {
     let at = |what: &str| host(format!("{what} for interface {}", interface.name));
     let netlink = Netlink::open_in(netns).map_err(at("enter the pod's network namespace"))?;
-    let taps = open_tap(netns, &interface.tap, queues)?;
+    let taps = open_tap(netns, &interface.tap, taps)?;
     let tap = netlink.link(&interface.tap).map_err(at("find the tap"))?;
     netlink.set_mtu(tap.index, interface.mtu).map_err(at("set the tap's MTU"))?;
     quiet(netns, &interface.tap);
@@ -286,9 +301,36 @@ struct TapRequest {
     rest: [u8; 22],
 }
 
-fn open_tap(netns: BorrowedFd<'_>, name: &str, queues: u16) -> Result<Vec<OwnedFd>> {
+mod tun {
+    nix::ioctl_write_ptr_bad!(set_iff, libc::TUNSETIFF, super::TapRequest);
+    nix::ioctl_write_int_bad!(set_persist, libc::TUNSETPERSIST);
+    nix::ioctl_write_int_bad!(set_owner, libc::TUNSETOWNER);
+}
+
+/// Makes a persistent tap one that goes with its last descriptor, which is ours. One that somebody else
+/// has open, or that has several queues, is of the other kind.
+fn remove_tap(netns: BorrowedFd<'_>, name: &str) -> Result<()> {
+    match open_tap(netns, name, Taps::Held { queues: 1 }) {
+        Ok(taps) => taps.iter().try_for_each(|tap| {
+            // SAFETY: a plain number, of a descriptor that is open.
+            let done = unsafe { tun::set_persist(tap.as_raw_fd(), 0) };
+            done.map(drop).map_err(|error| system(format!("remove the tap {name}"))(error.into()))
+        }),
+        Err(Error::Host { source: kuasar_host::Error::Io { source, .. }, .. })
+            if matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn open_tap(netns: BorrowedFd<'_>, name: &str, taps: Taps) -> Result<Vec<OwnedFd>> {
     use std::os::unix::fs::OpenOptionsExt;
-    nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, TapRequest);
+    let (queues, owner) = match taps {
+        Taps::Held { queues } => (queues, None),
+        Taps::Named { owner } => (1, Some(owner)),
+    };
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if queues > 1 {
         flags |= libc::IFF_MULTI_QUEUE;
@@ -309,8 +351,18 @@ fn open_tap(netns: BorrowedFd<'_>, name: &str, queues: u16) -> Result<Vec<OwnedF
                 .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
                 .open("/dev/net/tun")?;
             // SAFETY: a valid `struct ifreq` that lives across the call.
-            unsafe { tun_set_iff(file.as_raw_fd(), &request) }.map_err(std::io::Error::from)?;
-            files.push(OwnedFd::from(file));
+            unsafe { tun::set_iff(file.as_raw_fd(), &request) }.map_err(std::io::Error::from)?;
+            if let Some(owner) = owner {
+                // The kernel takes the number's bits.
+                let owner = owner.cast_signed();
+                // SAFETY: plain numbers, of a descriptor that is open.
+                unsafe {
+                    tun::set_owner(file.as_raw_fd(), owner).map_err(std::io::Error::from)?;
+                    tun::set_persist(file.as_raw_fd(), 1).map_err(std::io::Error::from)?;
+                }
+            } else {
+                files.push(OwnedFd::from(file));
+            }
         }
         Ok::<_, std::io::Error>(files)
     };
@@ -334,6 +386,9 @@ pub fn part(netns: BorrowedFd<'_>, interfaces: &[Interface]) -> Result<()> {
         netlink
             .unredirect(interface.index)
             .map_err(host(format!("part interface {} from its tap", interface.name)))?;
+        if netlink.link(&interface.tap).is_ok() {
+            remove_tap(netns, &interface.tap)?;
+        }
     }
     Ok(())
 }
@@ -486,7 +541,7 @@ mod tests {
     fn frames_cross_between_interface_and_tap_until_they_are_parted() {
         let Some(netns) = pod() else { return };
         let plan = plan_of(&netns, "eth0");
-        let mut joined = join(netns.as_fd(), &plan, 1).unwrap();
+        let mut joined = join(netns.as_fd(), &plan, Taps::Held { queues: 1 }).unwrap();
         let netlink = Netlink::open_in(netns.as_fd()).unwrap();
         let eth0 = netlink.link("eth0").unwrap().index;
         assert!(netlink.is_redirected(eth0).unwrap());
@@ -525,9 +580,52 @@ mod tests {
     }
 
     #[test]
+    fn a_tap_that_is_opened_by_name_is_its_users_alone_and_goes_when_it_is_parted() {
+        let Some(netns) = pod() else { return };
+        let plan = plan_of(&netns, "eth0");
+        let name = plan.interfaces[0].tap.clone();
+        // A start that is repeated finds it there.
+        for _ in 0..2 {
+            let joined = join(netns.as_fd(), &plan, Taps::Named { owner: 4711 }).unwrap();
+            assert!(joined[0].tap.is_empty());
+        }
+        let netlink = Netlink::open_in(netns.as_fd()).unwrap();
+        let tap = netlink.link(&name).unwrap();
+        assert!(netlink.is_redirected(tap.index).unwrap());
+        // As a VMM in its jail: without capabilities, of one user or another.
+        let opened = |user: u32| {
+            kuasar_host::namespace::enter_on_thread(netns.as_fd(), CloneFlags::CLONE_NEWNET, || {
+                // The jail shows it to its user; on the host it is root's.
+                let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun");
+                // SAFETY: changes this thread alone, which ends here.
+                unsafe { libc::syscall(libc::SYS_setresuid, user, user, user) };
+                Ok(attach(&tun.unwrap(), &name).is_ok())
+            })
+            .unwrap()
+        };
+        assert_eq!([opened(4712), opened(4711)], [false, true]);
+        part(netns.as_fd(), &plan.interfaces).unwrap();
+        assert!(netlink.link(&name).is_err());
+    }
+
+    /// Attaches to a tap of this thread's namespace, as it stands.
+    fn attach(file: &std::fs::File, name: &str) -> std::io::Result<()> {
+        let mut request = [0_u8; 40];
+        request[..name.len()].copy_from_slice(name.as_bytes());
+        let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        request[libc::IFNAMSIZ..libc::IFNAMSIZ + 2].copy_from_slice(&flags.to_ne_bytes());
+        // SAFETY: a `struct ifreq` that lives across the call.
+        match unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, request.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+
+    #[test]
     fn several_queues_are_several_descriptors_of_one_tap() {
         let Some(netns) = pod() else { return };
-        let joined = join(netns.as_fd(), &plan_of(&netns, "eth0"), 3).unwrap();
+        let joined =
+            join(netns.as_fd(), &plan_of(&netns, "eth0"), Taps::Held { queues: 3 }).unwrap();
         assert_eq!(joined[0].tap.len(), 3);
     }
 
@@ -536,17 +634,23 @@ mod tests {
         let Some(netns) = namespace() else { return };
         let plan = plan(netns.as_fd()).unwrap();
         assert!(plan.interfaces.is_empty() && plan.network.routes.is_empty());
-        assert!(join(netns.as_fd(), &plan, 1).unwrap().is_empty());
+        assert!(join(netns.as_fd(), &plan, Taps::Held { queues: 1 }).unwrap().is_empty());
     }
 
     #[test]
     fn an_interface_that_came_later_is_noticed() {
         let Some(netns) = pod() else { return };
-        let _joined = join(netns.as_fd(), &plan_of(&netns, "eth0"), 1).unwrap();
+        let _joined =
+            join(netns.as_fd(), &plan_of(&netns, "eth0"), Taps::Held { queues: 1 }).unwrap();
         let both = plan(netns.as_fd()).unwrap();
         let new = unjoined(netns.as_fd(), &both).unwrap();
         assert_eq!(new.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["peer"]);
-        let _late = join(netns.as_fd(), &Plan { interfaces: new, ..Plan::default() }, 1).unwrap();
+        let _late = join(
+            netns.as_fd(),
+            &Plan { interfaces: new, ..Plan::default() },
+            Taps::Held { queues: 1 },
+        )
+        .unwrap();
         assert!(unjoined(netns.as_fd(), &both).unwrap().is_empty());
     }
 
@@ -557,7 +661,7 @@ mod tests {
         let mut missing = plan.interfaces[0].clone();
         (missing.index, missing.name, missing.tap) = (4242, "gone".into(), "kuasar4242".into());
         plan.interfaces.push(missing);
-        assert!(join(netns.as_fd(), &plan, 1).is_err());
+        assert!(join(netns.as_fd(), &plan, Taps::Held { queues: 1 }).is_err());
         let netlink = Netlink::open_in(netns.as_fd()).unwrap();
         assert!(!netlink.is_redirected(netlink.link("eth0").unwrap().index).unwrap());
         let taps = netlink.links().unwrap().into_iter().filter(|l| l.kind == "tun").count();

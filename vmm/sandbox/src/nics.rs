@@ -187,7 +187,7 @@ async fn plug(netns: &Arc<OwnedFd>, vm: &Arc<dyn Vm>, interface: Interface) -> R
     let (of, one) = (netns.clone(), interface.clone());
     let joined = blocking(move || {
         let plan = Plan { interfaces: vec![one], ..Plan::default() };
-        network::join(of.as_fd(), &plan, 1)
+        network::join(of.as_fd(), &plan, network::Taps::Held { queues: 1 })
     })
     .await?;
     for joined in joined {

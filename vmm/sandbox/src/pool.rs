@@ -35,9 +35,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::boot::{CONSOLE, plain};
+use crate::boot::{CONSOLE, plain, share_of};
 use crate::channel::{self, Listener};
-use crate::config::Config;
+use crate::config::{Config, ShareBy};
 use crate::drivers::Machinery;
 use crate::errors::{machine, task};
 use crate::guest::{Waiting, random_hex};
@@ -335,11 +335,12 @@ impl Pool {
         let group =
             self.machinery.cgroups.group(&self.cgroup()).map_err(host("the pool's cgroup"))?;
         let own = dir.to_owned();
+        let shared = share_of(driver.features(), config.share) != ShareBy::None;
         blocking(move || {
             kuasar_host::record::private_dir(&own).map_err(host("make a machine's directory"))?;
             record(&own, None)?;
             group.create().map_err(host("make the pool's cgroup"))?;
-            ShareTree::new(&own).make().map_err(task)
+            if shared { ShareTree::new(&own).make().map_err(task) } else { Ok(()) }
         })
         .await?;
         let spec = self.spec(config, &*driver, name, dir)?;

@@ -14,6 +14,7 @@ use kuasar_host::record;
 use serde::{Deserialize, Serialize};
 
 use crate::block::{self, Disks, StorageConfig};
+use crate::copy::{Copied, CopyConfig, Wanted};
 use crate::share::ShareTree;
 use crate::spec::{self, Needs};
 
@@ -25,6 +26,8 @@ pub(crate) struct Meta {
     pub pid: u32,
     /// Disks of the machine that it has.
     pub disks: Vec<block::Used>,
+    /// Volumes that were copied into the guest.
+    pub copies: Vec<Copied>,
 }
 
 /// What was prepared for a container.
@@ -34,6 +37,8 @@ pub(crate) struct Prepared {
     pub needs: Needs,
     /// Not plugged in yet.
     pub disks: block::Opened,
+    /// What is recorded.
+    pub meta: Meta,
 }
 
 /// The host's side of a pod's containers.
@@ -42,6 +47,8 @@ pub(crate) struct Host {
     pod_dir: PathBuf,
     pid: u32,
     storage: StorageConfig,
+    /// Limits of what is copied, in a pod without a share.
+    copying: Option<CopyConfig>,
     pub share: ShareTree,
     pub disks: Disks,
 }
@@ -56,8 +63,15 @@ fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
 
 impl Host {
     /// Of the pod whose private directory is `dir` and whose pid Start has answered.
-    pub fn new(dir: &Path, pid: u32, disks: Disks, storage: StorageConfig) -> Self {
-        Self { pod_dir: dir.to_owned(), pid, storage, share: ShareTree::new(dir), disks }
+    /// `copying`: it has no share.
+    pub fn new(
+        dir: &Path,
+        pid: u32,
+        disks: Disks,
+        storage: StorageConfig,
+        copying: Option<CopyConfig>,
+    ) -> Self {
+        Self { pod_dir: dir.to_owned(), pid, storage, copying, share: ShareTree::new(dir), disks }
     }
 
     /// A container's private directory.
@@ -102,7 +116,7 @@ impl Host {
         let Some(image) = block::Image::of(mounts)? else { return Ok(None) };
         let known = self.storage.filesystems.contains(&image.fstype);
         let disk = self.disks.pluggable() && known && self.storage.block_rootfs;
-        if !disk && !image.file {
+        if !disk && !image.file && self.copying.is_none() {
             // The host mounts it, and shares the files.
             return Ok(None);
         }
@@ -135,11 +149,19 @@ impl Host {
         let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(host("read the bundle"))?;
         loaded.set_terminal(terminal);
         let mut value = std::mem::take(loaded.value_mut());
-        let needs = spec::edit(&mut value, id, self.pid)?;
+        let needs = spec::edit(&mut value, id, self.pid, self.copying.as_ref())?;
         if let (Some(first), false) = (needs.blocks.first(), self.disks.pluggable()) {
             return Err(self.disks.cannot(&format!("block volume {:.200}", first.path)));
         }
         let image = self.image(&request.rootfs)?;
+        if image.is_none() && self.copying.is_some() {
+            return Err(Error::FailedPrecondition(
+                "the container's root file system is a directory of the host, and this pod's machine \
+                 has no share: give this runtime a block snapshotter (snapshotter = \"blockfile\"), or \
+                 use a VMM with shares and share = \"virtiofs\""
+                    .into(),
+            ));
+        }
         if image.is_none() {
             self.share.add_rootfs(id, &request.rootfs, &request.bundle)?;
         }
@@ -154,10 +176,17 @@ impl Host {
             self.share.add_volume(id, number, &volume.source, how, flags)?;
         }
         // Before the machine has them: whoever comes after a crash knows what to take out.
-        self.save(id, &Meta { disks: disks.used(), ..Meta::default() })?;
+        let copied = |(volume, one): (u32, &Wanted)| Copied {
+            volume,
+            path: one.path.clone(),
+            rule: one.rule,
+        };
+        let copies = (0..).zip(&needs.copies).map(copied).collect();
+        let meta = Meta { disks: disks.used(), copies, ..Meta::default() };
+        self.save(id, &meta)?;
         let spec =
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
-        Ok(Prepared { spec, needs, disks })
+        Ok(Prepared { spec, needs, disks, meta })
     }
 
     /// Disks that containers other than `id` have.

@@ -30,7 +30,9 @@ use serde_json::{Map, Value};
 use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
-use crate::block::{self, Disks, StorageConfig};
+use crate::block::{Disks, StorageConfig};
+use crate::copy::CopyConfig;
+use crate::copy::volumes::Volumes;
 use crate::guest::{Guest, service};
 use crate::prepare::{Host, Meta, Prepared};
 use crate::spec;
@@ -66,6 +68,8 @@ pub struct Containers {
     tasks: Tasks,
     pub(crate) keeper: Arc<dyn Keeper>,
     pub(crate) host: Arc<Host>,
+    /// In a pod without a share.
+    copies: Option<Arc<Volumes>>,
     oom: Mutex<HashMap<String, OutOfMemory>>,
 }
 
@@ -103,17 +107,22 @@ pub(crate) fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String
 }
 
 impl Containers {
-    /// The containers of `pod` in `guest`, on a machine with these disks.
+    /// The containers of `pod` in `guest`, on a machine with these disks; `copying`: it has no share.
     pub fn new(
         pod: Pod,
         guest: Arc<Guest>,
         keeper: Arc<dyn Keeper>,
         disks: Disks,
         storage: StorageConfig,
+        copying: Option<CopyConfig>,
     ) -> Self {
-        let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage));
+        let copies = copying
+            .clone()
+            .map(|config| Volumes::new(&pod.id, guest.clone(), keeper.clone(), config))
+            .map(Arc::new);
+        let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage, copying));
         let tasks = Tasks::new((**guest).clone(), service::TASK, pod.create);
-        Self { pod, guest, tasks, keeper, host, oom: Mutex::default() }
+        Self { pod, guest, tasks, keeper, host, copies, oom: Mutex::default() }
     }
 
     /// The guest had this many more out-of-memory kills in a container.
@@ -131,17 +140,19 @@ impl Containers {
         }
     }
 
-    /// What the guest is told of a container, whose file systems and disks are there for it, and
-    /// which disks it has.
+    /// What the guest is told of a container, whose file systems, files and disks are there for it, and
+    /// its record.
     pub(crate) async fn ready(
         &self,
         request: &CreateContainer,
         terminal: bool,
-    ) -> Result<(wire::Container, Vec<block::Used>)> {
+    ) -> Result<(wire::Container, Meta)> {
         let (host, wanted) = (self.host.clone(), request.clone());
-        let Prepared { spec: text, needs, disks } =
+        let Prepared { spec: text, needs, disks, meta } =
             blocking(move || host.prepare(&wanted, terminal)).await?;
-        let used = disks.used();
+        if let Some(copies) = &self.copies {
+            copies.copy(&request.id, needs.copies).await?;
+        }
         let others = || self.host.disks_of_others(&request.id);
         let told = self.host.disks.plug(&request.id, disks, others).await?;
         for dropped in &needs.dropped {
@@ -162,12 +173,12 @@ impl Containers {
             devices: told.devices,
             ..wire::Container::default()
         };
-        Ok((container, used))
+        Ok((container, meta))
     }
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let (ends, [stdin, stdout, stderr], terminal) = ends(io, &request.id, "");
-        let (container, used) = self.ready(request, terminal).await?;
+        let (container, meta) = self.ready(request, terminal).await?;
         let options = any(vmm_common::CONTAINER_TYPE, &container)?;
         let question = api::CreateTaskRequest {
             id: request.id.clone(),
@@ -179,7 +190,7 @@ impl Containers {
             ..api::CreateTaskRequest::default()
         };
         let pid = self.tasks.create(&question).await?;
-        self.host.save(&request.id, &Meta { pid, disks: used })?;
+        self.host.save(&request.id, &Meta { pid, ..meta })?;
         self.spawned(&request.id, "", pid, ends, terminal).await
     }
 
@@ -221,7 +232,25 @@ impl Containers {
         exec: &str,
         outputs: Vec<Stream>,
     ) -> BoxFuture<'static, Exit> {
-        self.tasks.exit_of(container, exec, outputs, self.keeper.clone(), self.pod.drain)
+        let exit =
+            self.tasks.exit_of(container, exec, outputs, self.keeper.clone(), self.pod.drain);
+        let Some(copies) = self.copies.clone().filter(|_| exec.is_empty()) else { return exit };
+        let (host, id) = (self.host.clone(), container.to_owned());
+        Box::pin(async move {
+            let exit = exit.await;
+            // Before the engine hears of the exit: it reads the log then.
+            if let Ok(meta) = host.meta(&id) {
+                copies.bring_back(&id, &meta.copies).await;
+            }
+            exit
+        })
+    }
+
+    /// Goes on with what an earlier daemon has followed for a container.
+    pub(crate) async fn resume_copies(&self, container: &str) {
+        if let (Some(copies), Ok(meta)) = (&self.copies, self.host.meta(container)) {
+            copies.resume(container, &meta.copies).await;
+        }
     }
 
     async fn undo(&self, id: &str) {
@@ -304,6 +333,9 @@ impl Runtime for Containers {
         self.tasks.delete(container).await?;
         self.keeper.forget(&stdio::container_prefix(container)).await?;
         self.oom.lock().unwrap_or_else(PoisonError::into_inner).remove(container);
+        if let Some(copies) = &self.copies {
+            copies.remove(container).await?;
+        }
         if let Ok(meta) = self.host.meta(container) {
             let others = || self.host.disks_of_others(container);
             self.host.disks.unplug(&meta.disks, others).await;
@@ -381,6 +413,9 @@ impl Runtime for Containers {
             if direction == Direction::Output {
                 outputs.extend(pump);
             }
+        }
+        if exec.is_empty() {
+            self.resume_copies(container).await;
         }
         Ok(Some(self.exit_of(container, exec, outputs)))
     }

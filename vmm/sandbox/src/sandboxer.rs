@@ -39,9 +39,9 @@ use vmm_common::{guest as wire, port};
 
 use crate::announced::Announced;
 use crate::block::{self, Disks};
-use crate::boot::CONSOLE;
+use crate::boot::{CONSOLE, share_of};
 use crate::channel;
-use crate::config::{Config, HostNetwork, TaskEndpoint};
+use crate::config::{Config, HostNetwork, ShareBy, TaskEndpoint};
 use crate::drivers::Machinery;
 use crate::errors::{chain, machine, net, task};
 use crate::guest::{Dial, Guest, Limits, service};
@@ -75,6 +75,8 @@ pub(crate) struct PodState {
     pub interfaces: Vec<Interface>,
     /// Port on which the guest serves the engine; 0: it does not.
     pub task_port: u32,
+    /// How its files reach the guest.
+    pub share: ShareBy,
 }
 
 /// A running machine.
@@ -204,6 +206,7 @@ impl VmmSandboxer {
     pub(crate) fn setup(
         ctx: &SandboxContext,
         config: &Config,
+        by: ShareBy,
         plan: &Plan,
     ) -> Result<wire::SetupRequest> {
         let modes = Modes::of(&ctx.spec.config, &ctx.spec.netns_path);
@@ -214,14 +217,14 @@ impl VmmSandboxer {
                 .map_err(|error| Error::internal(format!("read the pod's {name}"), error))
         };
         let sysctls = files::sysctls(&ctx.spec.config, own, config.guest.unprivileged_ports)?;
-        let share = wire::Storage {
+        let share = by.kind().map(|_| wire::Storage {
             id: "share".into(),
-            kind: config.share.file_system().into(),
-            options: config.share.options(),
+            kind: by.file_system().into(),
+            options: by.options(),
             source: vmm_common::SHARE_TAG.into(),
             target: vmm_common::SHARE_PATH.into(),
             ..wire::Storage::default()
-        };
+        });
         Ok(wire::SetupRequest {
             sandbox_id: ctx.spec.id.clone(),
             hostname: files::hostname(&ctx.spec.config, own)?,
@@ -234,7 +237,7 @@ impl VmmSandboxer {
             shared_pid: shared_pid(modes),
             shm_bytes: config.guest.shm_size,
             network: MessageField::some(plan.network.clone()),
-            share: MessageField::some(share),
+            share: share.into(),
             task_port: Self::task_port(ctx, config),
             ..wire::SetupRequest::default()
         })
@@ -244,7 +247,7 @@ impl VmmSandboxer {
     pub(crate) fn insert(
         &self,
         ctx: &SandboxContext,
-        config: &Config,
+        (config, share): (&Config, ShareBy),
         vm: Arc<dyn Vm>,
         token: String,
         dial: Arc<dyn Dial>,
@@ -265,7 +268,8 @@ impl VmmSandboxer {
         };
         let disks = Disks::new(Some(vm.clone()), &ctx.dir);
         let storage = config.storage.clone();
-        let containers = Containers::new(pod, guest.clone(), self.keeper(id), disks, storage);
+        let (keeper, copying) = (self.keeper(id), share.copying(config));
+        let containers = Containers::new(pod, guest.clone(), keeper, disks, storage, copying);
         let containers = Arc::new(containers);
         let tasks = self.servers.make(ctx, containers.clone())?;
         let mut watchers = vec![
@@ -410,11 +414,7 @@ impl Sandboxer for VmmSandboxer {
         let config = self.config();
         let modes = Modes::of(&spec.config, &spec.netns_path);
         drop(self.open_network(ctx, &config)?);
-        let kind = config
-            .vmm_of(&spec.runtime, &spec.config.annotations)
-            .map_err(Error::InvalidArgument)?
-            .kind();
-        crate::boot::serves_pods(&*self.vmm(&config, kind, None)?.0, config.share)?;
+        crate::boot::serves_pods(&*self.driver_of(ctx, &config, None)?.0, config.share)?;
         config.guest.find().map_err(Error::FailedPrecondition)?;
         files::sysctls(&spec.config, modes, false)?;
         if files::has_userns(&spec.config) {
@@ -446,6 +446,8 @@ impl Sandboxer for VmmSandboxer {
         state.machine_dir = Some(self.machine_dir(&ctx.spec.id));
         state.user = self.user(&ctx.spec.id, &config)?;
         state.task_port = Self::task_port(ctx, &config);
+        let (driver, taps) = self.driver_of(ctx, &config, state.user)?;
+        state.share = share_of(driver.features(), config.share);
         let begun = Instant::now();
         let plan = match netns.clone() {
             Some(netns) => blocking(move || network::plan(netns.as_fd()).map_err(net)).await?,
@@ -454,21 +456,19 @@ impl Sandboxer for VmmSandboxer {
         state.interfaces.clone_from(&plan.interfaces);
         // Before anything is made: a daemon that dies now knows what to undo.
         self.save(ctx, &state).await?;
-        let tree = ShareTree::new(&ctx.dir);
-        let (joined, plan) = match netns.clone() {
-            Some(netns) => {
-                blocking(move || {
-                    tree.make().map_err(task)?;
-                    let joined = network::join(netns.as_fd(), &plan, 1).map_err(net)?;
-                    Ok((joined, plan))
-                })
-                .await?
+        let (tree, shared) = (ShareTree::new(&ctx.dir), state.share != ShareBy::None);
+        let of = netns.clone();
+        let (joined, plan) = blocking(move || {
+            if shared {
+                tree.make().map_err(task)?;
             }
-            None => {
-                blocking(move || tree.make().map_err(task)).await?;
-                (Vec::new(), plan)
-            }
-        };
+            let joined = match of {
+                Some(netns) => network::join(netns.as_fd(), &plan, taps).map_err(net)?,
+                None => Vec::new(),
+            };
+            Ok((joined, plan))
+        })
+        .await?;
         kuasar_daemon::metrics::observe("pod_network", begun.elapsed());
         let joined = joined.into_iter().enumerate();
         let nics = joined.map(|(n, one)| crate::nics::nic(format!("net{n}"), one)).collect();
@@ -595,7 +595,8 @@ impl Sandboxer for VmmSandboxer {
                 };
                 let disks = Disks::new(None, &ctx.dir);
                 let storage = config.storage.clone();
-                let containers = Containers::new(pod, guest, self.keeper(id), disks, storage);
+                let (keeper, copying) = (self.keeper(id), state.share.copying(&config));
+                let containers = Containers::new(pod, guest, keeper, disks, storage, copying);
                 self.servers.make(ctx, Arc::new(containers))?.server().recover().await;
                 return Ok(lost(&why));
             }
@@ -607,7 +608,8 @@ impl Sandboxer for VmmSandboxer {
             end.send_replace(true);
         }
         let pid = vm.pid();
-        let (tasks, _) = self.insert(ctx, &config, vm, state.token, dial, (end, gone))?;
+        let config = (&*config, state.share);
+        let (tasks, _) = self.insert(ctx, config, vm, state.token, dial, (end, gone))?;
         tasks.server().recover().await;
         if state.task_port != 0
             && let Some(announced) = self.prepare_announced(id)

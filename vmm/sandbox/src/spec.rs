@@ -6,7 +6,7 @@
 //! | of the host | in the guest |
 //! |---|---|
 //! | `root.path` | the container's root file system in the share |
-//! | bind mounts of directories and files | volumes in the share |
+//! | bind mounts of directories and files | volumes in the share; without one, copies ([`crate::copy`]) |
 //! | bind mounts below `/dev`, `/proc`, `/sys` | the guest's own |
 //! | memory `emptyDir`, huge pages | a tmpfs, a hugetlbfs in the guest, one for the pod |
 //! | a tmpfs of the engine's for `/dev/shm` | the guest's `/dev/shm`, which is the pod's |
@@ -25,10 +25,11 @@ use std::path::Path;
 
 use kuasar_host::inside::Want;
 use serde_json::{Map, Value, json};
-use vmm_common::SHARE_PATH;
 use vmm_common::guest::Storage;
+use vmm_common::{FILES_PATH, SHARE_PATH};
 
 use crate::block;
+use crate::copy::{self, CopyConfig, EMPTY_DIR, Rule};
 
 /// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` of linux/magic.h.
 const TMPFS: i64 = 0x0102_1994;
@@ -37,8 +38,6 @@ const HUGETLBFS: i64 = 0x9584_58f6;
 const STORAGE: &str = "/run/kuasar/storage";
 /// Where a pod's shared memory is, in containers and in the guest.
 const SHM: &str = "/dev/shm";
-/// Component of the path of kubelet's `emptyDir` volumes.
-const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 /// The pod's PID namespace, as the guest understands it.
 const POD_PID: &str = "/proc/0/ns/pid";
 /// Most bind volumes of a container.
@@ -86,12 +85,27 @@ pub struct Volume {
 pub struct Needs {
     /// Volumes: number N is `m<N>` of the container's share.
     pub volumes: Vec<Volume>,
+    /// Volumes that are copied: number N is `m<N>` of the container's files. Only without a share.
+    pub copies: Vec<copy::Wanted>,
+    /// Limits of the copies; none with a share.
+    copying: Option<CopyConfig>,
     /// Storages of the pod that the guest has to have.
     pub storages: Vec<Storage>,
     /// Raw block volumes.
     pub blocks: Vec<block::Volume>,
     /// What was left out, for the log.
     pub dropped: Vec<String>,
+}
+
+impl Needs {
+    /// A storage of the pod, once; answers where it is in the guest.
+    fn storage(&mut self, storage: Storage) -> String {
+        let target = storage.target.clone();
+        if self.storages.iter().all(|known| known.id != storage.id) {
+            self.storages.push(storage);
+        }
+        target
+    }
 }
 
 fn invalid(text: impl Into<String>) -> Refusal {
@@ -104,7 +118,7 @@ pub fn rootfs(container: &str) -> String {
 }
 
 /// Edits `spec` for the guest. `sandbox_pid` is what Start answered as the pod's pid: a namespace
-/// path with it (or with 0) means the pod's.
+/// path with it (or with 0) means the pod's. `copying`: the pod has no share.
 ///
 /// # Errors
 /// [`Refusal`].
@@ -112,8 +126,9 @@ pub fn edit(
     spec: &mut Map<String, Value>,
     container: &str,
     sandbox_pid: u32,
+    copying: Option<&CopyConfig>,
 ) -> Result<Needs, Refusal> {
-    let mut needs = Needs::default();
+    let mut needs = Needs { copying: copying.cloned(), ..Needs::default() };
     object(spec, "root")?.insert("path".into(), json!(rootfs(container)));
     if !spec.contains_key("process") {
         return Err(invalid("config.json has no process"));
@@ -275,11 +290,7 @@ fn place(
     let what = match stat.st_mode & libc::S_IFMT {
         libc::S_IFDIR => {
             if let Some(storage) = pod_storage(path, &opened) {
-                let target = storage.target.clone();
-                if needs.storages.iter().all(|known| known.id != storage.id) {
-                    needs.storages.push(storage);
-                }
-                return Ok(target);
+                return Ok(needs.storage(storage));
             }
             // The engine's own for the pod, in memory: the guest has the pod's in its memory. A
             // directory of some tmpfs is not meant.
@@ -305,14 +316,52 @@ fn place(
             )));
         }
     };
-    if needs.volumes.len() >= MAX_VOLUMES {
+    if needs.volumes.len() + needs.copies.len() >= MAX_VOLUMES {
         return Err(Refusal::Impossible(format!(
             "a container has at most {MAX_VOLUMES} volumes in a VM"
         )));
     }
-    let number = needs.volumes.len();
-    needs.volumes.push(volume(opened, what));
-    Ok(format!("{SHARE_PATH}/{container}/m{number}"))
+    let volume = volume(opened, what);
+    match needs.copying.clone() {
+        Some(config) => copied(volume, path, destination, container, needs, &config),
+        None => {
+            let number = needs.volumes.len();
+            needs.volumes.push(volume);
+            Ok(format!("{SHARE_PATH}/{container}/m{number}"))
+        }
+    }
+}
+
+/// Where a volume is in a guest without a share.
+fn copied(
+    volume: Volume,
+    path: &Path,
+    destination: &str,
+    container: &str,
+    needs: &mut Needs,
+    config: &CopyConfig,
+) -> Result<String, Refusal> {
+    let Volume { source, kind, read_only, .. } = volume;
+    let rule = copy::rule((path, source.as_fd()), destination, kind, read_only);
+    let rule = rule.map_err(Refusal::Impossible)?;
+    if rule == Rule::EmptyDir {
+        let stat = nix::sys::stat::fstat(&source)
+            .map_err(|error| invalid(format!("mount source {path:.200?}: {error}")))?;
+        let mut options = vec![
+            "nosuid".to_owned(),
+            "nodev".into(),
+            format!("mode={:o}", stat.st_mode & 0o7777),
+            format!("uid={}", stat.st_uid),
+            format!("gid={}", stat.st_gid),
+        ];
+        if config.empty_dir_bytes > 0 {
+            options.push(format!("size={}", config.empty_dir_bytes));
+        }
+        return Ok(needs.storage(storage(path, "tmpfs", options)));
+    }
+    let number = needs.copies.len();
+    needs.copies.push(copy::Wanted { source, path: path.to_owned(), rule });
+    Ok(format!("{FILES_PATH}/{container}/m{number}"))
 }
 
 /// Which filesystem something is on.
@@ -339,18 +388,23 @@ fn pod_storage(path: &Path, opened: &OwnedFd) -> Option<Storage> {
     if bytes > 0 {
         options.push(format!("size={bytes}"));
     }
+    Some(storage(path, kind, options))
+}
+
+/// The storage of the guest's for a volume of the pod.
+fn storage(path: &Path, kind: &str, options: Vec<String>) -> Storage {
     // FNV-1a: a name for the path, the same in every container of the pod.
     let hash = path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, b| {
         (hash ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3)
     });
     let id = format!("{kind}-{hash:016x}");
-    Some(Storage {
+    Storage {
         target: format!("{STORAGE}/{id}"),
         id,
         kind: kind.into(),
         options,
         ..Storage::default()
-    })
+    }
 }
 
 fn namespaces(linux: &mut Map<String, Value>, sandbox_pid: u32) -> Result<(), Refusal> {

@@ -131,6 +131,7 @@ async fn serve(
         forwards,
         events,
         storages: Default::default(),
+        files: Default::default(),
         poweroff: options.poweroff,
         started_ns,
         serving_ns: Default::default(),

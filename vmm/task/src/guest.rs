@@ -22,6 +22,7 @@ use crate::cmdline::PowerOff;
 use crate::containers::{GuestContainers, POD_DIR};
 use crate::engine::Engine;
 use crate::events::Events;
+use crate::files::Files;
 use crate::forward::Forwards;
 use crate::reaper::Reaper;
 use crate::spans::Spans;
@@ -46,6 +47,8 @@ pub struct GuestService {
     pub spans: Spans,
     /// Storages of the pod.
     pub storages: Storages,
+    /// Copies of the host's files.
+    pub files: Files,
     /// How the machine ends.
     pub poweroff: PowerOff,
     /// Nanoseconds since boot at which we began.
@@ -263,6 +266,33 @@ impl Guest for GuestService {
     ) -> Rpc<api::RemoveStorageResponse> {
         self.storages.remove(&q.id).await?;
         Ok(api::RemoveStorageResponse::new())
+    }
+
+    async fn put_files(
+        &self,
+        _: &TtrpcContext,
+        q: api::PutFilesRequest,
+    ) -> Rpc<api::PutFilesResponse> {
+        self.files.put(q).await?;
+        Ok(api::PutFilesResponse::new())
+    }
+
+    async fn take_file(
+        &self,
+        _: &TtrpcContext,
+        q: api::TakeFileRequest,
+    ) -> Rpc<api::TakeFileResponse> {
+        let data = self.files.take(q).await?;
+        Ok(api::TakeFileResponse { data, ..Default::default() })
+    }
+
+    async fn drop_files(
+        &self,
+        _: &TtrpcContext,
+        q: api::DropFilesRequest,
+    ) -> Rpc<api::DropFilesResponse> {
+        self.files.remove(q.container).await?;
+        Ok(api::DropFilesResponse::new())
     }
 
     async fn online(&self, _: &TtrpcContext, q: api::OnlineRequest) -> Rpc<api::OnlineResponse> {

@@ -11,7 +11,7 @@
 //! * [`containers`]: the Task API's runtime, over the built-in OCI engine, with a storage of its
 //!   own for each container;
 //! * [`engine`]: the Task API for engines that call the guest themselves;
-//! * [`guest`]: the guest API, with [`network`], [`storage`], [`clock`], [`hotplug`], [`power`];
+//! * [`guest`]: the guest API, with [`network`], [`storage`], [`files`], [`clock`], [`hotplug`], [`power`];
 //! * [`reaper`]: forks and reaps, everything, with no exit lost.
 //!
 //! One thread runs everything that waits; only mounts and the like are done on others.
@@ -30,6 +30,7 @@ pub mod containers;
 pub mod devices;
 pub mod engine;
 pub mod events;
+pub mod files;
 pub mod forward;
 pub mod guest;
 pub mod hotplug;

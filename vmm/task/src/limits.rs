@@ -49,6 +49,12 @@ pub const PORT_TIME: Duration = Duration::from_secs(60);
 pub const ONLINE_TIME: Duration = Duration::from_secs(10);
 /// Contents of one of the pod's files, in bytes.
 pub const FILE: usize = 1 << 20;
+/// Files, directories and links of one `PutFiles`.
+pub const FILES: usize = 4096;
+/// Volumes of a container that are copies of the host's files.
+pub const COPIES: u32 = 1024;
+/// Most that a `TakeFile` answers, in bytes.
+pub const TAKEN: u64 = 1 << 20;
 /// Sysctls, interfaces, routes, neighbours of one message.
 pub const ENTRIES: usize = 1024;
 /// Default size of the pod's `/dev/shm`, in bytes.

@@ -205,6 +205,11 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// What its machines can do at best; [`Vm::features`] is what one can.
     fn features(&self) -> Features;
 
+    /// Whether it opens its taps itself, by name: then nobody else may have them open.
+    fn opens_taps(&self) -> bool {
+        false
+    }
+
     /// What a snapshot depends on, of the program and its configuration: as text, which changes
     /// when a snapshot of before must not be used.
     ///

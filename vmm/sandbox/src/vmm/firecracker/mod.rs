@@ -371,6 +371,10 @@ impl Vmm for Firecracker {
         )
     }
 
+    fn opens_taps(&self) -> bool {
+        true
+    }
+
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {
         let served = self.serve(spec, &[]).await?;
         let machine =
