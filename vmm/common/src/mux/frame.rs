@@ -81,6 +81,7 @@ pub struct Frame {
 }
 
 /// What a byte does to a CRC-32 (IEEE 802.3).
+#[allow(clippy::indexing_slicing, reason = "the compiler runs it, and would say so")]
 const STEPS: [u32; 256] = {
     let mut steps = [0; 256];
     let mut byte = 0;
