@@ -4,8 +4,8 @@
 Run inside the test bed, which has to be up: tests/bed/bed.sh run $PWD/tests/bench/vmm.py [ROUNDS] [PART…]
 PART is start, read, or both when none is named. Needs `vmm/guest/build.sh distribution`.
 
-start: pods of QEMU's q35 with Debian's kernel, cold, of a template and of the pool, and cold ones on a
-microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
+start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent has a serial port, and of
+the pool, and cold ones on a microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
 the VMM (or the restore) until the agent has said that it serves and has its token.
 
 read: a file of a volume (virtiofs), and a block volume (virtio-blk), read by dd in a container; beside
@@ -121,15 +121,18 @@ def starts(top):
         "microvm, cold": plain,
         "q35, cold": q35(),
         "q35, of a template": q35(kept),
+        "the same, serial": q35(kept).replace("[qemu]", '[qemu]\nchannel = "serial"'),
         "q35, of the pool": q35(kept + "pool = 1\nrefill = \"0s\"\n"),
     }
-    # The template, by a pod that is not counted. Where templates are counts from a daemon's start.
+    # The templates, by pods that are not counted. Where templates are counts from a daemon's start.
     configure(kinds["q35, of a template"])
     for word in ("stop", "start"):
         run(f"{BED}/../../tests/bed/bed.sh", "daemon", word, env={**os.environ, "KIND": "vmm", "BED": BED})
-    seen = os.path.getsize(LOG)
-    Pod(top, "first").end()
-    until("a template", lambda: b"a template is ready" in open(LOG, "rb").read()[seen:])
+    for n, kind in enumerate(("q35, of a template", "the same, serial")):
+        configure(kinds[kind])
+        seen = os.path.getsize(LOG)
+        Pod(top, f"first{n}").end()
+        until("a template", lambda: b"a template is ready" in open(LOG, "rb").read()[seen:])
     rows = {kind: [] for kind in kinds}
     for n in range(ROUNDS):
         for kind, text in kinds.items():
