@@ -48,8 +48,8 @@ pub fn snapshot() -> Snapshot {
     for line in String::from_utf8_lossy(&mounts).lines() {
         let at = line.split(' ').nth(1).unwrap_or_default();
         if at.starts_with(&*run.to_string_lossy())
-            || at.starts_with("/run/netns")
-            || at.starts_with("/var/run/netns")
+            || at.starts_with("/run/netns/")
+            || at.starts_with("/var/run/netns/")
         {
             all.insert(format!("mount {at}"));
         }

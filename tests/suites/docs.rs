@@ -257,6 +257,15 @@ fn docs_commands_can_be_typed() {
                 _ if program.contains('/') && !program.starts_with('.') => {
                     assert!(top().join(program).is_file(), "{}: no file {program}", block.at);
                 }
+                "cargo" if words.get(1) == Some(&"build") => {
+                    let packages = words.windows(2).filter(|w| w[0] == "-p").map(|w| w[1]);
+                    for package in packages {
+                        let mut cargo = Command::new("cargo");
+                        cargo.args(["pkgid", "--offline", package]).current_dir(top());
+                        let said = cargo.output().unwrap();
+                        assert!(said.status.success(), "{}: no package {package}", block.at);
+                    }
+                }
                 "cargo" => {
                     let at =
                         words.iter().position(|w| *w == "--test").and_then(|i| words.get(i + 1));
