@@ -1,4 +1,5 @@
-//! What a pod needs on the host before it starts: its `/etc` files, its `/dev/shm`, its cgroup.
+//! What a pod needs on the host before it starts: its `/etc` files, its `/dev/shm`, its cgroup; and what a
+//! lost one has left mounted.
 
 use std::path::Path;
 
@@ -53,6 +54,22 @@ pub fn write_etc(dir: &Path, config: &PodSandboxConfig, modes: Modes) -> Result<
         Some(text) => write("resolv.conf", text.as_bytes()),
         None => write("resolv.conf", &std::fs::read("/etc/resolv.conf").unwrap_or_default()),
     }
+}
+
+/// Unmounts what stands below the state directory `dir` and has no part that is the id of a pod that
+/// is `known`: files of pods whose records are lost. Blocks.
+///
+/// # Errors
+/// When the mounts cannot be listed, or one of those is busy.
+pub fn unmount_lost(dir: &Path, known: &[String]) -> Result<()> {
+    for mount in kuasar_host::mount::mounts_below(dir).map_err(host("list mounts"))? {
+        let ours =
+            mount.components().any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
+        if !ours && mount != dir {
+            kuasar_host::mount::unmount(&mount).map_err(host("unmount a lost pod's files"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Mounts the pod's `/dev/shm`.

@@ -475,19 +475,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         });
         self.servers.sweep(UNFINISHED, others).await?;
         let (dir, known) = (self.dir.clone(), known.to_vec());
-        blocking(move || {
-            for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
-                let ours = mount
-                    .components()
-                    .any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
-                if !ours && mount != dir {
-                    kuasar_host::mount::unmount(&mount)
-                        .map_err(host("unmount a lost pod's files"))?;
-                }
-            }
-            Ok(())
-        })
-        .await
+        blocking(move || files::unmount_lost(&dir, &known)).await
     }
 
     async fn info(&self, ctx: &SandboxContext) -> Result<BTreeMap<String, String>> {

@@ -51,28 +51,25 @@ pub(crate) fn share_of(features: Features, configured: ShareBy) -> ShareBy {
 
 /// Whether pods can be machines of this VMM; said before anything is made.
 pub(crate) fn serves_pods(driver: &dyn Vmm, configured: ShareBy) -> Result<()> {
-    let by = match share_of(driver.features(), configured) {
-        ShareBy::Virtiofs => {
-            (Feature::Virtiofs, "it has no virtiofs, which the configuration wants")
+    let lacks = |feature| !driver.features().has(feature);
+    let why = match share_of(driver.features(), configured) {
+        ShareBy::Virtiofs if lacks(Feature::Virtiofs) => {
+            "it has no virtiofs, which the configuration wants"
         }
-        ShareBy::Ninep => {
-            (Feature::Ninep, "it serves no files by 9p, which the configuration wants")
+        ShareBy::Ninep if lacks(Feature::Ninep) => {
+            "it serves no files by 9p, which the configuration wants"
         }
         // Its containers' root file systems are disks.
-        ShareBy::None if !driver.features().has(Feature::DiskHotplug) => {
+        ShareBy::None if lacks(Feature::DiskHotplug) => {
             let why = driver.cannot(Feature::DiskHotplug);
             return Err(Error::Unimplemented(format!("pods without a share need disks: {why}")));
         }
-        ShareBy::None => (Feature::DiskHotplug, ""),
+        _ => return channel::serves(driver),
     };
-    match Some(by).filter(|(feature, _)| !driver.features().has(*feature)) {
-        None => channel::serves(driver),
-        Some((_, why)) => Err(Error::Unimplemented(format!(
-            "{} runs no pods yet: {why}; use vmm = \"qemu\" or \"cloud-hypervisor\" for this \
-             runtime class",
-            driver.name()
-        ))),
-    }
+    Err(Error::Unimplemented(format!(
+        "{} runs no pods yet: {why}; use vmm = \"qemu\" or \"cloud-hypervisor\" for this runtime class",
+        driver.name()
+    )))
 }
 
 /// A machine of this size, with a share and its agent's channel, and nothing yet of a pod's.

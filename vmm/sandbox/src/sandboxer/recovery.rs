@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{Recovered, SandboxContext, SandboxExit};
-use kuasar_pod::files::host;
+use kuasar_pod::files;
 use tokio::sync::watch;
 
 use super::{VmmSandboxer, state};
@@ -122,19 +122,7 @@ impl VmmSandboxer {
         let (dir, known) = (self.dir.clone(), known.to_vec());
         self.sweep_templates()?;
         self.pool.sweep().await?;
-        blocking(move || {
-            for mount in kuasar_host::mount::mounts_below(&dir).map_err(host("list mounts"))? {
-                let ours = mount
-                    .components()
-                    .any(|part| known.iter().any(|id| part.as_os_str() == id.as_str()));
-                if !ours && mount != dir {
-                    kuasar_host::mount::unmount(&mount)
-                        .map_err(host("unmount a lost pod's files"))?;
-                }
-            }
-            Ok(())
-        })
-        .await?;
+        blocking(move || files::unmount_lost(&dir, &known)).await?;
         self.pool.begin();
         Ok(())
     }
