@@ -277,10 +277,19 @@ impl Engine {
     pub async fn offer<T, S: Stream>(&self, accept: impl FnOnce(T) -> S, connection: T) {
         let door = self.door.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((door, slots)) = door else { return };
-        match slots.try_acquire_owned() {
-            Ok(slot) => drop(door.send(Control::new(accept(connection), slot)).await),
-            Err(_) => tracing::warn!("too many connections of the engine: one was closed"),
-        }
+        let_in(&door, &slots, || accept(connection)).await;
+    }
+}
+
+/// Lets a connection of the engine's in, if there is a place.
+async fn let_in<S: Stream>(
+    door: &mpsc::Sender<Control>,
+    slots: &Arc<Semaphore>,
+    connection: impl FnOnce() -> S,
+) {
+    match slots.clone().try_acquire_owned() {
+        Ok(slot) => drop(door.send(Control::new(connection(), slot)).await),
+        Err(_) => tracing::warn!("too many connections of the engine: one was closed"),
     }
 }
 
@@ -288,10 +297,7 @@ async fn accept(listener: VsockListener, door: mpsc::Sender<Control>, slots: Arc
     loop {
         match listener.accept().await {
             Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => {
-                match slots.clone().try_acquire_owned() {
-                    Ok(slot) => drop(door.send(Control::new(stream, slot)).await),
-                    Err(_) => tracing::warn!("too many connections of the engine: one was closed"),
-                }
+                let_in(&door, &slots, || stream).await;
             }
             Ok((_, peer)) => {
                 tracing::warn!(cid = peer.cid(), "not the host's: closed");
