@@ -98,8 +98,12 @@ fn last_error(log: &Path) -> Option<String> {
             Err(_) => {}
         }
     }
-    // Part of it may be a container's words: bounded, and in one line.
-    last.map(|text| text.chars().filter(|c| !c.is_control()).take(2000).collect())
+    last.as_deref().map(one_line)
+}
+
+/// What may be a container's words, in part: bounded, and in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(2000).collect()
 }
 
 #[cfg(test)]

@@ -82,6 +82,12 @@ pub fn warm() {
     let _ = direct::now();
 }
 
+/// For a process that waits to become a container: touches what that will take, so that memory that
+/// it shares with who has forked it is its own by then.
+pub fn rehearse() {
+    direct::rehearse();
+}
+
 /// A sibling of this process, which has one thread: in new namespaces and (cgroup v2) in a group from
 /// its first moment. Answers 0 in it.
 ///

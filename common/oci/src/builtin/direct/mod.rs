@@ -34,6 +34,7 @@ mod entered;
 mod init;
 mod plan;
 mod privileges;
+mod rehearsal;
 mod rootfs;
 pub mod seccomp;
 mod spec;
@@ -60,6 +61,7 @@ use super::workload::Workload;
 use super::{Error, Result, console};
 pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
+pub use rehearsal::rehearse;
 pub use sys::clone_sibling;
 
 /// The device rules of `linux.resources`, completed as [`mod@plan`] completes them.
