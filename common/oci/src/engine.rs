@@ -18,7 +18,7 @@ use kuasar_host::live::Live;
 use serde::Deserialize;
 use tokio::io::AsyncReadExt;
 
-use crate::command::{self, Unfinished};
+use crate::command::{self, Done, Unfinished};
 use crate::control::{Control, OnHost};
 use crate::observer::Observer;
 use crate::processes::{Place, Processes};
@@ -156,6 +156,8 @@ pub struct Left {
     pub pid: u32,
     /// For [`Processes::watch`].
     pub since: u64,
+    /// The cookie under which it is watched already.
+    pub watched: Option<u64>,
 }
 
 impl Engines {
@@ -310,7 +312,7 @@ impl Engine {
         };
         fds.extend(passed.iter().copied().map(Some));
         let limit = self.all.limits().create;
-        let since = self.run_in(dir, words, fds, place, limit).await?;
+        let Done { since, watched } = self.run_in(dir, words, fds, place, limit).await?;
         let pid = std::fs::read_to_string(pid_file).map_err(|error| {
             Error::internal(format!("engine {} left no pid file", self.name), error)
         })?;
@@ -320,7 +322,7 @@ impl Engine {
                 format!("not a pid: {pid:?}"),
             )
         })?;
-        Ok(Left { pid, since })
+        Ok(Left { pid, since, watched })
     }
 
     /// Lets a created container run.
@@ -360,11 +362,11 @@ impl Engine {
         words: Vec<String>,
         fds: Vec<Option<BorrowedFd<'_>>>,
         limit: Duration,
-    ) -> Result<u64> {
+    ) -> Result<Done> {
         self.run_in(dir, words, fds, None, limit).await
     }
 
-    /// Runs the engine and waits for its end; answers the number for `watch`.
+    /// Runs the engine and waits for its end.
     async fn run_in(
         &self,
         dir: &Path,
@@ -372,7 +374,7 @@ impl Engine {
         fds: Vec<Option<BorrowedFd<'_>>>,
         place: Option<Place>,
         limit: Duration,
-    ) -> Result<u64> {
+    ) -> Result<Done> {
         let verb = words.first().cloned().unwrap_or_default();
         let log = dir.join("engine.log");
         let mut argv = match &self.cli {
@@ -401,7 +403,7 @@ impl Engine {
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
         let processes = &self.all.backend.processes;
         let reason = match command::run_in(processes, argv, fds, place, &log, limit).await {
-            Ok(since) => return Ok(since),
+            Ok(done) => return Ok(done),
             Err(Unfinished::Failed(reason)) => reason,
             Err(Unfinished::Spawn(error)) => {
                 return Err(Error::internal(format!("run engine {}", self.name), error));

@@ -125,11 +125,13 @@ impl Containers {
 
     /// Follows a process that an engine has left behind.
     async fn follow(&self, left: Left) -> Result<(u64, BoxFuture<'static, Exit>)> {
-        let cookie = new_cookie();
-        self.processes()
-            .watch(left.pid, left.since, cookie)
-            .await
-            .map_err(|error| Error::internal("watch the process", error))?;
+        let cookie = left.watched.unwrap_or_else(new_cookie);
+        if left.watched.is_none() {
+            self.processes()
+                .watch(left.pid, left.since, cookie)
+                .await
+                .map_err(|error| Error::internal("watch the process", error))?;
+        }
         Ok((cookie, self.exit_of(cookie, left.pid)))
     }
 
