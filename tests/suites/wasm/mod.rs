@@ -4,6 +4,7 @@ mod confinement;
 mod control;
 mod images;
 mod programs;
+mod users;
 mod wasmedge;
 
 use std::time::Duration;

@@ -170,7 +170,8 @@ fn layers(candidate: &Candidate) -> String {
 impl Payloads for Modules {
     async fn choose(&self, candidate: &Candidate, spec: &mut Value) -> Result<Chosen> {
         let native = || Chosen { engine: BUILTIN.into(), descriptors: Vec::new() };
-        let natives = self.config.get().native_containers;
+        let own_users = candidate.pod.namespaces.user.is_some();
+        let natives = self.config.get().native_containers && !own_users;
         // A few system calls in a mounted tree: not worth another thread.
         let found = image::program(&candidate.rootfs, spec).map_err(Error::InvalidArgument)?;
         let Some(program) = found else {
@@ -191,6 +192,10 @@ impl Payloads for Modules {
         match program.what {
             Detected::Wasm(kind) => self.wasm(program, kind, candidate, spec).await,
             Detected::Other if natives => Ok(native()),
+            Detected::Other if own_users => Err(Error::InvalidArgument(format!(
+                "exec: {name} is no WebAssembly, and native containers do not run here in a pod \
+                 with a user namespace: use another runtime class, or hostUsers: true"
+            ))),
             Detected::Other => Err(Error::InvalidArgument(format!(
                 "exec: {name} is no WebAssembly, and native_containers is off: use another \
                  runtime class for it"
