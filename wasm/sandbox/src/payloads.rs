@@ -15,7 +15,7 @@ use wasm_common::kind::{Detected, Kind};
 use wasm_image::{self as image, Program, shown};
 
 use crate::compile::Compiler;
-use crate::config::{Config, ENGINES, Interruption, PORT_ANNOTATION, WASMEDGE};
+use crate::config::{Config, ENGINES, PORT_ANNOTATION, WASMEDGE};
 use crate::worker::Workers;
 use crate::{flavor, spec};
 
@@ -98,9 +98,9 @@ impl Modules {
         let budget = budget.map_err(Error::InvalidArgument)?;
         // WasmEdge's code is always ended with its process.
         let variant = if edge {
-            Budget { time: 0, ..budget }.variant(false)
+            Budget { time: 0, ..budget }.variant(false).to_owned()
         } else {
-            budget.variant(config.interruption == Interruption::Epoch)
+            config.variant(&budget, kind)
         };
         let path = program.path.to_string_lossy().into_owned();
         let layers = layers(candidate);
@@ -112,7 +112,7 @@ impl Modules {
             let digest = self.compiler.digest(&program, &layers).await?;
             (Form::Module, program.file.into(), digest)
         } else {
-            let made = self.compiler.artifact(hello, program, &layers, variant).await?;
+            let made = self.compiler.artifact(hello, program, &layers, &variant).await?;
             (Form::Compiled, made.0.into(), made.1)
         };
         kuasar_daemon::metrics::observe("wasm_artifact", begun.elapsed());
@@ -126,7 +126,7 @@ impl Modules {
             port,
             connections: config.http.max_connections,
             budget,
-            variant: variant.to_owned(),
+            variant,
             threads: config.max_threads,
         };
         spec::edit(spec, &job).map_err(Error::InvalidArgument)?;
