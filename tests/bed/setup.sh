@@ -238,14 +238,17 @@ kuasar-gvisor-streaming io.containerd.kuasar-gvisor.v1 kuasar-gvisor streaming
 kuasar-wasm io.containerd.kuasar-wasm.v1 kuasar-wasm fifo
 kuasar-wasm-streaming io.containerd.kuasar-wasm.v1 kuasar-wasm streaming
 kuasar-wasmedge io.containerd.kuasar-wasmedge.v1 kuasar-wasm fifo
+kuasar-wasm-v2 io.containerd.runc.v2 kuasar-wasm fifo
 kuasar-quark io.containerd.kuasar-quark.v1 kuasar-quark fifo
 kuasar-quark-streaming io.containerd.kuasar-quark.v1 kuasar-quark streaming
 EOF
     # containerd asks this runc what it can do, and offers user namespaces to pods accordingly
-    cat <<EOF
-  [$r.containerd.runtimes.kuasar-runc-v2.options]
+    for name in kuasar-runc-v2 kuasar-wasm-v2; do
+      cat <<EOF
+  [$r.containerd.runtimes.$name.options]
     BinaryName = '$B/bin/runc13'
 EOF
+    done
   } > "$B/etc/config.toml"
   cat > "$B/etc/kuasar-runc.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"

@@ -319,6 +319,8 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("component-trap.wasm", command("unreachable")),
         ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
+        ("print3.wasm", wat::parse_str(include_str!("wasm/print3.wat")).unwrap()),
+        ("http3.wasm", wat::parse_str(include_str!("wasm/http3.wat")).unwrap()),
         (
             "world.wasm",
             wat::parse_str(

@@ -49,7 +49,7 @@ pub struct Place {
 
 impl Place {
     /// The place of a spec; `None` when one process cannot get there by itself: the PID namespace
-    /// of others is only entered by a fork, and a user namespace has to be there before others.
+    /// of others is only entered by a fork, and a new user namespace has to be there before others.
     pub fn of(spec: &Value) -> Option<Self> {
         let linux = spec.get("linux")?;
         let mut namespaces = CloneFlags::empty();
@@ -63,6 +63,8 @@ impl Place {
                 "pid" if path.is_empty() => CloneFlags::CLONE_NEWPID,
                 // It comes after the cgroup.
                 "cgroup" => continue,
+                // It comes last: it is entered by a process that needs no right over the others.
+                "user" if !path.is_empty() => continue,
                 _ => return None,
             };
             if path.is_empty() {
@@ -168,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_process_gets_everywhere_but_into_anothers_pid_or_user_namespace() {
+    fn one_process_gets_everywhere_but_into_anothers_pid_or_a_new_user_namespace() {
         let spec = |more: Value| {
             let mut list = vec![
                 json!({ "type": "mount" }),
@@ -181,6 +183,8 @@ mod tests {
         let place = Place::of(&spec(json!({ "type": "pid" }))).unwrap();
         assert_eq!(place.namespaces, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID);
         assert_eq!(place.cgroup, "/a/b");
+        let place = Place::of(&spec(json!({ "type": "user", "path": "/u" }))).unwrap();
+        assert_eq!(place.namespaces, CloneFlags::CLONE_NEWNS);
         for other in [json!({ "type": "pid", "path": "/p" }), json!({ "type": "user" })] {
             assert!(Place::of(&spec(other)).is_none());
         }

@@ -3,7 +3,10 @@
 mod confinement;
 mod control;
 mod images;
+
 mod programs;
+mod users;
+mod wasip3;
 mod wasmedge;
 
 use std::time::Duration;

@@ -42,6 +42,11 @@ impl Budget {
             (true, true) => "fuel+epoch",
         }
     }
+
+    /// The same for a component that may be of WASI 0.3.
+    pub fn variant_p3(&self, interruptible: bool) -> String {
+        format!("{}+p3", self.variant(interruptible))
+    }
 }
 
 /// What runs in a container, and within which limits.

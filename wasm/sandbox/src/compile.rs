@@ -25,7 +25,7 @@ use wasm_common::wire::{Hello, PROTOCOL};
 use wasm_image::{Program, shown};
 
 use crate::cache::{Cache, Draft};
-use crate::config::{Config, Interruption};
+use crate::config::{Config, WASMEDGE};
 use crate::verify::{Identity, Sum, digest, hex};
 
 /// What code is called that neither counts nor can be interrupted.
@@ -377,7 +377,6 @@ pub async fn precompile(
     })?;
     let run = Arc::new(ByOurselves { engine: engine.to_owned(), program });
     let compiler = Compiler::new(Live::new(config.clone()), run);
-    let variant = Budget::default().variant(config.interruption == Interruption::Epoch);
     for path in files {
         let wrap = |error: std::io::Error| format!("{}: {error}", path.display());
         let file = File::open(path).map_err(wrap)?;
@@ -389,7 +388,12 @@ pub async fn precompile(
         };
         let begun = Instant::now();
         let program = Program { file, path: path.clone(), what, shared: false };
-        let made = compiler.artifact(&hello, program, "", variant).await;
+        let variant = match engine {
+            // Its code is always ended with its process.
+            WASMEDGE => PLAIN.to_owned(),
+            _ => config.variant(&Budget::default(), found),
+        };
+        let made = compiler.artifact(&hello, program, "", &variant).await;
         made.map_err(|error| error.chain())?;
         println!("{}: {found}, {:.1?}", path.display(), begun.elapsed());
     }

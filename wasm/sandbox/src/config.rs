@@ -7,6 +7,8 @@ use std::time::Duration;
 use kuasar_daemon::common::CommonConfig;
 use kuasar_oci::engine::{Limits, Settings};
 use serde::Deserialize;
+use wasm_common::job::Budget;
+use wasm_common::kind::Kind;
 
 /// Annotation by which a pod or a container names the port of a component that answers requests;
 /// it counts where the configuration allows it.
@@ -52,6 +54,8 @@ pub struct Config {
     pub interruption: Interruption,
     /// Most threads of one program beside its first.
     pub max_threads: u32,
+    /// The engine Wasmtime.
+    pub wasmtime: WasmtimeConfig,
     /// The engine WasmEdge.
     pub wasmedge: WasmEdgeConfig,
     /// How long an engine may take.
@@ -73,6 +77,14 @@ pub enum Interruption {
     Process,
     /// By Wasmtime's epoch.
     Epoch,
+}
+
+/// The engine Wasmtime.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WasmtimeConfig {
+    /// Runs components of WASI 0.3, which Wasmtime calls experimental.
+    pub wasi_0_3: bool,
 }
 
 /// The engine WasmEdge.
@@ -179,6 +191,7 @@ impl Default for Config {
             http: HttpConfig::default(),
             interruption: Interruption::Process,
             max_threads: 64,
+            wasmtime: WasmtimeConfig::default(),
             wasmedge: WasmEdgeConfig::default(),
             engine_timeouts: Limits::default(),
             shm_size: 64 << 20,
@@ -269,6 +282,15 @@ impl Config {
         }
     }
 
+    /// How Wasmtime's code is made for a program: [`Budget::variant`].
+    pub fn variant(&self, budget: &Budget, kind: Kind) -> String {
+        let interruptible = self.interruption == Interruption::Epoch;
+        if kind == Kind::Component && self.wasmtime.wasi_0_3 {
+            return budget.variant_p3(interruptible);
+        }
+        budget.variant(interruptible).to_owned()
+    }
+
     /// Whether one of our annotations counts.
     pub fn heeds(&self, annotation: &str) -> bool {
         self.heeds.contains(&annotation)
@@ -335,12 +357,23 @@ mod tests {
             .flat_map(|line| [line, "\n"])
             .collect();
         let table: toml::Table = switched_on.parse().unwrap();
-        let own = ["cache", "compiler", "http", "wasmedge"].map(|key| (key, table[key].clone()));
+        let own = ["cache", "compiler", "http", "wasmedge", "wasmtime"]
+            .map(|key| (key, table[key].clone()));
         let own: toml::Table =
             own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         let config: Config = own.try_into().unwrap();
         let (given, default) = (format!("{config:?}"), format!("{:?}", Config::default()));
         assert_eq!(given, default);
+    }
+
+    #[test]
+    fn components_alone_are_compiled_for_wasi_0_3() {
+        let mut config = Config::default();
+        let of = |config: &Config, kind| config.variant(&Budget { fuel: 1, time: 0 }, kind);
+        assert_eq!(of(&config, Kind::Component), "fuel");
+        config.wasmtime.wasi_0_3 = true;
+        assert_eq!(of(&config, Kind::Component), "fuel+p3");
+        assert_eq!(of(&config, Kind::Module), "fuel");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use kuasar_host::live::Live;
 use kuasar_oci::engine::{BUILTIN, Engines};
 use kuasar_oci::pod::Pod;
 use kuasar_oci::runtime::Containers;
-use kuasar_pod::{Choice, Flavor, PodSettings, files};
+use kuasar_pod::{Choice, Flavor, PodSettings};
 use kuasar_protos::cri::Protocol;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -188,13 +188,6 @@ impl Flavor for Wasm {
     }
 
     async fn choose(&self, spec: &SandboxSpec) -> Result<Choice> {
-        if files::has_userns(&spec.config) {
-            return Err(Error::InvalidArgument(
-                "pods with a user namespace do not run here, where every container has an \
-                 unprivileged process: hostUsers: true"
-                    .into(),
-            ));
-        }
         let config = self.config.get();
         let engine = self.engine(spec)?;
         if engine == WASMEDGE {

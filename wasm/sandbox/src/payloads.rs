@@ -15,7 +15,7 @@ use wasm_common::kind::{Detected, Kind};
 use wasm_image::{self as image, Program, shown};
 
 use crate::compile::Compiler;
-use crate::config::{Config, ENGINES, Interruption, PORT_ANNOTATION, WASMEDGE};
+use crate::config::{Config, ENGINES, PORT_ANNOTATION, WASMEDGE};
 use crate::worker::Workers;
 use crate::{flavor, spec};
 
@@ -98,9 +98,9 @@ impl Modules {
         let budget = budget.map_err(Error::InvalidArgument)?;
         // WasmEdge's code is always ended with its process.
         let variant = if edge {
-            Budget { time: 0, ..budget }.variant(false)
+            Budget { time: 0, ..budget }.variant(false).to_owned()
         } else {
-            budget.variant(config.interruption == Interruption::Epoch)
+            config.variant(&budget, kind)
         };
         let path = program.path.to_string_lossy().into_owned();
         let layers = layers(candidate);
@@ -112,7 +112,7 @@ impl Modules {
             let digest = self.compiler.digest(&program, &layers).await?;
             (Form::Module, program.file.into(), digest)
         } else {
-            let made = self.compiler.artifact(hello, program, &layers, variant).await?;
+            let made = self.compiler.artifact(hello, program, &layers, &variant).await?;
             (Form::Compiled, made.0.into(), made.1)
         };
         kuasar_daemon::metrics::observe("wasm_artifact", begun.elapsed());
@@ -126,7 +126,7 @@ impl Modules {
             port,
             connections: config.http.max_connections,
             budget,
-            variant: variant.to_owned(),
+            variant,
             threads: config.max_threads,
         };
         spec::edit(spec, &job).map_err(Error::InvalidArgument)?;
@@ -175,7 +175,8 @@ fn layers(candidate: &Candidate) -> String {
 impl Payloads for Modules {
     async fn choose(&self, candidate: &Candidate, spec: &mut Value) -> Result<Chosen> {
         let native = || Chosen { engine: BUILTIN.into(), descriptors: Vec::new() };
-        let natives = self.config.get().native_containers;
+        let own_users = candidate.pod.namespaces.user.is_some();
+        let natives = self.config.get().native_containers && !own_users;
         // A few system calls in a mounted tree: not worth another thread.
         let found = image::program(&candidate.rootfs, spec).map_err(Error::InvalidArgument)?;
         let Some(program) = found else {
@@ -196,6 +197,10 @@ impl Payloads for Modules {
         match program.what {
             Detected::Wasm(kind) => self.wasm(program, kind, candidate, spec).await,
             Detected::Other if natives => Ok(native()),
+            Detected::Other if own_users => Err(Error::InvalidArgument(format!(
+                "exec: {name} is no WebAssembly, and native containers do not run here in a pod \
+                 with a user namespace: use another runtime class, or hostUsers: true"
+            ))),
             Detected::Other => Err(Error::InvalidArgument(format!(
                 "exec: {name} is no WebAssembly, and native_containers is off: use another \
                  runtime class for it"

@@ -12,6 +12,7 @@ use wasmtime::{Config, Engine, Linker, PoolingAllocationConfig};
 use crate::code::Pages;
 use crate::random;
 use crate::state::{Component, Module};
+use crate::wasip3;
 use crate::workload::Wasm;
 
 /// Version of Wasmtime that this program is built with.
@@ -35,6 +36,8 @@ pub struct Variant {
     pub fuel: bool,
     /// Asks for the epoch.
     pub epoch: bool,
+    /// May be of WASI 0.3, and of the component model's functions, streams and futures that wait.
+    pub p3: bool,
 }
 
 impl Variant {
@@ -43,13 +46,17 @@ impl Variant {
     /// # Errors
     /// When there is none of this name.
     pub fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "plain" => Ok(Self::default()),
-            "fuel" => Ok(Self { fuel: true, epoch: false }),
-            "epoch" => Ok(Self { fuel: false, epoch: true }),
-            "fuel+epoch" => Ok(Self { fuel: true, epoch: true }),
-            other => Err(format!("{other:.20?} is no variant of compiled code")),
+        let mut variant = Self::default();
+        for part in text.split('+') {
+            match part {
+                "plain" => {}
+                "fuel" => variant.fuel = true,
+                "epoch" => variant.epoch = true,
+                "p3" => variant.p3 = true,
+                _ => return Err(format!("{text:.20?} is no variant of compiled code")),
+            }
         }
+        Ok(variant)
     }
 }
 
@@ -59,6 +66,9 @@ fn config(variant: Variant) -> Config {
     let mut config = Config::new();
     config.consume_fuel(variant.fuel);
     config.epoch_interruption(variant.epoch);
+    // Off, an engine is what it would be if there were no WASI 0.3 in this program.
+    config.concurrency_support(variant.p3);
+    config.wasm_component_model_async(variant.p3);
     // Of modules with threads: see `threads`.
     config.shared_memory(true);
     // Nothing in here unwinds through compiled code, and registering tables costs time per module.
@@ -78,7 +88,11 @@ pub fn single(variant: Variant) -> wasmtime::Result<Engine> {
 /// # Errors
 /// What is wrong with the module.
 pub fn compile(module: &[u8], variant: &str) -> Result<Vec<u8>, String> {
-    let engine = single(Variant::parse(variant)?).map_err(|error| explain(&error))?;
+    let variant = Variant::parse(variant)?;
+    if !variant.p3 {
+        wasip3::refuse(module)?;
+    }
+    let engine = single(variant).map_err(|error| explain(&error))?;
     let code = match detect(module) {
         Detected::Wasm(Kind::Module) => engine.precompile_module(module),
         Detected::Wasm(Kind::Component) => engine.precompile_component(module),
@@ -114,7 +128,7 @@ pub struct Warm {
     pub random: Option<i32>,
     /// WASI preview 1.
     pub modules: Linker<Module>,
-    /// WASI 0.2, and what `wasi:http` adds.
+    /// WASI 0.2, and what `wasi:http` adds; of code that may be of WASI 0.3, that, too.
     pub components: ComponentLinker<Component>,
 }
 
@@ -137,7 +151,7 @@ impl Warm {
         let engine = single(variant)?;
         let mut modules = Linker::new(&engine);
         wasmtime_wasi::p1::add_to_linker_async(&mut modules, |state: &mut Module| &mut state.wasi)?;
-        let components = components(&engine)?;
+        let components = components(&engine, variant)?;
         Ok(Self { engine, random: None, modules, components })
     }
 }
@@ -153,10 +167,16 @@ impl zygote::Engine for Warm {
 }
 
 /// What components may import.
-pub fn components(engine: &Engine) -> wasmtime::Result<ComponentLinker<Component>> {
+pub fn components(
+    engine: &Engine,
+    variant: Variant,
+) -> wasmtime::Result<ComponentLinker<Component>> {
     let mut linker = ComponentLinker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker)?;
+    if variant.p3 {
+        wasip3::link(&mut linker)?;
+    }
     Ok(linker)
 }
 

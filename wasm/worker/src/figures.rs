@@ -74,7 +74,7 @@ fn an_instance_of_a_component_from_the_pool_takes_at_most_100_microseconds() {
     );
     let component = wasmtime::component::Component::new(&engine, wat::parse_str(text).unwrap());
     // With everything that a server may import.
-    let linker = engine::components(&engine).unwrap();
+    let linker = engine::components(&engine, Variant::default()).unwrap();
     let pre = linker.instantiate_pre(&component.unwrap()).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let world = crate::state::World { args: Vec::new(), env: Vec::new(), cwd: "/".to_owned() };

@@ -20,6 +20,7 @@ mod random;
 mod serve;
 mod state;
 mod threads;
+mod wasip3;
 mod workload;
 
 use std::process::ExitCode;

@@ -20,24 +20,33 @@ use wasmtime_wasi_http::p2::bindings::http::types::Scheme;
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use crate::state::{Component, World};
+use crate::wasip3;
 use crate::workload::Bounds;
+
+/// A component that answers, by the WASI that it is of.
+pub enum Answering {
+    /// 0.2.
+    P2(ProxyPre<Component>),
+    /// 0.3.
+    P3(wasip3::ServicePre<Component>),
+}
 
 /// A component and where it is served.
 pub struct Server {
-    pre: ProxyPre<Component>,
+    pre: Answering,
     port: u16,
     connections: u32,
 }
 
 impl Server {
     /// Serves `pre` on `port`, to so many connections at the same time.
-    pub fn new(pre: ProxyPre<Component>, port: u16, connections: u32) -> Self {
+    pub fn new(pre: Answering, port: u16, connections: u32) -> Self {
         Self { pre, port, connections }
     }
 }
 
 struct Shared {
-    pre: ProxyPre<Component>,
+    pre: Answering,
     world: World,
     bounds: Bounds,
 }
@@ -113,8 +122,14 @@ async fn handle(
     shared: Arc<Shared>,
     request: Request<hyper::body::Incoming>,
 ) -> wasmtime::Result<Response<HyperOutgoingBody>> {
+    let pre = match &shared.pre {
+        Answering::P2(pre) => pre.clone(),
+        Answering::P3(pre) => {
+            return wasip3::respond(pre.clone(), &shared.world, shared.bounds, request).await;
+        }
+    };
     let state = Component::new(shared.world.context()?.build(), shared.bounds.memory);
-    let mut store = Store::new(shared.pre.engine(), state);
+    let mut store = Store::new(pre.engine(), state);
     store.limiter(|state| &mut state.limits);
     shared.bounds.hold(&mut store)?;
     let (sender, receiver) = tokio::sync::oneshot::channel();
@@ -122,7 +137,7 @@ async fn handle(
     let out = store.data_mut().http().new_response_outparam(sender)?;
     // It may go on after its answer has begun.
     let task = tokio::spawn(async move {
-        let proxy = shared.pre.instantiate_async(&mut store).await?;
+        let proxy = pre.instantiate_async(&mut store).await?;
         proxy.wasi_http_incoming_handler().call_handle(store, request, out).await
     });
     match receiver.await {

@@ -27,9 +27,10 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 
 use crate::code;
 use crate::engine::{self, Variant, Warm, explain};
-use crate::serve::{self, Server};
+use crate::serve::{self, Answering, Server};
 use crate::state::{Component, Module, World, limits};
 use crate::threads::{self, Threads};
+use crate::wasip3;
 
 /// Bytes of a page of linear memory.
 const PAGE: u64 = 65536;
@@ -78,6 +79,7 @@ impl Bounds {
 enum Program {
     Module(Box<(InstancePre<Module>, Option<Arc<Threads>>)>),
     Command(Box<CommandPre<Component>>),
+    Command3(Box<wasip3::CommandPre<Component>>),
     Server(Box<Server>),
 }
 
@@ -183,21 +185,32 @@ impl Wasm {
                         let pre = CommandPre::new(pre).map_err(theirs)?;
                         Ok((Program::Command(Box::new(pre)), self.warm.engine.clone()))
                     }
-                    Some(Exports::Handler) => {
+                    Some(Exports::Run3) => {
+                        let pre = self.pre(&component)?;
+                        let pre = wasip3::CommandPre::new(pre).map_err(theirs)?;
+                        Ok((Program::Command3(Box::new(pre)), self.warm.engine.clone()))
+                    }
+                    Some(exports @ (Exports::Handler | Exports::Handler3)) => {
                         drop(component);
                         let engine =
                             engine::pooled(bounds.variant, job.connections.max(1), job.memory);
                         let engine = engine.map_err(|error| explain(&error))?;
-                        let linker = engine::components(&engine).map_err(|e| explain(&e))?;
+                        let linker = engine::components(&engine, bounds.variant);
+                        let linker = linker.map_err(|error| explain(&error))?;
                         let component = code::component(&engine, &artifact).map_err(theirs)?;
                         let pre = linker.instantiate_pre(&component).map_err(theirs)?;
-                        let pre = ProxyPre::new(pre).map_err(theirs)?;
+                        let pre = match exports {
+                            Exports::Handler3 => wasip3::ServicePre::new(pre).map(Answering::P3),
+                            _ => ProxyPre::new(pre).map(Answering::P2),
+                        };
+                        let pre = pre.map_err(theirs)?;
                         let (port, connections) = (job.port, job.connections.max(1));
                         let server = Server::new(pre, port, connections);
                         Ok((Program::Server(Box::new(server)), engine))
                     }
                     None => Err("exec: the component exports neither wasi:cli/run@0.2 nor \
-                                 wasi:http/incoming-handler@0.2: its world is unknown here"
+                                 wasi:http/incoming-handler@0.2, nor their like of 0.3: its world \
+                                 is unknown here"
                         .into()),
                 }
             }
@@ -215,6 +228,8 @@ impl Wasm {
 enum Exports {
     Run,
     Handler,
+    Run3,
+    Handler3,
 }
 
 /// What can be done with a component.
@@ -226,8 +241,14 @@ fn world_of(component: &component::Component) -> Option<Exports> {
         if name.starts_with("wasi:cli/run@0.2.") {
             return Some(Exports::Run);
         }
+        if name.starts_with("wasi:cli/run@0.3.") {
+            return Some(Exports::Run3);
+        }
         if name.starts_with("wasi:http/incoming-handler@0.2.") {
             found = Some(Exports::Handler);
+        }
+        if name.starts_with("wasi:http/handler@0.3.") {
+            found = Some(Exports::Handler3);
         }
     }
     found
@@ -249,6 +270,7 @@ async fn run(program: Program, world: World, bounds: Bounds) -> i32 {
     let result = match program {
         Program::Module(module) => run_module(*module, &world, bounds).await,
         Program::Command(pre) => command(&pre, &world, bounds).await,
+        Program::Command3(pre) => wasip3::command(&pre, &world, bounds).await,
         Program::Server(server) => serve::run(*server, world, bounds).await,
     };
     match result {

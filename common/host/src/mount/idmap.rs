@@ -5,7 +5,7 @@
 //! namespace itself, which the caller holds.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// What id-mapped mounts are made with.
@@ -33,6 +33,16 @@ pub fn clone_mapped(source: &Path, userns: BorrowedFd<'_>, recursive: bool) -> i
     }
     // SAFETY: the kernel has just given us this descriptor.
     let tree = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    apply(tree.as_fd(), userns, recursive)?;
+    Ok(tree)
+}
+
+/// Maps a detached mount that is not mapped yet, with what is mounted below if `recursive`.
+///
+/// # Errors
+/// As [`clone_mapped`].
+pub fn apply(tree: BorrowedFd<'_>, userns: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    let deep = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };
     let attr = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,
@@ -50,7 +60,7 @@ pub fn clone_mapped(source: &Path, userns: BorrowedFd<'_>, recursive: bool) -> i
             size_of::<libc::mount_attr>(),
         )
     };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(tree) }
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Layers of an overlay that are mounted, id-mapped, in the scratch directory; unmounted when

@@ -76,7 +76,7 @@ pub fn run(
 ) -> Result<()> {
     let path = create.bundle.join("config.json");
     let text = std::fs::read(&path).map_err(|error| Error::io(path.display(), error))?;
-    match super::direct::plan(create, &text) {
+    match super::direct::plan(create, &text, workload.is_some()) {
         Ok(plan) => super::direct::run(args, create, plan, workload),
         // libcontainer knows of programs alone.
         Err(reason) if workload.is_some() => Err(not(&reason)),

@@ -53,7 +53,7 @@ pub fn fill(root: &impl AsFd, plan: &Plan) -> Result<(), String> {
         }
     }
     for device in own {
-        one(root, device)?;
+        one(root, device, plan)?;
     }
     for (name, to) in LINKS {
         link(&dev, name, to)?;
@@ -75,7 +75,7 @@ fn link(dev: &impl AsFd, name: &str, to: &str) -> Result<(), String> {
     .map_err(|error| format!("link /dev/{name}: {error}"))
 }
 
-fn one(root: &impl AsFd, device: &spec::Device) -> Result<(), String> {
+fn one(root: &impl AsFd, device: &spec::Device, plan: &Plan) -> Result<(), String> {
     let path = super::plan::clean(&device.path);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(format!("device path {:?} is not allowed", device.path));
@@ -92,6 +92,10 @@ fn one(root: &impl AsFd, device: &spec::Device) -> Result<(), String> {
     );
     let mode = device.file_mode.unwrap_or(0o666) & 0o7777;
     let owner = (device.uid.unwrap_or(0), device.gid.unwrap_or(0));
+    let owner = match &plan.user {
+        Some(user) => user.uid(owner.0).zip(user.gid(owner.1)).unwrap_or_default(),
+        None => owner,
+    };
     node(&directory, Path::new(name), kind, mode, number, owner)
         .map_err(|error| format!("{}: {error}", path.display()))
 }

@@ -66,7 +66,7 @@ fn prepare(
     let path = create.bundle.join("config.json");
     let text = std::fs::read(&path).map_err(|error| Error::io(path.display(), error))?;
     let mut plan =
-        super::plan(create, &text).map_err(|reason| super::super::create::not(&reason))?;
+        super::plan(create, &text, true).map_err(|reason| super::super::create::not(&reason))?;
     let new = plan.new - CloneFlags::CLONE_NEWCGROUP;
     if new != namespaces || plan.join.iter().any(|(kind, _)| !may_join(*kind)) {
         return Err(Error::Other(format!(
@@ -86,8 +86,8 @@ fn prepare(
     Ok((plan, prepared))
 }
 
-/// A PID namespace is joined by the children of who joins it, and a user namespace comes before
-/// those that it owns.
+/// A PID namespace is joined by the children of who joins it; a user namespace is none of these
+/// ([`super::user`]).
 fn may_join(kind: CloneFlags) -> bool {
     !kind.intersects(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUSER)
 }

@@ -32,6 +32,8 @@ pub struct Prepared {
     pub filter: Option<Filter>,
     /// Program, arguments and environment.
     pub process: Process,
+    /// The pod's user namespace.
+    pub user: Option<OwnedFd>,
     /// Whether SELinux is on.
     pub selinux: bool,
     /// How many descriptors behind the standard streams the payload inherits.
@@ -49,7 +51,7 @@ impl Prepared {
         create: &Create,
         workload: Option<Box<dyn Workload>>,
     ) -> Self {
-        let Opened { console, program, proc, listener, filter } = opened;
+        let Opened { console, program, proc, listener, filter, user } = opened;
         Self {
             proc,
             listener,
@@ -58,6 +60,7 @@ impl Prepared {
             turn,
             filter,
             process: program,
+            user,
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
             preserved: u32::try_from(create.preserve_fds).unwrap_or(0),
             workload,
@@ -222,7 +225,8 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     // SAFETY: plain system call. Modes are what they are said to be.
     unsafe { libc::umask(0) };
     let (group, turn) = (prepared.group.as_ref(), &mut prepared.turn);
-    let root = rootfs::build(plan, group, || turn.take(plan, group))?;
+    let users = prepared.user.as_ref();
+    let root = rootfs::build(plan, users, group, || turn.take(plan, group))?;
     turn.take(plan, group)?;
     rootfs::enter(&root, plan.root)?;
     for (key, value) in spec.linux.sysctl.iter().flatten() {
@@ -234,7 +238,9 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     }
     if let Some(socket) = &prepared.console {
         let size = process.console_size.map(|size| (size.width, size.height));
-        console::attach(socket, process.user.uid, size)?;
+        let uid = process.user.uid;
+        let owner = plan.user.as_ref().and_then(|user| user.uid(uid)).unwrap_or(uid);
+        console::attach(socket, owner, size)?;
         rootfs::console(&root)?;
     }
     rootfs::close(&root, plan, null.as_ref())?;
@@ -253,6 +259,11 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     let late = directory(cwd)?;
     if let Some(filter) = prepared.filter.as_ref().filter(|_| !no_new_privileges(plan)) {
         filter.load()?;
+    }
+    if let Some(user) = prepared.user.take() {
+        // With all rights in there, which the next step gives up.
+        nix::sched::setns(&user, CloneFlags::CLONE_NEWUSER)
+            .map_err(|error| format!("enter the pod's user namespace: {error}"))?;
     }
     privileges::identity(plan)?;
     if late {

@@ -41,6 +41,7 @@ mod spec;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod user;
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -63,6 +64,7 @@ pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
 pub use rehearsal::rehearse;
 pub use sys::clone_sibling;
+use user::User;
 
 /// The device rules of `linux.resources`, completed as [`mod@plan`] completes them.
 pub fn device_rules(resources: Option<&serde_json::Value>) -> serde_json::Value {
@@ -77,7 +79,7 @@ const LEAVE: Duration = Duration::from_secs(2);
 
 /// Whether this container is made here: the command line asks for nothing else, the kernel has all
 /// it takes, and the spec has nothing that we do not know.
-pub fn plan(create: &Create, text: &[u8]) -> std::result::Result<Plan, Reason> {
+pub fn plan(create: &Create, text: &[u8], is_workload: bool) -> std::result::Result<Plan, Reason> {
     let leave = |why: &str| Err(Reason(why.into()));
     if create.libcontainer {
         return leave("asked for");
@@ -89,6 +91,9 @@ pub fn plan(create: &Create, text: &[u8]) -> std::result::Result<Plan, Reason> {
         return leave("LISTEN_FDS");
     }
     let plan = Plan::of(text)?;
+    if plan.user.is_some() && !is_workload {
+        return leave("a user namespace");
+    }
     if !sys::supported() {
         return leave("this kernel has no mount_setattr");
     }
@@ -132,6 +137,7 @@ struct Opened {
     proc: OwnedFd,
     listener: UnixListener,
     filter: Option<seccomp::Filter>,
+    user: Option<OwnedFd>,
 }
 
 /// Makes the state directory, opens everything that is outside of the container, and hides this
@@ -153,8 +159,13 @@ fn open(
         (None, true) => return Err(Error::Usage("a terminal needs --console-socket".into())),
         _ => None,
     };
+    let owner = plan.user.as_ref().map_or(Some(process.user.uid), |map| map.uid(process.user.uid));
+    let owner = owner.ok_or_else(|| {
+        let uid = process.user.uid;
+        Error::Process(format!("user {uid} is not mapped in the pod's user namespace"))
+    })?;
     if console.is_none() {
-        console::own_streams(process.user.uid);
+        console::own_streams(owner);
     }
     let program = ProcessBuilder::default()
         .args(process.args.take().unwrap_or_default())
@@ -162,6 +173,8 @@ fn open(
         .build()
         .map_err(|error| Error::io("process", error))?;
     let proc = proc_of_the_host()?;
+    let user = plan.user.as_ref().map(User::open).transpose();
+    let user = user.map_err(|error| explain("the pod's user namespace", &error))?;
     // SAFETY: plain system call. Before anything of a container may see this process.
     if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
         return Err(Error::os("PR_SET_DUMPABLE"));
@@ -174,7 +187,7 @@ fn open(
         }
         None => None,
     };
-    Ok(Opened { console, program, proc, listener, filter })
+    Ok(Opened { console, program, proc, listener, filter, user })
 }
 
 /// Joins the namespaces that exist.

@@ -10,6 +10,7 @@ use nix::sched::CloneFlags;
 use serde_json::Value;
 
 use super::spec::{self, Spec};
+use super::user::{self, User};
 
 /// Why a spec is left to libcontainer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +22,7 @@ impl std::fmt::Display for Reason {
     }
 }
 
-fn leave<T>(why: impl Into<String>) -> Result<T, Reason> {
+pub(super) fn leave<T>(why: impl Into<String>) -> Result<T, Reason> {
     Err(Reason(why.into()))
 }
 
@@ -34,6 +35,8 @@ pub struct Plan {
     pub new: CloneFlags,
     /// Namespaces that are joined, the pid namespace last.
     pub join: Vec<(CloneFlags, PathBuf)>,
+    /// The pod's user namespace, which is entered last of all.
+    pub user: Option<User>,
     /// All mounts, in order.
     pub mounts: Vec<Mount>,
     /// Propagation of the root.
@@ -96,6 +99,8 @@ pub struct Mount {
     pub propagation: Option<Propagation>,
     /// Start with what is there in the image.
     pub copy_up: bool,
+    /// Its files belong to the users of the user namespace; `true` with all mounts below.
+    pub mapped: Option<bool>,
 }
 
 /// Attributes to set and to clear.
@@ -167,10 +172,6 @@ impl Plan {
         if hooks.flatten().next().is_some() {
             return leave("hooks");
         }
-        let some = |list: &Option<Vec<Value>>| list.as_ref().is_some_and(|list| !list.is_empty());
-        if some(&spec.linux.uid_mappings) || some(&spec.linux.gid_mappings) {
-            return leave("id mappings");
-        }
         if spec.linux.mount_label.as_ref().is_some_and(|label| !label.is_empty()) {
             return leave("a label for mounts");
         }
@@ -180,7 +181,8 @@ impl Plan {
         if !Path::new(&spec.root.path).is_absolute() {
             return leave("a relative root");
         }
-        let (new, join) = namespaces(spec.linux.namespaces.as_deref().unwrap_or_default())?;
+        let (new, mut join) = namespaces(spec.linux.namespaces.as_deref().unwrap_or_default())?;
+        let user = User::of(&mut join, &mut spec.linux)?;
         let root = match spec.linux.rootfs_propagation.as_deref().unwrap_or_default() {
             "" => Propagation { kind: libc::MS_SLAVE, deep: true },
             name => match propagation(name) {
@@ -188,7 +190,10 @@ impl Plan {
                 None => return leave(format!("rootfsPropagation {name:.40?}")),
             },
         };
-        let mounts = spec.mounts.iter().flatten().map(mount).collect::<Result<Vec<_>, _>>()?;
+        let mut mounts = spec.mounts.iter().flatten().map(mount).collect::<Result<Vec<_>, _>>()?;
+        for (mount, given) in mounts.iter_mut().zip(spec.mounts.iter().flatten()) {
+            user::map(user.as_ref(), mount, given)?;
+        }
         let at = |path: &str| mounts.iter().rev().find(|mount| mount.at == Path::new(path));
         let fill_dev = !at("/dev").is_some_and(|mount| matches!(mount.what, What::Bind { .. }));
         let has_proc = at("/proc").is_some_and(|mount| mount.kind == "proc");
@@ -212,6 +217,7 @@ impl Plan {
             spec,
             new,
             join,
+            user,
             mounts,
             root,
             capabilities,
@@ -244,6 +250,7 @@ fn namespaces(list: &[spec::Namespace]) -> Result<Namespaces, Reason> {
             "ipc" => CloneFlags::CLONE_NEWIPC,
             "uts" => CloneFlags::CLONE_NEWUTS,
             "pid" => CloneFlags::CLONE_NEWPID,
+            "user" => CloneFlags::CLONE_NEWUSER,
             "cgroup" => CloneFlags::CLONE_NEWCGROUP,
             other => return leave(format!("a namespace of type {other:.40?}")),
         };
@@ -252,6 +259,8 @@ fn namespaces(list: &[spec::Namespace]) -> Result<Namespaces, Reason> {
         }
         seen |= flag;
         match namespace.path.as_deref().filter(|path| !path.is_empty()) {
+            // Its mapping would have to be written from outside.
+            None if flag == CloneFlags::CLONE_NEWUSER => return leave("a new user namespace"),
             None => new |= flag,
             Some(_) if flag == CloneFlags::CLONE_NEWNS => {
                 return leave("a mount namespace that exists");
@@ -349,6 +358,7 @@ fn mount(mount: &spec::Mount) -> Result<Mount, Reason> {
     });
     let (mut attr, mut deep_attr) = (Attr::default(), Attr::default());
     let (mut own, mut copy_up, mut parameters) = (None, false, Vec::new());
+    let mut mapped = None;
     for option in options {
         if let Some(next) = attribute(option) {
             attr.then(next);
@@ -360,9 +370,10 @@ fn mount(mount: &spec::Mount) -> Result<Mount, Reason> {
             match option.as_str() {
                 "bind" | "rbind" | "defaults" => {}
                 "tmpcopyup" => copy_up = true,
-                "remount" | "idmap" | "ridmap" | "mand" | "nomand" | "sync" | "async"
-                | "dirsync" | "iversion" | "noiversion" | "silent" | "loud" | "lazytime"
-                | "nolazytime" => {
+                "idmap" => mapped = Some(false),
+                "ridmap" => mapped = Some(true),
+                "remount" | "mand" | "nomand" | "sync" | "async" | "dirsync" | "iversion"
+                | "noiversion" | "silent" | "loud" | "lazytime" | "nolazytime" => {
                     return leave(format!("mount option {option:?}"));
                 }
                 other => match other.split_once('=') {
@@ -399,6 +410,7 @@ fn mount(mount: &spec::Mount) -> Result<Mount, Reason> {
         deep_attr,
         propagation: own,
         copy_up,
+        mapped,
     })
 }
 
@@ -590,7 +602,7 @@ mod tests {
             ("/linux/namespaces", json!([{"type": "mount"}, {"type": "user"}])),
             ("/linux/namespaces", json!([{"type": "mount"}, {"type": "time"}])),
             ("/linux/namespaces", json!([{"type": "mount"}, {"type": "mount"}])),
-            ("/mounts/0/uidMappings", json!([])),
+            ("/mounts/3/uidMappings", json!([{"containerID": 0, "hostID": 1, "size": 1}])),
             ("/mounts/0/type", json!("ext4")),
             ("/mounts/0/destination", json!("/..")),
             ("/mounts/3/options", json!(["rbind", "idmap"])),
@@ -617,7 +629,8 @@ mod tests {
             let options = Some(list.iter().map(|o| (*o).to_owned()).collect());
             let kind = "bind".to_owned();
             let source = "/s".to_owned();
-            mount(&spec::Mount { destination: "/d".into(), kind, source, options }).unwrap()
+            let (destination, more) = ("/d".into(), spec::Mount::default());
+            mount(&spec::Mount { destination, kind, source, options, ..more }).unwrap()
         };
         let made = options(&["ro", "rw", "nosuid", "noatime", "strictatime", "slave", "rshared"]);
         assert_eq!(made.attr.set, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_STRICTATIME);

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_host::inside::{self as paths, Want};
+use kuasar_host::mount::idmap;
 use kuasar_host::safe_path::{is_procfs, open_beneath};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags};
@@ -48,13 +49,16 @@ fn is_directory(fd: &impl AsFd) -> bool {
     fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR)
 }
 
-/// Steps 1 to 3; answers the root. `in_group` is called before the group is looked at.
+/// Steps 1 to 3; answers the root. Mounts are mapped by the user namespace `users`. `in_group` is
+/// called before the group is looked at.
 pub fn build(
     plan: &Plan,
+    users: Option<&OwnedFd>,
     group: Option<&Cgroup>,
     mut in_group: impl FnMut() -> Result<(), String>,
 ) -> Result<OwnedFd, String> {
-    let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    let sources =
+        plan.mounts.iter().map(|mount| source(mount, users)).collect::<Result<Vec<_>, _>>()?;
     let path = Path::new(&plan.spec.root.path);
     let wrap = |error: std::io::Error| format!("rootfs {}: {error}", path.display());
     let root = sys::clone_tree_at(path, true).map_err(wrap)?;
@@ -97,11 +101,19 @@ pub fn build(
     Ok(root)
 }
 
-fn source(mount: &Mount) -> Result<Option<OwnedFd>, String> {
+fn source(mount: &Mount, users: Option<&OwnedFd>) -> Result<Option<OwnedFd>, String> {
     let What::Bind { deep } = mount.what else { return Ok(None) };
-    sys::clone_tree_at(&mount.source, deep).map(Some).map_err(|error| {
+    let wrap = |error: std::io::Error| {
         format!("mount {} at {}: {error}", mount.source.display(), mount.at.display())
-    })
+    };
+    let tree = sys::clone_tree_at(&mount.source, deep).map_err(wrap)?;
+    if let (Some(below), Some(users)) = (mount.mapped, users) {
+        idmap::apply(tree.as_fd(), users.as_fd(), deep && below).map_err(|error| {
+            let why = wrap(error);
+            format!("{why}: its file system has no id-mapped mounts, or it is one")
+        })?;
+    }
+    Ok(Some(tree))
 }
 
 fn bind(root: &OwnedFd, mount: &Mount, tree: &OwnedFd, default: Propagation) -> Result<(), String> {

@@ -97,8 +97,8 @@ pub struct Root {
 }
 
 /// One of `mounts`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Mount {
     pub destination: String,
     #[serde(rename = "type", default)]
@@ -106,6 +106,19 @@ pub struct Mount {
     #[serde(default)]
     pub source: String,
     pub options: Option<Vec<String>>,
+    pub uid_mappings: Option<Vec<Mapping>>,
+    pub gid_mappings: Option<Vec<Mapping>>,
+}
+
+/// One of the mappings of a user namespace, or of a mount.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mapping {
+    #[serde(rename = "containerID")]
+    pub container: u32,
+    #[serde(rename = "hostID")]
+    pub host: u32,
+    pub size: u32,
 }
 
 /// `linux`.
@@ -113,8 +126,8 @@ pub struct Mount {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Linux {
     pub namespaces: Option<Vec<Namespace>>,
-    pub uid_mappings: Option<Vec<Value>>,
-    pub gid_mappings: Option<Vec<Value>>,
+    pub uid_mappings: Option<Vec<Mapping>>,
+    pub gid_mappings: Option<Vec<Mapping>>,
     pub devices: Option<Vec<Device>>,
     pub cgroups_path: Option<String>,
     pub resources: Option<Value>,
