@@ -19,6 +19,7 @@ pub mod socket;
 pub mod spec;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod xattr;
 
 use std::path::PathBuf;
 
