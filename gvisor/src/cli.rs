@@ -9,11 +9,12 @@ use std::time::{Duration, SystemTime};
 use kuasar_host::live::Live;
 use kuasar_host::process::{Identity, find_program};
 use kuasar_oci::command::{self, Unfinished};
+use kuasar_oci::engine::Limits;
 use kuasar_oci::processes::{self, Processes};
 use sandbox_parent::client::Parent;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Limits, Network};
+use crate::config::{Config, Network};
 use crate::sentry::Sentry;
 
 /// Date of the oldest release whose control protocol was compared with ours.

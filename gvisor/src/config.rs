@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::CommonConfig;
+use kuasar_oci::engine::Limits;
 use serde::{Deserialize, Serialize};
 
 /// Prefix of the annotations by which a pod chooses flags, where the configuration allows it.
@@ -17,7 +18,7 @@ pub const ANNOTATION_PREFIX: &str = "io.kuasar.gvisor.";
 pub struct Config {
     /// gVisor's program and its flags.
     pub runsc: RunscConfig,
-    /// How long gVisor may take.
+    /// How long gVisor may take: `create` is starting a sandbox, too, and `other` each answer of one.
     pub runsc_timeouts: Limits,
     /// For how long after a pod's or a container's creation moves into cgroups are kept fast;
     /// `0s`: never.
@@ -72,24 +73,6 @@ pub struct RunscConfig {
     pub restore: bool,
     /// Further global flags.
     pub args: Vec<String>,
-}
-
-/// How long gVisor may take.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    /// Starting a sandbox or a container, `checkpoint` and `restore`.
-    #[serde(with = "kuasar_host::duration")]
-    pub create: Duration,
-    /// Any other command, and each answer of a sandbox.
-    #[serde(with = "kuasar_host::duration")]
-    pub other: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { create: Duration::from_secs(60), other: Duration::from_secs(30) }
-    }
 }
 
 impl Default for RunscConfig {
@@ -202,22 +185,14 @@ impl Config {
     /// # Errors
     /// A text that names file, line and key.
     pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
-        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
-        let (common, mut own) =
-            loaded.map_err(|error| match std::error::Error::source(&error) {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            })?;
-        let ours = CHOICES.iter().map(|(name, ..)| *name);
-        own.heeded = ours
-            .filter(|name| common.heeds(&format!("{ANNOTATION_PREFIX}{name}")))
-            .map(str::to_owned)
-            .collect();
-        common.check().and_then(|()| own.check()).map_err(|reason| {
-            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
-            format!("{file}{reason}")
-        })?;
-        Ok((common, own))
+        let adopt = |common: &CommonConfig, own: &mut Self| {
+            let ours = CHOICES.iter().map(|(name, ..)| *name);
+            own.heeded = ours
+                .filter(|name| common.heeds(&format!("{ANNOTATION_PREFIX}{name}")))
+                .map(str::to_owned)
+                .collect();
+        };
+        kuasar_daemon::config::load_checked(file, adopt, Self::check)
     }
 
     /// What is wrong with it, in words that name the key.

@@ -15,59 +15,11 @@ const KIND: &str = "io.kubernetes.cri.container-type";
 /// In which sandbox.
 const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 
-/// The capabilities of Linux by number.
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// Bits of one capability set of a `process` object. Names that Linux does not have are none.
 fn bits(process: &Map<String, Value>, set: &str, raw: bool) -> u64 {
     let names = process.get("capabilities").and_then(|sets| sets.get(set));
     let names = names.and_then(Value::as_array).into_iter().flatten();
-    let number = |name: &Value| {
-        let name = name.as_str()?.strip_prefix("CAP_")?;
-        CAPABILITIES.iter().position(|known| *known == name)
-    };
+    let number = |name: &Value| kuasar_host::capability::number(name.as_str()?);
     let all = names.filter_map(number).fold(0, |bits, number| bits | 1u64 << number);
     // gVisor gives it to nobody unless it is told to, on the command line only.
     if raw { all } else { all & !(1 << 13) }

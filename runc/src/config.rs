@@ -81,18 +81,10 @@ impl Config {
     /// # Errors
     /// A text that names file, line and key.
     pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
-        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
-        let (common, mut own) =
-            loaded.map_err(|error| match std::error::Error::source(&error) {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            })?;
-        own.heeds_annotation = common.heeds(ENGINE_ANNOTATION);
-        common.check().and_then(|()| own.check()).map_err(|reason| {
-            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
-            format!("{file}{reason}")
-        })?;
-        Ok((common, own))
+        let adopt = |common: &CommonConfig, own: &mut Self| {
+            own.heeds_annotation = common.heeds(ENGINE_ANNOTATION);
+        };
+        kuasar_daemon::config::load_checked(file, adopt, Self::check)
     }
 
     /// What is wrong with it, in words that name the key.

@@ -284,6 +284,53 @@ fn a_killed_helper_ends_its_pod_and_no_other() {
     other.remove().unwrap();
 }
 
+/// Bytes that the virtiofsd with this cache has read of the host's files for a pod.
+fn read_for(pod: &Pod, cache: &str) -> u64 {
+    let served = |(pid, _): &(u32, String)| {
+        let words = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.contains(&format!("--cache={cache}\0"))
+    };
+    let all: Vec<_> = machine(pod).into_iter().filter(served).collect();
+    let count = |(pid, _): &(u32, String)| {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+        let line = io.lines().find_map(|line| line.strip_prefix("rchar: "));
+        line.unwrap().parse::<u64>().unwrap()
+    };
+    assert!(!all.is_empty(), "no virtiofsd with cache {cache}");
+    all.iter().map(count).sum()
+}
+
+#[test]
+fn a_program_is_read_once_however_often_it_is_executed_and_a_volumes_file_as_the_host_has_it() {
+    if !able() {
+        return;
+    }
+    let pod = pod("vm-cache");
+    let volume = Path::new(&pod.config.log_directory).join("volume");
+    std::fs::create_dir_all(&volume).unwrap();
+    std::fs::write(volume.join("file"), "first\n").unwrap();
+    let mount = || Mount {
+        host_path: volume.to_string_lossy().into_owned(),
+        container_path: "/volume".into(),
+        ..Default::default()
+    };
+    let c = pod.start_with(&["sleep", "1000"], |config| config.mounts = vec![mount()]);
+    let run = "for i in 1 2 3 4 5; do /bin/busybox true; done; cat /volume/file";
+    assert_eq!(c.sh(run), "first");
+    let before = read_for(&pod, "always");
+    assert_eq!(c.sh(run), "first");
+    // The program has a megabyte, and the shell is the same file.
+    let read = read_for(&pod, "always") - before;
+    assert!(read < 64 << 10, "{read} bytes were read again");
+    std::fs::write(volume.join("file"), "second\n").unwrap();
+    wait_for("the guest sees the volume's file change", Duration::from_secs(10), || {
+        c.sh("cat /volume/file") == "second"
+    });
+    // A container's file is its own: what it writes is on the host, and read by it at once.
+    assert_eq!(c.sh("echo one > /file; echo two > /file; cat /file"), "two");
+    pod.remove().unwrap();
+}
+
 #[test]
 fn each_machine_has_a_user_of_its_own_also_after_kill_9_of_the_daemon() {
     if !able() {

@@ -1,6 +1,7 @@
 //! Pods without a share (`share = "none"`): root file systems are disks, small files are copied.
 
-use crate::vmm::{HANDLER, Settings, machine};
+use crate::vmm::{HANDLER, Settings, log, machine, strangers};
+use crate::vmm_pool::{Filled, number, pooled};
 use crate::vmm_q35::q35_and;
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, skip, switch, wait_for};
@@ -12,11 +13,17 @@ use std::time::Duration;
 const BLOCK: &str = "kuasar-vmm-block";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The daemon without shares; nothing, and a note, where that does not run.
-fn without_share() -> Option<Settings> {
+fn blockfile() -> bool {
     let config = std::fs::read_to_string(bed().join("etc/config.toml")).unwrap_or_default();
     if !config.contains(BLOCK) {
         skip("no blockfile snapshotter in the test bed: mkfs.ext4 is missing");
+    }
+    config.contains(BLOCK)
+}
+
+/// The daemon without shares; nothing, and a note, where that does not run.
+fn without_share() -> Option<Settings> {
+    if !blockfile() {
         return None;
     }
     q35_and("share = \"none\"\n", "[copy]\nmax_files = 16\ntermination_log_bytes = 20\n")
@@ -161,4 +168,41 @@ fn a_root_file_system_of_directories_is_refused_without_a_share_with_the_way_out
     assert!(error.message().contains("snapshotter = \"blockfile\""), "{error:?}");
     assert_eq!(left_of(&c.id), Vec::<PathBuf>::new());
     pod.remove().unwrap();
+}
+
+#[test]
+fn pods_of_a_template_and_of_the_pool_have_no_share_and_all_that_is_copied() {
+    if !blockfile() {
+        return;
+    }
+    let from = log().len();
+    let Some(filled) = Filled::on("share = \"none\"\n", "noshare-pool", 1, "") else { return };
+    let helpers = pooled();
+    assert!(helpers.iter().all(|(_, name)| name != "virtiofsd"), "{helpers:?}");
+    let run = |name: &str| Pod::try_run(pod_config(name), BLOCK).unwrap();
+    // One from the pool, and one that is copied for itself: the next of the pool takes longer.
+    let taken = number("taken");
+    let pods = [run("noshare-taken"), run("noshare-copied")];
+    assert!(number("taken") > taken);
+    assert!(!log()[from..].contains("boots cold"), "{}", &log()[from..]);
+    drop(strangers([&pods[0], &pods[1]]));
+    for pod in &pods {
+        assert!(machine(pod).iter().all(|(_, name)| name != "virtiofsd"), "{:?}", machine(pod));
+        let of_pod = PathBuf::from(&pod.config.log_directory).join("pods/uid/volumes");
+        let given = Volume::new(of_pod.join("kubernetes.io~configmap/v"));
+        given.write("..1", &[("key", "one")]);
+        // More than one message to the guest.
+        let large = of_pod.join("kubernetes.io~projected/large");
+        std::fs::create_dir_all(&large).unwrap();
+        std::fs::write(large.join("file"), vec![b'x'; 600_000]).unwrap();
+        let c = pod.start_with(&["sleep", "1000"], |c| {
+            c.mounts = vec![mount(&given.0, "/config", true), mount(&large, "/large", true)];
+        });
+        assert_eq!(c.sh("hostname; cat /config/key"), format!("{}\none", pod.config.hostname));
+        assert_eq!(c.sh("wc -c < /large/file; tr -d x < /large/file | wc -c"), "600000\n0");
+        given.write("..2", &[("key", "two")]);
+        wait_for("the update is seen", PATIENCE, || c.sh("cat /config/key") == "two");
+    }
+    pods.into_iter().for_each(|pod| pod.remove().unwrap());
+    drop(filled);
 }

@@ -3,7 +3,7 @@
 
 use crate::ctl::{ctl_on, out};
 use crate::vmm::{HANDLER, Settings, kill, log, machine, machine_dirs, strangers, vmm_pid};
-use crate::vmm_q35::{netns, pod, template, with_templates_and};
+use crate::vmm_q35::{netns, pod, template, with_templates_on};
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, daemon_pid, inside, switch, wait_for};
 use std::collections::BTreeSet;
@@ -11,20 +11,27 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const VMM: [(&str, &str); 1] = [("KIND", "vmm")];
+/// Processes of a machine: the VMM, two virtiofsd, the vsock helper.
+const MACHINE: usize = 4;
 /// A template is made by a boot, and a copy for the pool comes from it.
 const FILLED: Duration = Duration::from_secs(240);
 
 /// A daemon with a pool of `size`, which is full; `lines` come below `[template]`.
-struct Filled {
+pub(crate) struct Filled {
     dir: PathBuf,
     settings: Option<Settings>,
 }
 
 impl Filled {
     fn with(name: &str, size: usize, lines: &str) -> Option<Self> {
+        Self::on("", name, size, lines)
+    }
+
+    /// The same, with lines above all tables, too.
+    pub(crate) fn on(top: &str, name: &str, size: usize, lines: &str) -> Option<Self> {
         // The refill of a test is that of the next one.
         let lines = format!("pool = {size}\nrefill = \"200ms\"\n{lines}");
-        let (dir, settings) = with_templates_and(name, &lines)?;
+        let (dir, settings) = with_templates_on(top, name, &lines)?;
         let filled = Self { dir, settings: Some(settings) };
         wait_for("the pool is full", FILLED, || number("ready") == size as u64);
         Some(filled)
@@ -42,12 +49,12 @@ impl Drop for Filled {
     }
 }
 
-fn number(key: &str) -> u64 {
+pub(crate) fn number(key: &str) -> u64 {
     template(&["list"]).0["pool"][key].as_u64().unwrap_or_default()
 }
 
 /// Pids of the pool's programs, by the cgroup that they are in until a pod has them.
-fn pooled() -> BTreeSet<(u32, String)> {
+pub(crate) fn pooled() -> BTreeSet<(u32, String)> {
     let mut all = BTreeSet::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -105,10 +112,10 @@ fn is_jailed(pod: &Pod) {
     for what in ["mnt", "pid", "ipc", "uts"] {
         assert_ne!(link(pid, what), link(std::process::id(), what), "{what}");
     }
-    // VMM and both helpers are in the pod's cgroup: in each hierarchy that has one.
+    // VMM and all helpers are in the pod's cgroup: in each hierarchy that has one.
     let group = format!("machine-{}", pod.id);
     let all = machine(pod);
-    assert_eq!(all.len(), 3, "{all:?}");
+    assert_eq!(all.len(), MACHINE, "{all:?}");
     for (pid, name) in all {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         assert!(!text.contains("/kuasar-vmm/pool"), "{name}: {text}");
@@ -120,7 +127,7 @@ fn is_jailed(pod: &Pod) {
 fn pods_take_ready_machines_and_share_no_identity() {
     let Some(_filled) = Filled::with("pool-take", 2, "") else { return };
     let ready = pooled();
-    assert_eq!(ready.len(), 6, "{ready:?}");
+    assert_eq!(ready.len(), 2 * MACHINE, "{ready:?}");
     let from = log().len();
     let begun = Instant::now();
     let one = pod("pool-one");

@@ -218,10 +218,15 @@ fn with_templates(name: &str) -> Option<(PathBuf, Settings)> {
 
 /// The same, with these lines more below `[template]` and behind it.
 pub(crate) fn with_templates_and(name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
+    with_templates_on("", name, lines)
+}
+
+/// The same, with lines above all tables, too.
+pub(crate) fn with_templates_on(top: &str, name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
     let dir = bed().join("run").join(name);
     let _ = std::fs::remove_dir_all(&dir);
-    let settings =
-        q35(&format!("[template]\nenabled = true\ndir = \"{}\"\n{lines}\n", dir.display()))?;
+    let below = format!("[template]\nenabled = true\ndir = \"{}\"\n{lines}\n", dir.display());
+    let settings = q35_and(top, &below)?;
     // Where templates are counts from a daemon's start.
     let vmm = [("KIND", "vmm")];
     kuasar_tests::switch(&["daemon", "stop"], &vmm);

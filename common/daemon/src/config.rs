@@ -97,6 +97,29 @@ pub fn load_with_common<T: DeserializeOwned>(
     Ok((finish(common, &files)?, finish(own, &files)?))
 }
 
+/// As [`load_with_common`], and checked; `adopt` has the daemon's own part take what it needs of the common
+/// keys before.
+///
+/// # Errors
+/// A text that names file, line and key.
+pub fn load_checked<T: DeserializeOwned>(
+    file: Option<&Path>,
+    adopt: impl FnOnce(&CommonConfig, &mut T),
+    check: impl FnOnce(&T) -> Result<(), String>,
+) -> Result<(CommonConfig, T), String> {
+    let loaded = load_with_common::<T>(file);
+    let (common, mut own) = loaded.map_err(|error| match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    })?;
+    adopt(&common, &mut own);
+    common.check().and_then(|()| check(&own)).map_err(|reason| {
+        let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
+        format!("{file}{reason}")
+    })?;
+    Ok((common, own))
+}
+
 /// What `file` and the drop-ins beside it say together, unchecked; nothing without a file.
 ///
 /// # Errors

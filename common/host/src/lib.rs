@@ -1,6 +1,7 @@
 //! What sandboxers do to a host: cgroups, mounts, namespaces, safe paths, durable records and
 //! lossless edits of OCI specs. Synchronous; callers move blocking work off their async threads.
 
+pub mod capability;
 pub mod cgroup;
 pub mod dns;
 pub mod duration;
@@ -18,6 +19,7 @@ pub mod socket;
 pub mod spec;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod xattr;
 
 use std::path::PathBuf;
 

@@ -37,7 +37,16 @@ pub async fn run(
     log: &Path,
     limit: Duration,
 ) -> Result<u64, Unfinished> {
-    run_in(processes, argv, fds, None, log, limit).await
+    run_in(processes, argv, fds, None, log, limit).await.map(|done| done.since)
+}
+
+/// What a command that has ended well leaves behind.
+#[derive(Debug, Clone, Copy)]
+pub struct Done {
+    /// The number from which on exits can be those of what it leaves behind ([`Processes::watch`]).
+    pub since: u64,
+    /// See [`Spawned::watched`](crate::processes::Spawned::watched).
+    pub watched: Option<u64>,
 }
 
 /// The same for a program that makes a process which is to be in this place.
@@ -51,7 +60,7 @@ pub async fn run_in(
     place: Option<Place>,
     log: &Path,
     limit: Duration,
-) -> Result<u64, Unfinished> {
+) -> Result<Done, Unfinished> {
     let _ = std::fs::remove_file(log);
     let cookie = new_cookie();
     let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
@@ -73,7 +82,7 @@ pub async fn run_in(
     };
     processes.acknowledge(cookie).await;
     if exit.status == 0 {
-        return Ok(spawned.since);
+        return Ok(Done { since: spawned.since, watched: spawned.watched });
     }
     let words = last_error(log)
         .unwrap_or_else(|| format!("it ended with status {} and no message", exit.status));
@@ -98,8 +107,12 @@ fn last_error(log: &Path) -> Option<String> {
             Err(_) => {}
         }
     }
-    // Part of it may be a container's words: bounded, and in one line.
-    last.map(|text| text.chars().filter(|c| !c.is_control()).take(2000).collect())
+    last.as_deref().map(one_line)
+}
+
+/// What may be a container's words, in part: bounded, and in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(2000).collect()
 }
 
 #[cfg(test)]

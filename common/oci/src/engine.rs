@@ -16,8 +16,9 @@ use containerd_task::error::{Error, Result};
 use kuasar_host::cgroup::{Layout, Warmer};
 use kuasar_host::live::Live;
 use serde::Deserialize;
+use tokio::io::AsyncReadExt;
 
-use crate::command::{self, Unfinished};
+use crate::command::{self, Done, Unfinished};
 use crate::control::{Control, OnHost};
 use crate::observer::Observer;
 use crate::processes::{Place, Processes};
@@ -155,6 +156,8 @@ pub struct Left {
     pub pid: u32,
     /// For [`Processes::watch`].
     pub since: u64,
+    /// The cookie under which it is watched already.
+    pub watched: Option<u64>,
 }
 
 impl Engines {
@@ -309,7 +312,7 @@ impl Engine {
         };
         fds.extend(passed.iter().copied().map(Some));
         let limit = self.all.limits().create;
-        let since = self.run_in(dir, words, fds, place, limit).await?;
+        let Done { since, watched } = self.run_in(dir, words, fds, place, limit).await?;
         let pid = std::fs::read_to_string(pid_file).map_err(|error| {
             Error::internal(format!("engine {} left no pid file", self.name), error)
         })?;
@@ -319,13 +322,15 @@ impl Engine {
                 format!("not a pid: {pid:?}"),
             )
         })?;
-        Ok(Left { pid, since })
+        Ok(Left { pid, since, watched })
     }
 
     /// Lets a created container run.
     pub async fn start(&self, dir: &Path, id: &str, has_hooks: bool) -> Result<()> {
         if self.is_builtin() && !has_hooks {
-            return executed(id, start_builtin(dir, id)?, self.all.limits().other).await;
+            let limit = self.all.limits().other;
+            let reason = executed(id, start_builtin(dir, id)?, limit).await;
+            return reason.map_or(Ok(()), |reason| Err(self.failed("start", &reason)));
         }
         self.run(dir, vec!["start".into(), id.into()], Vec::new(), self.all.limits().other)
             .await
@@ -357,11 +362,11 @@ impl Engine {
         words: Vec<String>,
         fds: Vec<Option<BorrowedFd<'_>>>,
         limit: Duration,
-    ) -> Result<u64> {
+    ) -> Result<Done> {
         self.run_in(dir, words, fds, None, limit).await
     }
 
-    /// Runs the engine and waits for its end; answers the number for `watch`.
+    /// Runs the engine and waits for its end.
     async fn run_in(
         &self,
         dir: &Path,
@@ -369,7 +374,7 @@ impl Engine {
         fds: Vec<Option<BorrowedFd<'_>>>,
         place: Option<Place>,
         limit: Duration,
-    ) -> Result<u64> {
+    ) -> Result<Done> {
         let verb = words.first().cloned().unwrap_or_default();
         let log = dir.join("engine.log");
         let mut argv = match &self.cli {
@@ -398,7 +403,7 @@ impl Engine {
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
         let processes = &self.all.backend.processes;
         let reason = match command::run_in(processes, argv, fds, place, &log, limit).await {
-            Ok(since) => return Ok(since),
+            Ok(done) => return Ok(done),
             Err(Unfinished::Failed(reason)) => reason,
             Err(Unfinished::Spawn(error)) => {
                 return Err(Error::internal(format!("run engine {}", self.name), error));
@@ -413,7 +418,11 @@ impl Engine {
                 )));
             }
         };
-        let message = format!("OCI runtime {verb} failed: {}: {reason}", self.name);
+        Err(self.failed(&verb, &reason))
+    }
+
+    /// What `verb` could not be done for, in the engine's words.
+    fn failed(&self, verb: &str, reason: &str) -> Error {
         // The image or the pod asks for a command that is not there: not the node's fault.
         let theirs = [
             "executable file not found",
@@ -422,12 +431,12 @@ impl Engine {
             "is a directory",
         ];
         if reason.contains("exec: ") && theirs.iter().any(|words| reason.contains(words)) {
-            return Err(Error::InvalidArgument(message));
+            return Error::InvalidArgument(format!(
+                "OCI runtime {verb} failed: {}: {reason}",
+                self.name
+            ));
         }
-        Err(Error::internal(
-            format!("OCI runtime {verb} failed"),
-            format!("{}: {reason}", self.name),
-        ))
+        Error::internal(format!("OCI runtime {verb} failed"), format!("{}: {reason}", self.name))
     }
 }
 
@@ -459,28 +468,32 @@ fn start_builtin(dir: &Path, id: &str) -> Result<std::os::unix::net::UnixStream>
     Ok(stream)
 }
 
+/// Most bytes of what an init says that cannot become its program.
+const MAX_REASON: usize = 4096;
+
 /// Waits until a started init has become its program: its end of the connection goes with the
 /// execve. Before that a signal would meet the engine, as process 1 of its namespace without a
 /// handler, and be lost; whoever starts and then stops a container means the program. An init that
-/// is not there within `limit` (a frozen one) is started all the same.
-async fn executed(id: &str, stream: std::os::unix::net::UnixStream, limit: Duration) -> Result<()> {
+/// is not there within `limit` (a frozen one) is started all the same. Answers why it could not become its
+/// program, where it says that; these are words from inside of the container.
+async fn executed(
+    id: &str,
+    stream: std::os::unix::net::UnixStream,
+    limit: Duration,
+) -> Option<String> {
+    let mut said = Vec::new();
     let wait = async {
         stream.set_nonblocking(true)?;
         let stream = tokio::net::UnixStream::from_std(stream)?;
-        loop {
-            stream.readable().await?;
-            match stream.try_read(&mut [0; 16]) {
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                other => return other.map(drop),
-            }
-        }
+        let mut stream = stream.take(MAX_REASON as u64);
+        stream.read_to_end(&mut said).await
     };
     match tokio::time::timeout(limit, wait).await {
-        Ok(Ok(())) => {}
+        Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::debug!(container = id, %error, "cannot wait for its execve"),
         Err(_) => tracing::debug!(container = id, "its init has not become the program yet"),
     }
-    Ok(())
+    Some(command::one_line(&String::from_utf8_lossy(&said))).filter(|words| !words.is_empty())
 }
 
 #[cfg(test)]
@@ -505,10 +518,17 @@ mod tests {
         }
         assert!(!start.is_finished(), "its init is the engine still");
         drop(theirs);
-        start.await.unwrap().unwrap();
+        assert_eq!(start.await.unwrap(), None);
         // One that never gets there is not waited for beyond the limit.
         let stream = start_builtin(dir.path(), "c").unwrap();
         let (_theirs, _) = listener.accept().unwrap();
-        executed("c", stream, Duration::from_millis(1)).await.unwrap();
+        assert_eq!(executed("c", stream, Duration::from_millis(1)).await, None);
+        // One that cannot get there says why, in one line.
+        let stream = start_builtin(dir.path(), "c").unwrap();
+        let (mut theirs, _) = listener.accept().unwrap();
+        std::io::Write::write_all(&mut theirs, b"exec: no \nmodule\n").unwrap();
+        drop(theirs);
+        let said = executed("c", stream, limit).await;
+        assert_eq!(said.as_deref(), Some("exec: no module"));
     }
 }

@@ -42,6 +42,9 @@ pub struct Place {
     pub resources: Value,
     /// Namespaces that are made for it.
     pub namespaces: CloneFlags,
+    /// Under which cookie its exit is kept by who makes it: as by [`Processes::watch`], and before the
+    /// command counts as ended. Who cannot do that says so in [`Spawned::watched`].
+    pub cookie: u64,
 }
 
 impl Place {
@@ -70,7 +73,7 @@ impl Place {
         }
         let cgroup = linux.get("cgroupsPath")?.as_str()?.to_owned();
         let resources = linux.get("resources").cloned().unwrap_or(Value::Null);
-        Some(Self { cgroup, resources, namespaces })
+        Some(Self { cgroup, resources, namespaces, cookie: new_cookie() })
     }
 }
 
@@ -83,6 +86,8 @@ pub struct Spawned {
     pub pidfd: OwnedFd,
     /// Exits that it causes have this number or a later one.
     pub since: u64,
+    /// [`Place::cookie`], when the process that is made is watched as soon as the command has ended well.
+    pub watched: Option<u64>,
 }
 
 /// Runs programs, and keeps exits until they are recorded elsewhere.
@@ -136,7 +141,7 @@ mod parent {
         async fn spawn(&self, command: Command<'_>) -> Result<Spawned, Failure> {
             let Command { argv, env, fds, cookie, place: _ } = command;
             let made = Parent::spawn(self, Spawn { argv, env, fds, cookie }).await?;
-            Ok(Spawned { pid: made.pid, pidfd: made.pidfd, since: made.since })
+            Ok(Spawned { pid: made.pid, pidfd: made.pidfd, since: made.since, watched: None })
         }
 
         async fn watch(&self, pid: u32, since: u64, cookie: u64) -> Result<(), Failure> {

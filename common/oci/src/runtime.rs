@@ -125,11 +125,13 @@ impl Containers {
 
     /// Follows a process that an engine has left behind.
     async fn follow(&self, left: Left) -> Result<(u64, BoxFuture<'static, Exit>)> {
-        let cookie = new_cookie();
-        self.processes()
-            .watch(left.pid, left.since, cookie)
-            .await
-            .map_err(|error| Error::internal("watch the process", error))?;
+        let cookie = left.watched.unwrap_or_else(new_cookie);
+        if left.watched.is_none() {
+            self.processes()
+                .watch(left.pid, left.since, cookie)
+                .await
+                .map_err(|error| Error::internal("watch the process", error))?;
+        }
         Ok((cookie, self.exit_of(cookie, left.pid)))
     }
 
@@ -154,13 +156,15 @@ impl Containers {
         })
     }
 
-    /// Prepares bundle, rootfs and spec; synchronous work in one go.
+    /// Prepares bundle, rootfs and spec; synchronous work in one go. A spec that is not final yet is
+    /// not written.
     fn prepare(
         observer: &dyn Observer,
         pod: &Pod,
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
+        is_final: bool,
     ) -> Result<Prepared> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
@@ -168,6 +172,9 @@ impl Containers {
         let rootfs = request.bundle.join("rootfs");
         let (value, passed, cgroup) =
             Self::spec(pod, engine, &request.id, &request.bundle, terminal)?;
+        if is_final {
+            write_spec(&dir, &value)?;
+        }
         let hooks = value.pointer("/hooks").and_then(Value::as_object);
         let meta = Meta {
             engine: engine.name().into(),
@@ -204,8 +211,7 @@ impl Containers {
         Ok(Prepared { meta, passed, spec: value })
     }
 
-    /// Writes the spec as the engine gets it; answers it, the descriptors to pass on and the path
-    /// of the cgroup.
+    /// The spec as the engine gets it, the descriptors to pass on and the path of the cgroup.
     fn spec(
         pod: &Pod,
         engine: &Engine,
@@ -228,7 +234,6 @@ impl Containers {
             checkpoint::annotate(&mut value, &dir);
         }
         let cgroup = cgroup_path(&mut value, pod, id, engine)?;
-        write_spec(&dir, &value)?;
         Ok((value, passed, cgroup))
     }
 
@@ -252,7 +257,8 @@ impl Containers {
         let (engine_too, at) = (engine.clone(), dir.clone());
         let command = blocking(move || {
             // Anew: it names descriptors of this very process.
-            Self::spec(&pod, &engine_too, &id, &from.bundle, terminal)?;
+            let (value, ..) = Self::spec(&pod, &engine_too, &id, &from.bundle, terminal)?;
+            write_spec(&at, &value)?;
             checkpoint::restore(&at, &from.checkpoint, given)
         })
         .await?;
@@ -306,13 +312,17 @@ impl Containers {
             descriptor: FIRST_FD + i32::try_from(passed).unwrap_or_default(),
         };
         let chosen = payloads.choose(&candidate, &mut spec).await?;
+        let engine = self.engine(&chosen.engine)?;
+        // What is recorded already removes whatever an engine of the same kind has made.
+        let other_kind = engine.is_builtin() != self.engine(&meta.engine)?.is_builtin();
         meta.engine = chosen.engine;
-        let engine = self.engine(&meta.engine)?;
         let place = if engine.wants_place() { Place::of(&spec) } else { None };
-        // Two small files in memory: not worth another thread.
+        // Small files in memory: not worth another thread.
         let dir = self.pod.container(&request.id);
         write_spec(&dir, &spec)?;
-        save(&dir, meta)?;
+        if other_kind {
+            save(&dir, meta)?;
+        }
         Ok((engine, chosen.descriptors, place))
     }
 
@@ -322,8 +332,9 @@ impl Containers {
         let (pod, wanted) = (self.pod.clone(), request.clone());
         let terminal = terminal_of(&io);
         let (engine_too, observer) = (engine.clone(), self.observer().clone());
+        let is_final = self.payloads.is_none();
         let Prepared { mut meta, passed, spec } = blocking(move || {
-            Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal)
+            Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal, is_final)
         })
         .await?;
         let dir = self.pod.container(&request.id);
@@ -459,7 +470,7 @@ impl Runtime for Containers {
         let result = blocking(move || {
             checkpoint::check(wanted.checkpoint.as_deref().unwrap_or(Path::new("")))?;
             let terminal = wanted.terminal.then_some(None);
-            Self::prepare(observer.as_ref(), &pod, &engine, &wanted, terminal).map(drop)
+            Self::prepare(observer.as_ref(), &pod, &engine, &wanted, terminal, true).map(drop)
         })
         .await;
         if result.is_err() {

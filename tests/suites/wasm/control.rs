@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use kuasar_tests::cri::*;
 use kuasar_tests::settings::Settings;
-use kuasar_tests::{bed, cri, daemon_pid, inside, leaks, switch, wait_for};
+use kuasar_tests::{bed, cri, daemon_pid, inside, leaks, skip, switch, wait_for};
 
 use super::*;
 
@@ -195,12 +195,63 @@ fn a_worker_that_is_killed_is_replaced() {
     assert!(c.is_running());
 }
 
+#[test]
+fn the_next_container_is_a_process_that_waits_for_it() {
+    let Some(_on) = handler() else { return };
+    if inside(&["test", "-e", "/sys/fs/cgroup/cgroup.controllers"]).status.success() {
+        return skip("on cgroup v2 a process is made in its group");
+    }
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("wasm-spare"));
+    let first = start(&pod, &["/sleep.wasm"]);
+    let next = spare();
+    let second = start(&pod, &["/sleep.wasm"]);
+    assert_eq!(second.pid(), next);
+    // It is no promise: one that has gone is no loss, and a container that wants other namespaces gets
+    // its own process.
+    let gone = spare();
+    assert_ne!(gone, next);
+    let kill = std::process::Command::new("kill").args(["-KILL", &gone.to_string()]).status();
+    assert!(kill.unwrap().success());
+    assert_eq!(start(&pod, &["/exit7.wasm"]).wait(), 7);
+    let waiting = spare();
+    let mut shared = pod_config("wasm-spare-host");
+    let security = shared.linux.get_or_insert_default().security_context.get_or_insert_default();
+    security.namespace_options.get_or_insert_default().pid = NamespaceMode::Node as i32;
+    let other = Pod::run(shared);
+    let c = other.start_with(&["/sleep.wasm"], |config| {
+        image(config);
+        let linux = config.linux.get_or_insert_default();
+        let security = linux.security_context.get_or_insert_default();
+        security.namespace_options.get_or_insert_default().pid = NamespaceMode::Node as i32;
+    });
+    assert_ne!(c.pid(), waiting);
+    assert!(first.is_running() && second.is_running() && c.is_running());
+    other.remove().unwrap();
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+/// The process that waits to be the next container.
+fn spare() -> u32 {
+    let mut found = None;
+    wait_for("there is a spare process", SOON, || {
+        found = named("wasm-spare");
+        found.is_some()
+    });
+    found.unwrap()
+}
+
 /// The warm worker's pid.
 fn worker() -> Option<u32> {
+    named("wasm-zygote")
+}
+
+fn named(wanted: &str) -> Option<u32> {
     std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-        (name.trim() == "wasm-zygote" && parent_is_ours(pid)).then_some(pid)
+        (name.trim() == wanted && parent_is_ours(pid)).then_some(pid)
     })
 }
 

@@ -49,6 +49,10 @@ pub const SERIAL_PORT: &str = "org.kuasar.agent.0";
 pub const SHARE_TAG: &str = "kuasar";
 /// Where the guest mounts it.
 pub const SHARE_PATH: &str = "/run/kuasar/share";
+/// Tag of the share of the containers' root file systems, where they have one of their own.
+pub const ROOTS_TAG: &str = "kuasar-roots";
+/// Where the guest mounts it.
+pub const ROOTS_PATH: &str = "/run/kuasar/roots";
 /// Where the guest has copies of the host's files, in a pod without a share.
 pub const FILES_PATH: &str = "/run/kuasar/files";
 /// Type URL of [`guest::Container`] in the options of a Task.Create.

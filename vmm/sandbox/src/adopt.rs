@@ -70,8 +70,8 @@ impl VmmSandboxer {
         }
         let before = state.clone();
         // A machine may fail at this moment, and the next one not; each is tried once.
-        while let Some((key, change)) = self.fitting(driver, spec).await? {
-            let Some((pooled, idle)) = self.pool.take(&key).await else { continue };
+        while let Some((key, change)) = self.fitting(driver, spec, before.share).await? {
+            let Some((pooled, idle)) = self.pool.take(&key, before.share).await else { continue };
             let begun = Instant::now();
             let adopted = self.adopt(ctx, config, state, &pooled, idle, (spec, &change), cgroup);
             match adopted.await {
@@ -98,8 +98,9 @@ impl VmmSandboxer {
         &self,
         driver: &Arc<dyn Vmm>,
         spec: &VmSpec,
+        share: ShareBy,
     ) -> Result<Option<(String, Change)>> {
-        for (key, cpus, memory_mib) in self.pool.kinds() {
+        for (key, cpus, memory_mib) in self.pool.kinds(share) {
             let Some(change) = change(&**driver, spec, cpus, memory_mib) else { continue };
             // The same but for its size.
             let like = VmSpec { cpus, memory_mib, nics: Vec::new(), ..spec.clone() };

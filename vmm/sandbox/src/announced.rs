@@ -210,7 +210,8 @@ impl Announced {
             true => given.clone(),
             false => Stdio { stdin: String::new(), ..given.clone() },
         };
-        let (io, prepared) = engine::open(&ours, &io_name(name), &**keeper).await?;
+        let (io, mut prepared) = engine::open(&ours, &io_name(name))?;
+        prepared.keep(&**keeper).await?;
         let (ends, _, terminal) = ends(io, container, exec);
         for (which, kind, fd, direction) in ends {
             let guest = self.containers.guest.stream(container, exec, kind).await?;

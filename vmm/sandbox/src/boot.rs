@@ -49,6 +49,13 @@ pub(crate) fn share_of(features: Features, configured: ShareBy) -> ShareBy {
     }
 }
 
+/// The same by a configuration: whether root file systems are shared apart.
+pub(crate) fn files_by(features: Features, config: &Config) -> ShareBy {
+    let by = share_of(features, config.share);
+    let apart = config.helpers.root_cache != config.helpers.cache;
+    if by == ShareBy::Virtiofs && apart { ShareBy::Roots } else { by }
+}
+
 /// Whether pods can be machines of this VMM; said before anything is made.
 pub(crate) fn serves_pods(driver: &dyn Vmm, configured: ShareBy) -> Result<()> {
     let lacks = |feature| !driver.features().has(feature);
@@ -90,12 +97,15 @@ pub(crate) fn plain(
             fstype: "erofs".into(),
         },
     };
-    let shares = share_of(features, config.share).kind().map(|kind| Share {
-        tag: vmm_common::SHARE_TAG.into(),
-        dir: share,
-        kind,
-        read_only: false,
-    });
+    let by = files_by(features, config);
+    let tree = |tag: &str, cache| {
+        let (tag, dir) = (tag.to_owned(), share.clone());
+        by.kind().map(|kind| Share { tag, dir, kind, read_only: false, cache })
+    };
+    let roots = (by == ShareBy::Roots)
+        .then(|| tree(vmm_common::ROOTS_TAG, config.helpers.root_cache))
+        .flatten();
+    let shares = tree(vmm_common::SHARE_TAG, config.helpers.cache).into_iter().chain(roots);
     let (more_cpus, more_memory) = config.size.growth(cpus, memory);
     let range = |feature, range: Range| {
         if features.has(feature) { range } else { Range::fixed(range.at_boot) }
@@ -107,7 +117,7 @@ pub(crate) fn plain(
         memory_mib: range(Feature::MemoryResize, more_memory),
         hugepages: config.size.hugepages,
         boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
-        shares: shares.into_iter().collect(),
+        shares: shares.collect(),
         nics: Vec::new(),
         disks: Vec::new(),
         // The driver's affair: see [`channel::give`].

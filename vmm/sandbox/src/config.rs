@@ -83,27 +83,41 @@ pub enum ShareBy {
     Ninep,
     /// Not at all: root file systems are disks, and small files are copied ([`crate::copy`]).
     None,
+    /// By two virtiofsd: one for root file systems, which nobody changes but the guest, and one for
+    /// volumes. Follows from the caches of both ([`HelpersConfig::root_cache`]).
+    #[serde(rename = "virtiofs-roots")]
+    Roots,
+}
+
+/// How the files of a container reach its guest.
+#[derive(Debug, Clone, Default)]
+pub struct Sharing {
+    /// Limits of what is copied, in a pod without a share.
+    pub copying: Option<CopyConfig>,
+    /// Whether root file systems have a share of their own.
+    pub roots: bool,
 }
 
 impl ShareBy {
     /// As drivers name it.
     pub fn kind(self) -> Option<ShareKind> {
         match self {
-            Self::Virtiofs => Some(ShareKind::Virtiofs),
+            Self::Virtiofs | Self::Roots => Some(ShareKind::Virtiofs),
             Self::Ninep => Some(ShareKind::Ninep),
             Self::None => None,
         }
     }
 
-    /// Limits of what is copied in place of being shared.
-    pub fn copying(self, config: &Config) -> Option<CopyConfig> {
-        (self == Self::None).then(|| config.copy.clone())
+    /// What that means for a container's files.
+    pub fn sharing(self, config: &Config) -> Sharing {
+        let copying = (self == Self::None).then(|| config.copy.clone());
+        Sharing { copying, roots: self == Self::Roots }
     }
 
     /// Options of the guest's mount.
     pub fn options(self) -> Vec<String> {
         match self {
-            Self::Virtiofs | Self::None => Vec::new(),
+            Self::Virtiofs | Self::Roots | Self::None => Vec::new(),
             // Without it no file can be mapped that is shared and written to
             // (Linux, filesystems/9p).
             Self::Ninep => vec!["cache=mmap".into()],
@@ -113,7 +127,7 @@ impl ShareBy {
     /// As the guest's agent names the file system.
     pub fn file_system(self) -> &'static str {
         match self {
-            Self::Virtiofs => "virtiofs",
+            Self::Virtiofs | Self::Roots => "virtiofs",
             Self::Ninep => "9p",
             Self::None => "",
         }
@@ -442,18 +456,10 @@ impl Config {
     /// # Errors
     /// A text that names file, line and key.
     pub fn load(file: Option<&Path>) -> Result<(CommonConfig, Self), String> {
-        let loaded = kuasar_daemon::config::load_with_common::<Self>(file);
-        let (common, mut own) =
-            loaded.map_err(|error| match std::error::Error::source(&error) {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            })?;
-        own.heeds_annotation = common.heeds(VMM_ANNOTATION);
-        common.check().and_then(|()| own.check()).map_err(|reason| {
-            let file = file.map(|file| format!("{}: ", file.display())).unwrap_or_default();
-            format!("{file}{reason}")
-        })?;
-        Ok((common, own))
+        let adopt = |common: &CommonConfig, own: &mut Self| {
+            own.heeds_annotation = common.heeds(VMM_ANNOTATION);
+        };
+        kuasar_daemon::config::load_checked(file, adopt, Self::check)
     }
 
     /// What is wrong with it, in words that name the key.
@@ -502,6 +508,13 @@ impl Config {
         }
         if self.template.most == 0 || self.template.most > 64 {
             return Err(format!("template.most = {}: 1 to 64", self.template.most));
+        }
+        if self.share == ShareBy::Roots {
+            return Err(
+                "share = \"virtiofs-roots\": it follows from share = \"virtiofs\" and another \
+                        helpers.root_cache than helpers.cache"
+                    .into(),
+            );
         }
         let t = &self.template;
         if t.pool > MOST_POOLED {

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::boot::{CONSOLE, plain, share_of};
+use crate::boot::{CONSOLE, files_by, plain};
 use crate::channel::{self, Listener};
 use crate::config::{Config, ShareBy};
 use crate::drivers::Machinery;
@@ -80,6 +80,8 @@ pub(crate) struct Pooled {
     pub name: String,
     /// The template that it is a copy of.
     pub key: String,
+    /// How it gets a pod's files.
+    pub share: ShareBy,
     pub dir: PathBuf,
     pub user: Option<u32>,
     pub cpus: Range,
@@ -91,6 +93,10 @@ impl Pooled {
     /// The tree that its virtiofsd serves.
     pub fn tree(&self) -> ShareTree {
         ShareTree::new(&self.dir)
+    }
+
+    fn is(&self, key: &str, share: ShareBy) -> bool {
+        self.key == key && self.share == share
     }
 
     /// From now on it is not the pool's any more: whoever calls this has recorded it.
@@ -228,8 +234,8 @@ impl Pool {
                 self.retire(None).await;
                 return Look::Full;
             }
-            Ok(Some((spec, key))) => {
-                self.retire(Some(&key)).await;
+            Ok(Some((spec, key, share))) => {
+                self.retire(Some((&key, share))).await;
                 if self.state().ready.len() >= wanted as usize {
                     return Look::Full;
                 }
@@ -247,8 +253,9 @@ impl Pool {
         }
     }
 
-    /// A machine of the default size, and its template's name; nothing where there is no pool.
-    async fn template(&self, config: &Config) -> Result<Option<(VmSpec, String)>> {
+    /// A machine of the default size, its template's name, and how it gets files; nothing where there is no
+    /// pool.
+    async fn template(&self, config: &Config) -> Result<Option<(VmSpec, String, ShareBy)>> {
         let kind = config.vmm.kind();
         let (driver, _) = self.machinery.vmm(config, kind, None)?;
         let features = driver.features();
@@ -269,10 +276,10 @@ impl Pool {
         }
         self.state().hindrance = None;
         let spec = self.spec(config, &*driver, PREFIX, Path::new("/"))?;
-        let templates = self.machinery.templates.clone();
+        let (templates, share) = (self.machinery.templates.clone(), files_by(features, config));
         blocking(move || {
             let key = templates.key(&*driver, &spec).map_err(machine)?;
-            Ok(Some((spec, key)))
+            Ok(Some((spec, key, share)))
         })
         .await
     }
@@ -335,7 +342,8 @@ impl Pool {
         let group =
             self.machinery.cgroups.group(&self.cgroup()).map_err(host("the pool's cgroup"))?;
         let own = dir.to_owned();
-        let shared = share_of(driver.features(), config.share) != ShareBy::None;
+        let share = files_by(driver.features(), config);
+        let shared = share != ShareBy::None;
         blocking(move || {
             kuasar_host::record::private_dir(&own).map_err(host("make a machine's directory"))?;
             record(&own, None)?;
@@ -367,7 +375,7 @@ impl Pool {
             Ok(agent) => {
                 let (cpus, memory_mib) = (spec.cpus, spec.memory_mib);
                 let (name, key, dir) = (name.to_owned(), key.to_owned(), dir.to_owned());
-                let machine = Pooled { name, key, dir, user, cpus, memory_mib, vm };
+                let machine = Pooled { name, key, share, dir, user, cpus, memory_mib, vm };
                 Ok((machine, Idle { ready, agent }))
             }
             Err(error) => {
@@ -433,12 +441,12 @@ impl Pool {
         Ok(())
     }
 
-    /// What copies there are: template, CPUs and memory. One machine of each is enough to know
+    /// What copies there are that get files this way: template, CPUs and memory. One machine of each is enough to know
     /// whether it fits.
-    pub(crate) fn kinds(&self) -> Vec<(String, Range, Range)> {
+    pub(crate) fn kinds(&self, share: ShareBy) -> Vec<(String, Range, Range)> {
         let state = self.state();
         let mut all: Vec<(String, Range, Range)> = Vec::new();
-        for Entry { machine, .. } in &state.ready {
+        for Entry { machine, .. } in state.ready.iter().filter(|e| e.machine.share == share) {
             if all.iter().all(|(key, ..)| *key != machine.key) {
                 all.push((machine.key.clone(), machine.cpus, machine.memory_mib));
             }
@@ -446,12 +454,13 @@ impl Pool {
         all
     }
 
-    /// Takes a copy of template `key` out of the pool, for good: nobody else gets it.
-    pub(crate) async fn take(&self, key: &str) -> Option<(Arc<Pooled>, Idle)> {
+    /// Takes a copy of template `key` that gets files by `share` out of the pool, for good: nobody else
+    /// gets it.
+    pub(crate) async fn take(&self, key: &str, share: ShareBy) -> Option<(Arc<Pooled>, Idle)> {
         loop {
             let entry = {
                 let mut state = self.state();
-                let at = state.ready.iter().position(|entry| entry.machine.key == key)?;
+                let at = state.ready.iter().position(|entry| entry.machine.is(key, share))?;
                 let entry = state.ready.remove(at);
                 READY.set(&["vmm"], state.ready.len() as f64);
                 entry
@@ -476,13 +485,14 @@ impl Pool {
         self.count("missed", |counts| &mut counts.missed);
     }
 
-    /// Ends all machines but the copies of `key`.
-    async fn retire(&self, key: Option<&str>) {
+    /// Ends all machines but the copies of this template that get files this way.
+    async fn retire(&self, wanted: Option<(&str, ShareBy)>) {
         let old: Vec<Entry> = {
             let mut state = self.state();
             let all = std::mem::take(&mut state.ready);
-            let (stay, go) =
-                all.into_iter().partition(|entry| key == Some(entry.machine.key.as_str()));
+            let (stay, go) = all
+                .into_iter()
+                .partition(|entry| wanted.is_some_and(|(key, share)| entry.machine.is(key, share)));
             state.ready = stay;
             READY.set(&["vmm"], state.ready.len() as f64);
             go

@@ -12,9 +12,11 @@ use containerd_task::runtime::CreateContainer;
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::record;
 use serde::{Deserialize, Serialize};
+use vmm_common::{ROOTS_PATH, SHARE_PATH};
 
 use crate::block::{self, Disks, StorageConfig};
-use crate::copy::{Copied, CopyConfig, Wanted};
+use crate::config::Sharing;
+use crate::copy::{Copied, Wanted};
 use crate::share::ShareTree;
 use crate::spec::{self, Needs};
 
@@ -34,6 +36,8 @@ pub(crate) struct Meta {
 pub(crate) struct Prepared {
     /// For the guest.
     pub spec: Vec<u8>,
+    /// Where the guest sees the root file system, unless it is a disk.
+    pub root: String,
     pub needs: Needs,
     /// Not plugged in yet.
     pub disks: block::Opened,
@@ -47,8 +51,7 @@ pub(crate) struct Host {
     pod_dir: PathBuf,
     pid: u32,
     storage: StorageConfig,
-    /// Limits of what is copied, in a pod without a share.
-    copying: Option<CopyConfig>,
+    sharing: Sharing,
     pub share: ShareTree,
     pub disks: Disks,
 }
@@ -63,15 +66,14 @@ fn host(what: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error {
 
 impl Host {
     /// Of the pod whose private directory is `dir` and whose pid Start has answered.
-    /// `copying`: it has no share.
     pub fn new(
         dir: &Path,
         pid: u32,
         disks: Disks,
         storage: StorageConfig,
-        copying: Option<CopyConfig>,
+        sharing: Sharing,
     ) -> Self {
-        Self { pod_dir: dir.to_owned(), pid, storage, copying, share: ShareTree::new(dir), disks }
+        Self { pod_dir: dir.to_owned(), pid, storage, sharing, share: ShareTree::new(dir), disks }
     }
 
     /// A container's private directory.
@@ -116,7 +118,7 @@ impl Host {
         let Some(image) = block::Image::of(mounts)? else { return Ok(None) };
         let known = self.storage.filesystems.contains(&image.fstype);
         let disk = self.disks.pluggable() && known && self.storage.block_rootfs;
-        if !disk && !image.file && self.copying.is_none() {
+        if !disk && !image.file && self.sharing.copying.is_none() {
             // The host mounts it, and shares the files.
             return Ok(None);
         }
@@ -149,12 +151,13 @@ impl Host {
         let mut loaded = kuasar_host::spec::Spec::load(&source).map_err(host("read the bundle"))?;
         loaded.set_terminal(terminal);
         let mut value = std::mem::take(loaded.value_mut());
-        let needs = spec::edit(&mut value, id, self.pid, self.copying.as_ref())?;
+        let (place, root) = self.place_of_root(id)?;
+        let needs = spec::edit(&mut value, (id, &root), self.pid, self.sharing.copying.as_ref())?;
         if let (Some(first), false) = (needs.blocks.first(), self.disks.pluggable()) {
             return Err(self.disks.cannot(&format!("block volume {:.200}", first.path)));
         }
         let image = self.image(&request.rootfs)?;
-        if image.is_none() && self.copying.is_some() {
+        if image.is_none() && self.sharing.copying.is_some() {
             return Err(Error::FailedPrecondition(
                 "the container's root file system is a directory of the host, and this pod's machine \
                  has no share: give this runtime a block snapshotter (snapshotter = \"blockfile\"), or \
@@ -163,7 +166,7 @@ impl Host {
             ));
         }
         if image.is_none() {
-            self.share.add_rootfs(id, &request.rootfs, &request.bundle)?;
+            self.share.add_rootfs((id, &place), &request.rootfs, &request.bundle)?;
         }
         let disks = block::Opened::open(id, image, needs.blocks.clone())?;
         for (number, volume) in needs.volumes.iter().enumerate() {
@@ -186,7 +189,21 @@ impl Host {
         self.save(id, &meta)?;
         let spec =
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
-        Ok(Prepared { spec, needs, disks, meta })
+        Ok(Prepared { spec, root, needs, disks, meta })
+    }
+
+    /// Name of the directory in the pod's tree that gets a container's root file system, and where the
+    /// guest sees it. In a share that is cached for good a name is never used again: the guest may
+    /// know it still.
+    fn place_of_root(&self, id: &str) -> Result<(String, String)> {
+        if !self.sharing.roots {
+            return Ok((id.to_owned(), spec::rootfs(SHARE_PATH, id)));
+        }
+        let unique = crate::guest::random_hex(8);
+        let unique = unique.map_err(|error| Error::internal("name the rootfs", error))?;
+        let place = ShareTree::unique(id, &unique);
+        let root = spec::rootfs(ROOTS_PATH, &place);
+        Ok((place, root))
     }
 
     /// Disks that containers other than `id` have.

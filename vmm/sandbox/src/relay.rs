@@ -27,8 +27,9 @@ use std::time::Duration;
 use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, split};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use vmm_common::mux::{Incoming, Mux, MuxStream, STREAMS};
+use vmm_common::port;
 
 use crate::vmm::vsock::port_path;
 
@@ -107,6 +108,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 
 async fn run(arguments: Arguments) -> io::Result<()> {
     let Arguments { port, listen, uds } = arguments;
+    let lost = Arc::new(Notify::new());
     let port = std::os::unix::net::UnixStream::from(port);
     port.set_nonblocking(true)?;
     let port = UnixStream::from_std(port)?;
@@ -115,26 +117,35 @@ async fn run(arguments: Arguments) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
     let number = crate::guest::random_hex(8)?;
     let mux = Mux::host(u64::from_str_radix(&number, 16).map_err(io::Error::other)?);
-    tokio::join!(inwards(listener, &mux), outwards(&uds, &mux), async {
-        if let Err(error) = mux.run(port).await {
-            eprintln!("relay: the port: {error}");
+    let relaying = async {
+        tokio::join!(inwards(listener, &mux, &lost), outwards(&uds, &mux), async {
+            if let Err(error) = mux.run(port).await {
+                eprintln!("relay: the port: {error}");
+            }
+            // The machine has gone. Who watches it sees how; nobody is to see our end first.
+            std::future::pending::<()>().await;
+        });
+    };
+    tokio::select! {
+        () = relaying => Ok(()),
+        () = lost.notified() => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "the port has lost bytes of a process"))
         }
-        // The machine has gone. Who watches it sees how; nobody is to see our end first.
-        std::future::pending::<()>().await;
-    });
-    Ok(())
+    }
 }
 
-/// Streams of the host.
-async fn inwards(listener: UnixListener, mux: &Mux) {
+/// Streams of the host. `lost` is told when one of a process has lost bytes.
+async fn inwards(listener: UnixListener, mux: &Mux, lost: &Arc<Notify>) {
     let places = Arc::new(Semaphore::new(STREAMS));
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((socket, _)) => {
-                let mux = mux.clone();
+                let (mux, lost) = (mux.clone(), lost.clone());
                 tokio::spawn(async move {
-                    dial(socket, &mux).await;
+                    if dial(socket, &mux).await {
+                        lost.notify_one();
+                    }
                     drop(place);
                 });
             }
@@ -157,14 +168,14 @@ async fn asked(socket: &mut UnixStream) -> Option<u32> {
     std::str::from_utf8(&line).ok()?.strip_prefix("CONNECT ")?.parse().ok()
 }
 
-/// Hung up on, whoever dials knows that nobody listens.
-async fn dial(mut socket: UnixStream, mux: &Mux) {
-    let Ok(Some(port)) = tokio::time::timeout(GREETING, asked(&mut socket)).await else { return };
-    let Ok(Ok(stream)) = tokio::time::timeout(ACCEPT, mux.open(port)).await else { return };
+/// Hung up on, whoever dials knows that nobody listens. Answers whether bytes of a process were lost.
+async fn dial(mut socket: UnixStream, mux: &Mux) -> bool {
+    let asked = tokio::time::timeout(GREETING, asked(&mut socket)).await;
+    let Ok(Some(port)) = asked else { return false };
+    let Ok(Ok(stream)) = tokio::time::timeout(ACCEPT, mux.open(port)).await else { return false };
     let answer = format!("OK {}\n", stream.number());
-    if socket.write_all(answer.as_bytes()).await.is_ok() {
-        join(socket, stream).await;
-    }
+    let told = socket.write_all(answer.as_bytes()).await.is_ok();
+    told && join(socket, stream).await && port == port::STREAM
 }
 
 /// Streams of the guest.
@@ -185,9 +196,9 @@ async fn outwards(uds: &Path, mux: &Mux) {
 }
 
 /// Passes bytes and ends on, both ways, until both have come to their end, or the reader of what
-/// the guest sends has gone.
-async fn join(socket: UnixStream, stream: MuxStream) {
-    let stopped = stream.stopped();
+/// the guest sends has gone. Answers whether bytes were lost on the way.
+async fn join(socket: UnixStream, stream: MuxStream) -> bool {
+    let (stopped, lost) = (stream.stopped(), stream.lost());
     let (mut from_guest, mut to_guest) = split(stream);
     let (mut from_host, mut to_host) = socket.into_split();
     let inwards = async {
@@ -207,6 +218,7 @@ async fn join(socket: UnixStream, stream: MuxStream) {
     };
     // An error is the end of all of it.
     let _ = tokio::try_join!(inwards, outwards);
+    lost()
 }
 
 #[cfg(test)]
@@ -300,6 +312,62 @@ mod tests {
         let mut ours = ours.unwrap();
         assert_eq!(soon(ours.read(&mut [0; 1])).await.unwrap_or(0), 0);
         assert!(vsock::dial(&uds, 1025, SOON).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_port_that_loses_bytes_of_a_process_ends_the_relay_and_of_another_stream_that_alone()
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let uds = dir.path().join("v/s");
+        vsock::prepare(&uds, None).unwrap();
+        let listen = vsock::private(&uds, None).unwrap();
+        let (port, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let arguments = Arguments { port: port.into(), listen, uds: uds.clone() };
+        let running = tokio::spawn(run(arguments));
+        // What the guest writes is changed on its way when it is told so.
+        let (ours, between) = tokio::io::duplex(1 << 16);
+        let guest = Mux::guest();
+        let speaking = guest.clone();
+        tokio::spawn(async move { speaking.run(ours).await });
+        let change = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let changes = change.clone();
+        let (mut from_relay, mut to_relay) = UnixStream::from_std(theirs).unwrap().into_split();
+        let (mut from_guest, mut to_guest) = split(between);
+        tokio::spawn(async move { copy(&mut from_relay, &mut to_guest).await });
+        tokio::spawn(async move {
+            let mut bytes = vec![0; 1 << 16];
+            while let Ok(n @ 1..) = from_guest.read(&mut bytes).await {
+                if changes.swap(false, std::sync::atomic::Ordering::Relaxed) {
+                    bytes[n / 2] ^= 0x55;
+                }
+                to_relay.write_all(&bytes[..n]).await.unwrap();
+            }
+        });
+        soon(guest.sessions().wait_for(Option::is_some)).await.unwrap();
+        for (port, ends) in [(port::CONTROL, false), (port::STREAM, true)] {
+            let accept = async { guest.next().await.accept() };
+            let (host, mut theirs) =
+                soon(async { tokio::join!(vsock::dial(&uds, port, SOON), accept) }).await;
+            let mut host = host.unwrap();
+            theirs.write_all(b"whole").await.unwrap();
+            soon(host.read_exact(&mut [0; 5])).await.unwrap();
+            change.store(true, std::sync::atomic::Ordering::Relaxed);
+            theirs.write_all(b"changed").await.unwrap();
+            // It is missed when something follows it.
+            while change.load(std::sync::atomic::Ordering::Relaxed) {
+                tokio::task::yield_now().await;
+            }
+            theirs.write_all(b"more").await.unwrap();
+            assert_eq!(soon(host.read(&mut [0; 1])).await.unwrap_or(0), 0);
+            if !ends {
+                assert!(!running.is_finished());
+                continue;
+            }
+            drop(theirs);
+        }
+        let error = soon(running).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("lost bytes"), "{error}");
     }
 
     #[test]

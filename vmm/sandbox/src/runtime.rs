@@ -31,7 +31,7 @@ use vmm_common::guest as wire;
 use vmm_common::handshake::StreamKind;
 
 use crate::block::{Disks, StorageConfig};
-use crate::copy::CopyConfig;
+use crate::config::Sharing;
 use crate::copy::volumes::Volumes;
 use crate::guest::{Guest, service};
 use crate::prepare::{Host, Meta, Prepared};
@@ -107,20 +107,21 @@ pub(crate) fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String
 }
 
 impl Containers {
-    /// The containers of `pod` in `guest`, on a machine with these disks; `copying`: it has no share.
+    /// The containers of `pod` in `guest`, on a machine with these disks.
     pub fn new(
         pod: Pod,
         guest: Arc<Guest>,
         keeper: Arc<dyn Keeper>,
         disks: Disks,
         storage: StorageConfig,
-        copying: Option<CopyConfig>,
+        sharing: Sharing,
     ) -> Self {
-        let copies = copying
+        let copies = sharing
+            .copying
             .clone()
             .map(|config| Volumes::new(&pod.id, guest.clone(), keeper.clone(), config))
             .map(Arc::new);
-        let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage, copying));
+        let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage, sharing));
         let tasks = Tasks::new((**guest).clone(), service::TASK, pod.create);
         Self { pod, guest, tasks, keeper, host, copies, oom: Mutex::default() }
     }
@@ -148,7 +149,7 @@ impl Containers {
         terminal: bool,
     ) -> Result<(wire::Container, Meta)> {
         let (host, wanted) = (self.host.clone(), request.clone());
-        let Prepared { spec: text, needs, disks, meta } =
+        let Prepared { spec: text, root, needs, disks, meta } =
             blocking(move || host.prepare(&wanted, terminal)).await?;
         if let Some(copies) = &self.copies {
             copies.copy(&request.id, needs.copies).await?;
@@ -168,7 +169,7 @@ impl Containers {
         }
         let container = wire::Container {
             spec: text,
-            rootfs: told.rootfs.unwrap_or_else(|| spec::rootfs(&request.id)),
+            rootfs: told.rootfs.unwrap_or(root),
             storages: told.storages,
             devices: told.devices,
             ..wire::Container::default()

@@ -40,7 +40,7 @@ use vmm_common::{guest as wire, port};
 
 use crate::announced::Announced;
 use crate::block::{self, Disks};
-use crate::boot::{CONSOLE, share_of};
+use crate::boot::{CONSOLE, files_by};
 use crate::channel;
 use crate::config::{Config, HostNetwork, ShareBy, TaskEndpoint};
 use crate::drivers::Machinery;
@@ -218,14 +218,20 @@ impl VmmSandboxer {
                 .map_err(|error| Error::internal(format!("read the pod's {name}"), error))
         };
         let sysctls = files::sysctls(&ctx.spec.config, own, config.guest.unprivileged_ports)?;
-        let share = by.kind().map(|_| wire::Storage {
-            id: "share".into(),
+        let share = |id: &str, tag: &str, path: &str| wire::Storage {
+            id: id.into(),
             kind: by.file_system().into(),
             options: by.options(),
-            source: vmm_common::SHARE_TAG.into(),
-            target: vmm_common::SHARE_PATH.into(),
+            source: tag.into(),
+            target: path.into(),
             ..wire::Storage::default()
-        });
+        };
+        let all = [
+            ("share", vmm_common::SHARE_TAG, vmm_common::SHARE_PATH, by.kind().is_some()),
+            ("roots", vmm_common::ROOTS_TAG, vmm_common::ROOTS_PATH, by == ShareBy::Roots),
+        ];
+        let shares = all.into_iter().filter(|(.., there)| *there);
+        let shares = shares.map(|(id, tag, path, _)| share(id, tag, path)).collect();
         Ok(wire::SetupRequest {
             sandbox_id: ctx.spec.id.clone(),
             hostname: files::hostname(&ctx.spec.config, own)?,
@@ -238,7 +244,7 @@ impl VmmSandboxer {
             shared_pid: shared_pid(modes),
             shm_bytes: config.guest.shm_size,
             network: MessageField::some(plan.network.clone()),
-            share: share.into(),
+            shares,
             task_port: Self::task_port(ctx, config),
             ..wire::SetupRequest::default()
         })
@@ -269,8 +275,8 @@ impl VmmSandboxer {
         };
         let disks = Disks::new(Some(vm.clone()), &ctx.dir);
         let storage = config.storage.clone();
-        let (keeper, copying) = (self.keeper(id), share.copying(config));
-        let containers = Containers::new(pod, guest.clone(), keeper, disks, storage, copying);
+        let (keeper, sharing) = (self.keeper(id), share.sharing(config));
+        let containers = Containers::new(pod, guest.clone(), keeper, disks, storage, sharing);
         let containers = Arc::new(containers);
         let tasks = self.servers.make(ctx, containers.clone())?;
         let mut watchers = vec![
@@ -448,7 +454,7 @@ impl Sandboxer for VmmSandboxer {
         state.user = self.user(&ctx.spec.id, &config)?;
         state.task_port = Self::task_port(ctx, &config);
         let (driver, taps) = self.driver_of(ctx, &config, state.user)?;
-        state.share = share_of(driver.features(), config.share);
+        state.share = files_by(driver.features(), &config);
         let begun = Instant::now();
         let plan = match netns.clone() {
             Some(netns) => blocking(move || network::plan(netns.as_fd()).map_err(net)).await?,

@@ -3,6 +3,7 @@
 //! ```text
 //! <sandbox>/share/<container>/rootfs   the container's root file system, mounted on the host
 //! <sandbox>/share/<container>/m<N>     its N-th bind volume: a directory or a file
+//! <sandbox>/share/<container>@<random>/rootfs   in place of the first, in a share that a guest caches
 //! <sandbox>/served                     the same tree, read-only: what is handed to the VMM's side
 //! ```
 //!
@@ -26,6 +27,9 @@ use kuasar_host::inside::Want;
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::safe_path::Root;
 use nix::mount::MsFlags;
+
+/// Between a container's id and what makes the name of a directory unique.
+const APART: char = '@';
 
 /// The tree of one pod.
 #[derive(Debug, Clone)]
@@ -98,19 +102,38 @@ impl ShareTree {
         Ok(())
     }
 
-    fn container(&self, container: &str) -> Result<Root> {
+    fn container(&self, place: &str) -> Result<Root> {
         let root = Root::open(&self.share()).map_err(failed("open the pod's share"))?;
-        root.mkdir_all(Path::new(container), 0o755).map_err(failed("make the container's share"))
+        root.mkdir_all(Path::new(place), 0o755).map_err(failed("make the container's share"))
     }
 
-    /// Mounts a container's root file system, as its snapshotter says, and shows it to the guest.
+    /// A directory for a container that no other ever gets, of the same name neither: no id has an `@`.
+    pub fn unique(container: &str, random: &str) -> String {
+        format!("{container}{APART}{random}")
+    }
+
+    /// The container's directories.
+    fn places(&self, container: &str) -> Vec<PathBuf> {
+        let own = |name: &str| name.split(APART).next() == Some(container);
+        let entries = std::fs::read_dir(self.share()).into_iter().flatten().flatten();
+        let named = entries.filter(|entry| entry.file_name().to_str().is_some_and(own));
+        named.map(|entry| entry.path()).collect()
+    }
+
+    /// Mounts a container's root file system, as its snapshotter says, and shows it to the guest in the
+    /// directory `place`: the container's, or a [`ShareTree::unique`] one.
     ///
     /// # Errors
     /// When a mount fails; [`ShareTree::remove_container`] undoes what was done.
-    pub fn add_rootfs(&self, container: &str, mounts: &[Mount], bundle: &Path) -> Result<()> {
+    pub fn add_rootfs(
+        &self,
+        (container, place): (&str, &str),
+        mounts: &[Mount],
+        bundle: &Path,
+    ) -> Result<()> {
         // Without mounts the engine has mounted it itself, or it is a plain directory.
         let ready = bundle.join("rootfs");
-        show_rootfs(&self.container(container)?, mounts, &ready, &self.staging(container))
+        show_rootfs(&self.container(place)?, mounts, &ready, &self.staging(container))
     }
 
     /// Shows a volume to the guest as the container's `number`-th; `source` is an open file or
@@ -143,34 +166,43 @@ impl ShareTree {
     /// # Errors
     /// When something stays mounted.
     pub fn remove_container(&self, container: &str) -> Result<()> {
-        let dir = self.share().join(container);
-        for dir in [&dir, &self.staging(container)] {
-            kuasar_host::mount::unmount_below(dir).map_err(failed("unmount a container"))?;
+        let unmount = |dir: &Path| {
+            kuasar_host::mount::unmount_below(dir).map_err(failed("unmount a container"))
+        };
+        unmount(&self.staging(container))?;
+        for dir in self.places(container) {
+            unmount(&dir)?;
+            remove_mount_points(&dir)?;
         }
-        // Mount points only, one by one: should anything be mounted still, this fails instead of
-        // emptying a volume.
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let removed = match entry.file_type() {
-                Ok(kind) if kind.is_dir() => std::fs::remove_dir(&path),
-                _ => std::fs::remove_file(&path),
-            };
-            removed.map_err(|error| {
-                Error::internal(format!("remove the mount point {}", path.display()), error)
-            })?;
-        }
-        match std::fs::remove_dir(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::internal(format!("remove {}", dir.display()), error))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Containers of which there is something in the tree.
     pub fn containers(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.share()).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        let name = |name: String| name.split(APART).next().map(str::to_owned);
+        entries.filter_map(|entry| name(entry.file_name().into_string().ok()?)).collect()
+    }
+}
+
+/// Removes a container's directory. Mount points only, one by one: should anything be mounted still, this
+/// fails instead of emptying a volume.
+fn remove_mount_points(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let removed = match entry.file_type() {
+            Ok(kind) if kind.is_dir() => std::fs::remove_dir(&path),
+            _ => std::fs::remove_file(&path),
+        };
+        removed.map_err(|error| {
+            Error::internal(format!("remove the mount point {}", path.display()), error)
+        })?;
+    }
+    match std::fs::remove_dir(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::internal(format!("remove {}", dir.display()), error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -227,11 +259,12 @@ mod tests {
             let below = |dir: &Path| kuasar_host::mount::mounts_below(dir).unwrap().len();
             assert_eq!(below(&dir.join("pool")), 0);
             kuasar_host::record::private_dir(&dir.join("pod/containers/c")).unwrap();
-            pod.add_rootfs("c", &[self::bind(&image)], Path::new("/nowhere")).unwrap();
-            assert_eq!(std::fs::read(jail.join("c/rootfs/file")).unwrap(), b"x");
+            pod.add_rootfs(("c", "c@1"), &[self::bind(&image)], Path::new("/nowhere")).unwrap();
+            assert_eq!(std::fs::read(jail.join("c@1/rootfs/file")).unwrap(), b"x");
             assert_eq!(errno(std::fs::write(jail.join("new"), "")), Some(libc::EROFS));
+            assert_eq!(pod.containers(), ["c"]);
             pod.remove_container("c").unwrap();
-            assert!(!jail.join("c").exists());
+            assert!(!jail.join("c@1").exists());
             nix::mount::umount(&jail).unwrap();
             pod.remove().unwrap();
             assert_eq!(below(dir), 0);
@@ -248,7 +281,7 @@ mod tests {
             std::fs::create_dir(dir.join("pod")).unwrap();
             kuasar_host::record::private_dir(&dir.join("pod/containers/c")).unwrap();
             tree.make().unwrap();
-            tree.add_rootfs("c", &[bind(&image)], Path::new("/nowhere")).unwrap();
+            tree.add_rootfs(("c", "c"), &[bind(&image)], Path::new("/nowhere")).unwrap();
             let served = tree.served();
             assert_eq!(std::fs::read(served.join("c/rootfs/file")).unwrap(), b"x");
             std::fs::write(served.join("c/rootfs/new"), "y").unwrap();
@@ -338,7 +371,7 @@ mod tests {
             let tree = ShareTree::new(&dir.join("pod"));
             tree.make().unwrap();
             std::os::unix::fs::symlink("/etc", dir.join("pod/share/c")).unwrap();
-            assert!(tree.add_rootfs("c", &[bind(dir)], Path::new("/nowhere")).is_err());
+            assert!(tree.add_rootfs(("c", "c"), &[bind(dir)], Path::new("/nowhere")).is_err());
             let source = path_fd(dir);
             let flags = tree::Flags::default();
             assert!(tree.add_volume("c", 0, &source, (Want::File, false), flags).is_err());

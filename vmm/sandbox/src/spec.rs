@@ -112,24 +112,24 @@ fn invalid(text: impl Into<String>) -> Refusal {
     Refusal::Invalid(text.into())
 }
 
-/// Where a container's root file system is in the guest.
-pub fn rootfs(container: &str) -> String {
-    format!("{SHARE_PATH}/{container}/rootfs")
+/// Where a root file system is in the guest: in the directory `place` of a share.
+pub fn rootfs(share: &str, place: &str) -> String {
+    format!("{share}/{place}/rootfs")
 }
 
-/// Edits `spec` for the guest. `sandbox_pid` is what Start answered as the pod's pid: a namespace
+/// Edits `spec` for the guest, which sees the container's root file system at `root`. `sandbox_pid` is what Start answered as the pod's pid: a namespace
 /// path with it (or with 0) means the pod's. `copying`: the pod has no share.
 ///
 /// # Errors
 /// [`Refusal`].
 pub fn edit(
     spec: &mut Map<String, Value>,
-    container: &str,
+    (container, root): (&str, &str),
     sandbox_pid: u32,
     copying: Option<&CopyConfig>,
 ) -> Result<Needs, Refusal> {
     let mut needs = Needs { copying: copying.cloned(), ..Needs::default() };
-    object(spec, "root")?.insert("path".into(), json!(rootfs(container)));
+    object(spec, "root")?.insert("path".into(), json!(root));
     if !spec.contains_key("process") {
         return Err(invalid("config.json has no process"));
     }

@@ -1,5 +1,8 @@
 use super::*;
 
+/// A container, and where the guest sees its root file system.
+const AT: (&str, &str) = ("c1", "/run/kuasar/share/c1/rootfs");
+
 fn spec() -> Map<String, Value> {
     let spec = json!({
         "process": {"args": ["x"], "cwd": "/", "apparmorProfile": "p", "selinuxLabel": "l"},
@@ -33,7 +36,7 @@ fn spec() -> Map<String, Value> {
 #[test]
 fn nothing_of_the_host_stays_and_nothing_unknown_goes() {
     let mut spec = spec();
-    let needs = edit(&mut spec, "c1", 77, None).unwrap();
+    let needs = edit(&mut spec, AT, 77, None).unwrap();
     let spec = Value::Object(spec);
     assert_eq!(spec["root"], json!({"path": "/run/kuasar/share/c1/rootfs", "readonly": true}));
     assert_eq!(spec["unknown"]["kept"], 1);
@@ -62,7 +65,7 @@ fn nothing_of_the_host_stays_and_nothing_unknown_goes() {
 #[test]
 fn bind_mounts_become_volumes_of_the_share() {
     let mut spec = spec();
-    let needs = edit(&mut spec, "c1", 0, None).unwrap();
+    let needs = edit(&mut spec, AT, 0, None).unwrap();
     let sources: Vec<_> =
         spec["mounts"].as_array().unwrap().iter().map(|m| m["source"].as_str().unwrap()).collect();
     let share = "/run/kuasar/share/c1";
@@ -76,7 +79,7 @@ fn bind_mounts_become_volumes_of_the_share() {
 fn a_target_pid_namespace_is_the_guests() {
     let mut spec = spec();
     spec["linux"]["namespaces"][2]["path"] = json!("/proc/12/ns/pid");
-    edit(&mut spec, "c1", 77, None).unwrap();
+    edit(&mut spec, AT, 77, None).unwrap();
     assert_eq!(spec["linux"]["namespaces"][2]["path"], "/proc/12/ns/pid");
 }
 
@@ -87,19 +90,19 @@ fn sockets_and_devices_of_the_host_are_refused_by_name() {
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let mut with_socket = spec();
     with_socket["mounts"][1]["source"] = json!(socket);
-    let refused = edit(&mut with_socket, "c1", 0, None).unwrap_err();
+    let refused = edit(&mut with_socket, AT, 0, None).unwrap_err();
     assert!(matches!(refused, Refusal::Impossible(text) if text.contains("docker.sock")));
     let mut with_device = spec();
     let tape = json!({"path": "/dev/st0", "type": "c", "major": 9, "minor": 0});
     with_device["linux"]["devices"].as_array_mut().unwrap().push(tape);
-    let refused = edit(&mut with_device, "c1", 0, None).unwrap_err();
+    let refused = edit(&mut with_device, AT, 0, None).unwrap_err();
     assert!(matches!(refused, Refusal::Impossible(text) if text.contains("/dev/st0")));
     let mut with_device = spec();
     let disk = json!({"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16});
     with_device["linux"]["devices"].as_array_mut().unwrap().push(disk);
     let all = json!([{"allow": true, "access": "rwm"}]);
     with_device["linux"]["resources"]["devices"] = all;
-    let needs = edit(&mut with_device, "c1", 0, None).unwrap();
+    let needs = edit(&mut with_device, AT, 0, None).unwrap();
     assert_eq!(needs.dropped.len(), 2);
     assert_eq!(needs.blocks, []);
     assert_eq!(with_device["linux"]["devices"].as_array().unwrap().len(), 1);
@@ -110,7 +113,7 @@ fn wrong_specs_are_named() {
     let wrong = |change: fn(&mut Map<String, Value>)| {
         let mut spec = spec();
         change(&mut spec);
-        edit(&mut spec, "c1", 0, None).unwrap_err()
+        edit(&mut spec, AT, 0, None).unwrap_err()
     };
     let refused = [
         wrong(|spec| drop(spec.remove("process"))),
@@ -130,11 +133,11 @@ fn an_empty_dir_in_memory_is_the_guests_own() {
         std::fs::create_dir_all(&path).unwrap();
         let mut on_disk = spec();
         on_disk["mounts"][1]["source"] = json!(path);
-        assert!(edit(&mut on_disk, "c1", 0, None).unwrap().storages.is_empty());
+        assert!(edit(&mut on_disk, AT, 0, None).unwrap().storages.is_empty());
         kuasar_host::mount::mount_shm(&path, 1 << 20).unwrap();
         let mut spec = spec();
         spec["mounts"][1]["source"] = json!(path);
-        let needs = edit(&mut spec, "c1", 0, None).unwrap();
+        let needs = edit(&mut spec, AT, 0, None).unwrap();
         let [storage] = needs.storages.as_slice() else { panic!() };
         assert_eq!(storage.kind, "tmpfs");
         assert!(storage.options.contains(&"size=1048576".to_owned()), "{storage:?}");
@@ -153,7 +156,7 @@ fn shared_memory_that_an_engine_has_made_is_the_guests_own() {
             let mut spec = spec();
             spec["mounts"][1]["source"] = json!(source);
             spec["mounts"][1]["destination"] = json!(destination);
-            edit(&mut spec, "c1", 0, None).unwrap();
+            edit(&mut spec, AT, 0, None).unwrap();
             spec["mounts"][1]["source"].as_str().unwrap().to_owned()
         };
         assert_eq!(placed(&shm, "/dev/shm"), "/dev/shm");
@@ -177,7 +180,7 @@ fn a_block_device_is_a_disk_with_what_its_rules_allow() {
         {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rwm"},
         {"allow": true, "type": "b", "major": 8, "minor": 32, "access": "r"},
     ]);
-    let needs = edit(&mut spec, "c1", 0, None).unwrap();
+    let needs = edit(&mut spec, AT, 0, None).unwrap();
     let found: Vec<_> =
         needs.blocks.iter().map(|b| (b.path.as_str(), b.minor, b.access.as_str())).collect();
     assert_eq!(found, [("/dev/xvda", 16, "rwm"), ("/dev/xvdb", 32, "r"), ("/x", 48, "")]);
@@ -193,9 +196,9 @@ fn a_block_device_is_a_disk_with_what_its_rules_allow() {
 fn block_devices_without_a_number_and_too_many_of_them_are_refused() {
     let mut none = spec();
     none["linux"]["devices"] = json!([{"path": "/dev/xvda", "type": "b", "major": 1_u64 << 40}]);
-    assert!(matches!(edit(&mut none, "c1", 0, None), Err(Refusal::Invalid(_))));
+    assert!(matches!(edit(&mut none, AT, 0, None), Err(Refusal::Invalid(_))));
     let mut many = spec();
     let one = |n: usize| json!({"path": format!("/d{n}"), "type": "b", "major": 8, "minor": n});
     many["linux"]["devices"] = (0..=block::MAX_VOLUMES).map(one).collect();
-    assert!(matches!(edit(&mut many, "c1", 0, None), Err(Refusal::Impossible(_))));
+    assert!(matches!(edit(&mut many, AT, 0, None), Err(Refusal::Impossible(_))));
 }

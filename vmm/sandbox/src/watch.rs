@@ -15,6 +15,8 @@ use crate::vmm::{self, Vm};
 const POLL: Duration = Duration::from_secs(20);
 /// Between two attempts to ask for events.
 const AGAIN: Duration = Duration::from_millis(500);
+/// A helper that ends in good order may have seen the machine's end before us: how long that is waited for.
+const WITH_IT: Duration = Duration::from_secs(2);
 
 /// Tells the end of a machine: first its containers, then the Controller.
 pub(crate) async fn watch_end(
@@ -41,6 +43,12 @@ pub(crate) async fn watch_helpers(id: String, vm: Arc<dyn Vm>) {
     let mut events = vm.events();
     loop {
         match events.recv().await {
+            // virtiofsd ends when the VMM hangs up, which some do well before they end.
+            Ok(vmm::Event::HelperEnded { name, status: 0 })
+                if tokio::time::timeout(WITH_IT, vm.wait()).await.is_ok() =>
+            {
+                tracing::debug!(sandbox = id, helper = name, "it has ended with its machine");
+            }
             Ok(vmm::Event::HelperEnded { name, status }) => {
                 tracing::error!(
                     sandbox = id,

@@ -41,7 +41,7 @@ use tokio::time::timeout;
 use bench::{Probe, Target, bench, image, named, nic, patience, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
-    Disk, DiskFormat, Error, Event, Feature, Kind, Range, Share, ShareKind, console,
+    Cache, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Share, ShareKind, console,
 };
 
 async fn boots_talks_shares_and_its_exit_is_seen(target: Target) -> Option<()> {
@@ -57,6 +57,7 @@ async fn boots_talks_shares_and_its_exit_is_seen(target: Target) -> Option<()> {
             dir: share.clone(),
             kind: ShareKind::Virtiofs,
             read_only: false,
+            cache: Cache::default(),
         });
     }
     let image = image(bench.dir.path(), "disk", "cold");
@@ -78,7 +79,13 @@ async fn boots_talks_shares_and_its_exit_is_seen(target: Target) -> Option<()> {
     } else {
         let mut spec = spec.clone();
         let kind = ShareKind::Virtiofs;
-        spec.shares.push(Share { tag: "kuasar".into(), dir: share, kind, read_only: false });
+        spec.shares.push(Share {
+            tag: "kuasar".into(),
+            dir: share,
+            kind,
+            read_only: false,
+            cache: Cache::default(),
+        });
         assert!(matches!(bench.vmm.spawn(&spec).await, Err(Error::Unsupported { .. })));
     }
     let disks = probe.ask("disks").await;

@@ -23,8 +23,8 @@ use tokio::time::timeout;
 use bench::{Bench, Target, bench_with, image, nic, patience, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
-    Channel, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind, VmSpec,
-    vsock,
+    Cache, Channel, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind,
+    VmSpec, vsock,
 };
 
 /// Where the kernel lies in memory, and begins.
@@ -103,7 +103,13 @@ async fn it_takes_devices_pauses_and_is_taken_up_again(target: Target) -> Option
         let share = bench.dir.path().join("share");
         fs::create_dir(&share).unwrap();
         let kind = ShareKind::Virtiofs;
-        spec.shares.push(Share { tag: "kuasar".into(), dir: share, kind, read_only: false });
+        spec.shares.push(Share {
+            tag: "kuasar".into(),
+            dir: share,
+            kind,
+            read_only: false,
+            cache: Cache::default(),
+        });
     }
     let cold = image(bench.dir.path(), "cold", "cold");
     spec.disks.push(Disk::open("cold", &cold, DiskFormat::Raw, true).unwrap());

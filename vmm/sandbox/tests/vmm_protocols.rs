@@ -386,6 +386,8 @@ async fn memory_follows_and_what_is_missing_says_the_way_out() {
         spec.memory_mib = Range { at_boot: 256, most: 512 };
         let vm = bench.spawn(&spec).await;
         assert_eq!(vm.resize_memory(512).await.unwrap(), 512);
+        // Once more is no error.
+        assert_eq!(vm.resize_memory(512).await.unwrap(), 512);
         assert_eq!(vm.resize_memory(256).await.unwrap(), 256);
         assert!(matches!(vm.resize_memory(1024).await, Err(Error::Invalid(_))));
         bench.end(&vm).await;

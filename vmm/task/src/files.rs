@@ -21,6 +21,7 @@ use containerd_task::error::{Error, Result};
 use containerd_task::host::blocking;
 use kuasar_host::mount::{Mount, mount_all};
 use kuasar_host::safe_path::{Root, open_beneath, proc_path};
+use kuasar_host::xattr;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, readlinkat, renameat};
 use nix::sys::stat::{Mode, fchmod, fstat, fstatat, futimens, mkdirat};
@@ -231,18 +232,23 @@ fn write(build: BorrowedFd<'_>, entry: &FileEntry) -> Result<()> {
             }
             let made_dir = directory(dir.as_fd(), Path::new(name)).map_err(failed("open it"))?;
             fchown(&made_dir, owner.0, owner.1).map_err(made)?;
-            fchmod(&made_dir, mode).map_err(made)
+            fchmod(&made_dir, mode).map_err(made)?;
+            attributes(made_dir.as_fd(), &path, entry)
         }
         Ok(Kind::FILE) => {
             let flags = libc::O_WRONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
-            let flags = if entry.offset == 0 { flags | libc::O_CREAT } else { flags };
-            let file = open_beneath(dir.as_fd(), Path::new(name), flags, 0o600);
+            // A mode without O_CREAT is an error of openat2.
+            let (flags, mode_made) =
+                if entry.offset == 0 { (flags | libc::O_CREAT, 0o600) } else { (flags, 0) };
+            let file = open_beneath(dir.as_fd(), Path::new(name), flags, mode_made);
             let file = std::fs::File::from(file.map_err(failed("make a file"))?);
             file.write_all_at(&entry.data, entry.offset).map_err(|error| {
                 Error::internal(format!("write {} in the guest's memory", path.display()), error)
             })?;
             fchown(&file, owner.0, owner.1).map_err(made)?;
             fchmod(&file, mode).map_err(made)?;
+            // A capability is lost by writing and by a new owner: after both.
+            attributes(file.as_fd(), &path, entry)?;
             let time = Duration::from_nanos(u64::try_from(entry.mtime_ns).unwrap_or(0));
             let time = TimeSpec::from_duration(time);
             futimens(&file, &time, &time).map_err(made)
@@ -267,6 +273,26 @@ fn write(build: BorrowedFd<'_>, entry: &FileEntry) -> Result<()> {
         }
         Err(number) => Err(Error::InvalidArgument(format!("there is no kind {number} of file"))),
     }
+}
+
+/// Gives a copy the extended attributes of what it is a copy of.
+fn attributes(file: BorrowedFd<'_>, path: &Path, entry: &FileEntry) -> Result<()> {
+    for one in &entry.attributes {
+        let name = CString::new(one.name.as_slice())
+            .map_err(|_| Error::InvalidArgument("an attribute with a null byte".into()))?;
+        match xattr::set(file, &name, &one.value) {
+            Ok(()) => {}
+            // `user.*` on a tmpfs came with Linux 6.6.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTSUP) => {
+                tracing::warn!(?path, ?name, "this kernel's tmpfs has no such attribute: left out");
+            }
+            Err(error) => {
+                let what = format!("give {} the attribute {name:.260?}", path.display());
+                return Err(Error::internal(what, error));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn text(bytes: &[u8]) -> Result<CString> {
@@ -346,6 +372,8 @@ fn remove(dir: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    use vmm_common::guest::Attribute;
 
     use super::*;
 
@@ -432,6 +460,46 @@ mod tests {
         files.remove("c".into()).await.unwrap();
         assert!(!dir.path().join("c").exists());
         assert_eq!(std::fs::read_dir(dir.path().join(BUILD)).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_file_comes_in_pieces_and_its_attributes_with_the_last() {
+        let (dir, files) = files();
+        let piece = |offset, data: &str, attributes| FileEntry {
+            offset,
+            attributes,
+            ..entry(Kind::FILE, "f", data)
+        };
+        let attribute = |name: &str, value: &[u8]| Attribute {
+            name: name.into(),
+            value: value.into(),
+            ..Attribute::default()
+        };
+        let begun = vec![entry(Kind::DIRECTORY, "", ""), piece(0, "one ", Vec::new())];
+        files.put(PutFilesRequest { last: false, ..put(0, begun) }).await.unwrap();
+        let mut all = vec![attribute("user.kind", b"1\0\xff")];
+        // SAFETY: a plain call.
+        let is_root = unsafe { libc::geteuid() } == 0;
+        // VFS_CAP_REVISION_2 with CAP_NET_BIND_SERVICE, effective.
+        let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        if is_root {
+            all.push(attribute("security.capability", &capability));
+        }
+        let rest = vec![piece(4, "two", all)];
+        files.put(PutFilesRequest { first: false, ..put(0, rest) }).await.unwrap();
+        let path = dir.path().join("c/m0/f");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
+        assert_eq!(std::fs::metadata(&path).unwrap().mtime(), 1_700_000_000);
+        let file = std::fs::File::open(&path).unwrap();
+        let get = |name| xattr::get(file.as_fd(), name).unwrap();
+        match get(c"user.kind") {
+            Some(value) => assert_eq!(value, b"1\0\xff"),
+            None => eprintln!("skipped: no attributes of users on {}", dir.path().display()),
+        }
+        assert_eq!(get(c"security.capability"), is_root.then(|| capability.to_vec()));
+        let bad = piece(0, "", vec![attribute("user.a\0b", b"")]);
+        let error = files.put(put(1, vec![entry(Kind::DIRECTORY, "", ""), bad])).await;
+        assert!(matches!(error, Err(Error::InvalidArgument(_))));
     }
 
     #[tokio::test]

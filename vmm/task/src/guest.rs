@@ -112,7 +112,7 @@ impl GuestService {
         }
         let bytes = if request.shm_bytes == 0 { limits::SHM } else { request.shm_bytes };
         resize_shm(bytes)?;
-        if let Some(share) = request.share.as_ref() {
+        for share in &request.shares {
             self.storages.add(share).await?;
         }
         if let Some(network) = request.network.as_ref() {

@@ -120,7 +120,7 @@ impl Reaper {
         let pid = u32::try_from(pid)?;
         // It cannot have been reaped: we hold the table.
         let pidfd = kuasar_host::process::pidfd_open(pid)?;
-        Ok(Spawned { pid, pidfd, since })
+        Ok(Spawned { pid, pidfd, since, watched: None })
     }
 
     /// As [`Processes::spawn`]; the program is process 1 of a new PID namespace.

@@ -12,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use containerd_task::error::{Error, Result};
 use kuasar_host::mount::{Mount, mount_all, unmount};
 use kuasar_host::safe_path::Root;
-use vmm_common::SHARE_PATH;
 use vmm_common::guest::Storage;
+use vmm_common::{ROOTS_PATH, SHARE_PATH};
 
 use crate::boot::DIR;
 use crate::limits;
@@ -71,7 +71,8 @@ impl Plan {
         if target.as_os_str().is_empty() {
             return Err(bad(storage, "its target is not below /run/kuasar"));
         }
-        if path.starts_with(SHARE_PATH) && path != Path::new(SHARE_PATH) {
+        let inside = |share: &str| path.starts_with(share) && path != Path::new(share);
+        if inside(SHARE_PATH) || inside(ROOTS_PATH) {
             return Err(bad(storage, "its target is in the share, where containers can write"));
         }
         let source = storage.source.as_str();
@@ -384,6 +385,7 @@ mod tests {
             "run/kuasar/x",
             "",
             "/run/kuasar/share/c/rootfs",
+            "/run/kuasar/roots/c@1/rootfs",
             "/run/kuasar/share/../x",
             "/run/kuasarx/y",
         ] {

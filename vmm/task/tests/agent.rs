@@ -116,13 +116,13 @@ fn setup(shared_pid: bool) -> guest::SetupRequest {
             value: "80".into(),
             ..Default::default()
         }],
-        share: MessageField::some(guest::Storage {
+        shares: vec![guest::Storage {
             id: "share".into(),
             kind: "virtiofs".into(),
             source: "kuasar".into(),
             target: "/run/kuasar/share".into(),
             ..Default::default()
-        }),
+        }],
         ..Default::default()
     }
 }

@@ -5,6 +5,12 @@
 //! process has nothing to wait for. Memory is shared copy-on-write: an engine that is set up, and
 //! links to everything that WASI offers, cost a container nothing.
 //!
+//! Where it can, it makes the next process before that is asked for: the *spare*, which waits for the
+//! request itself, at the same socket. What a fork costs is over then. The request may want what the
+//! spare is not (other namespaces, a cgroup from its first moment): then the spare hands it on, and ends.
+//! One of the two reads the socket at a time: this process waits until the spare has had its request,
+//! and makes another when no request has come for a moment ([`QUIET`]).
+//!
 //! The new process has the layout of memory that all of them have. It is the price of not starting
 //! a program: addresses learned in one container are those of all. What holds a container is the
 //! kernel (namespaces, seccomp, no privileges), not that they are secret.
@@ -13,7 +19,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use kuasar_oci::builtin::workload::{Container, Filter, Workload};
 use kuasar_oci::builtin::{self, Entered};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use serde::{Deserialize, Serialize};
 use wasm_common::wire::{self, Hello, Request};
 
 use crate::profile;
@@ -35,6 +44,12 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWNET)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
+/// What a spare may be made for: it gets its mount namespace with its request, when everything is
+/// mounted that is to be in there.
+const SPARE: CloneFlags = CloneFlags::CLONE_NEWNS.union(CloneFlags::CLONE_NEWPID);
+/// For how many milliseconds no request has come when a spare is made: not while one container's
+/// process is about to be ready and another is asked for.
+const QUIET: u8 = 5;
 /// Above every number that a new process's descriptors get.
 const ASIDE: RawFd = 128;
 
@@ -70,24 +85,122 @@ pub fn run<E: Engine + 'static>(
     let warm = Warm { program, engine, filter };
     builtin::warm();
     wire::send(socket, &wire::Greeting::Ok(hello), &[]).map_err(send)?;
-    let mut buffer = Vec::new();
-    loop {
-        let (request, fds) = match wire::receive::<Request>(socket, &mut buffer) {
-            Ok(received) => received,
-            Err(wire::Error::Closed) => return Ok(()),
-            Err(error) => {
-                // The caller sees its pipe end.
-                eprintln!("{program}: a request: {error}");
-                continue;
+    let mut zygote = Zygote { warm, socket, buffer: vec![0; wire::MAX], spare: None, wanted: None };
+    while zygote.turn() {}
+    Ok(())
+}
+
+/// What a spare says to who has made it.
+#[derive(Debug, Serialize, Deserialize)]
+enum Word {
+    /// It is becoming what was asked for.
+    Taken,
+    /// It is not what was asked for, and ends.
+    Other(Request),
+}
+
+/// The warm process itself.
+struct Zygote<E: 'static> {
+    warm: Warm<E>,
+    socket: BorrowedFd<'static>,
+    buffer: Vec<u8>,
+    /// The connection to the spare.
+    spare: Option<OwnedFd>,
+    /// New namespaces of the next spare.
+    wanted: Option<CloneFlags>,
+}
+
+impl<E: Engine> Zygote<E> {
+    /// Waits for one thing and does it; `false` when the sandboxer's end is closed.
+    fn turn(&mut self) -> bool {
+        if let Some(spare) = &self.spare {
+            let word = wire::receive::<Word>(spare.as_fd(), &mut self.buffer);
+            self.spare = None;
+            match word {
+                Ok((Word::Taken, _)) => {}
+                Ok((Word::Other(request), fds)) => self.make(request, fds),
+                // It has ended, and another one might, too.
+                Err(_) => self.wanted = None,
             }
-        };
+            return true;
+        }
+        if let Some(namespaces) = self.wanted.filter(|_| self.is_quiet()) {
+            self.make_spare(namespaces);
+            return true;
+        }
+        match wire::receive::<Request>(self.socket, &mut self.buffer) {
+            Ok((request, fds)) => self.make(request, fds),
+            Err(wire::Error::Closed) => return false,
+            // The caller sees its pipe end.
+            Err(error) => eprintln!("{}: a request: {error}", self.warm.program),
+        }
+        true
+    }
+
+    fn is_quiet(&self) -> bool {
+        poll(&mut [PollFd::new(self.socket, PollFlags::POLLIN)], PollTimeout::from(QUIET)) == Ok(0)
+    }
+
+    fn make(&mut self, request: Request, fds: Vec<OwnedFd>) {
+        self.wanted = spare_for(&request);
         match fork(&request, &fds) {
-            Ok(0) => child(&warm, request, fds),
+            Ok(0) => child(&self.warm, request, fds),
             Ok(_) => {}
             // The pipe closes with the descriptors: that tells.
-            Err(error) => eprintln!("{program}: a process: {error}"),
+            Err(error) => eprintln!("{}: a process: {error}", self.warm.program),
         }
     }
+
+    /// Without one the next request is served all the same.
+    fn make_spare(&mut self, namespaces: CloneFlags) {
+        let made =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(std::io::Error::from)
+                .and_then(|(ours, theirs)| {
+                    let pid = builtin::clone_sibling(namespaces - CloneFlags::CLONE_NEWNS, None)?;
+                    Ok((pid, ours, theirs))
+                });
+        match made {
+            Ok((0, ours, theirs)) => {
+                drop(ours);
+                self.be_spare(theirs, namespaces)
+            }
+            Ok((_, ours, _)) => self.spare = Some(ours),
+            Err(error) => {
+                self.wanted = None;
+                eprintln!("{}: a spare process: {error}", self.warm.program);
+            }
+        }
+    }
+
+    /// Waits for a request, and becomes what it asks for; never returns.
+    fn be_spare(&mut self, zygote: OwnedFd, namespaces: CloneFlags) -> ! {
+        name("wasm-spare");
+        builtin::rehearse();
+        if let Ok((request, fds)) = wire::receive::<Request>(self.socket, &mut self.buffer) {
+            // Nobody makes the next one if it cannot be told; the process for this one is there.
+            if spare_for(&request) != Some(namespaces) {
+                let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                if let Err(error) = wire::send(zygote.as_fd(), &Word::Other(request), &fds) {
+                    eprintln!("{}: hand a request on: {error}", self.warm.program);
+                }
+                exit(0)
+            }
+            let _ = wire::send(zygote.as_fd(), &Word::Taken, &[]);
+            drop(zygote);
+            match nix::sched::unshare(namespaces & CloneFlags::CLONE_NEWNS) {
+                Ok(()) => child(&self.warm, request, fds),
+                Err(error) => eprintln!("{}: a mount namespace: {error}", self.warm.program),
+            }
+        }
+        exit(1)
+    }
+}
+
+/// The new namespaces for which a spare would be what was asked for.
+fn spare_for(request: &Request) -> Option<CloneFlags> {
+    let entry = request.entry.filter(|entry| !entry.grouped)?;
+    CloneFlags::from_bits(entry.namespaces).filter(|flags| SPARE.contains(*flags))
 }
 
 /// What every process finds that is forked.
@@ -144,8 +257,12 @@ fn child<E: Engine>(warm: &Warm<E>, request: Request, mut fds: Vec<OwnedFd>) -> 
         Some(answer) => serve(warm, request, fds, answer),
         None => 1,
     };
+    exit(i32::from(status))
+}
+
+fn exit(status: i32) -> ! {
     // SAFETY: ends this process without running anything of the zygote's.
-    unsafe { libc::_exit(i32::from(status)) }
+    unsafe { libc::_exit(status) }
 }
 
 fn serve<E: Engine>(

@@ -153,12 +153,17 @@ impl Modules {
 }
 
 /// What a rootfs is made of, as far as it can be known: with a file's number and times in it, that
-/// names the file's content.
+/// names the file's content. Of an overlay it is the layers below that name it, which containers of an
+/// image share; what a container writes itself has a number and times of its own.
 fn layers(candidate: &Candidate) -> String {
     let mut text = String::new();
     for mount in &candidate.mounts {
+        let own = |option: &&String| {
+            mount.kind != "overlay"
+                || !(option.starts_with("upperdir=") || option.starts_with("workdir="))
+        };
         text.push_str(&mount.source);
-        for option in &mount.options {
+        for option in mount.options.iter().filter(own) {
             text.push('\n');
             text.push_str(option);
         }

@@ -212,6 +212,7 @@ impl Workers {
 
     async fn fork(&self, worker: &Worker, command: Command<'_>) -> Result<Spawned, Failure> {
         let (reader, writer) = std::io::pipe()?;
+        let watched = command.place.as_ref().map(|place| place.cookie);
         let placement = match command.place {
             Some(place) => Some(Placement::begin(place, &self.cgroups).await?),
             None => None,
@@ -249,17 +250,36 @@ impl Workers {
             }
         };
         let pidfd = process::pidfd_open(pid);
-        let watched = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
+        let own = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
         let (tell, ending) = tokio::sync::watch::channel(None);
         self.makers().insert(command.cookie, ending);
+        let parent = self.parent.clone();
         tokio::spawn(async move {
-            let (status, grouped) = tokio::join!(status(reader, watched), async {
-                match placement {
-                    Some(placement) => placement.made().await,
-                    None => Ok(()),
+            let (status, grouped, followed) = tokio::join!(
+                status(reader, own),
+                async {
+                    match placement {
+                        Some(placement) => placement.made().await,
+                        None => Ok(()),
+                    }
+                },
+                // It is asked for before the process can have ended well, and nobody has to wait for it.
+                async {
+                    match watched {
+                        Some(cookie) => parent.watch(pid, u64::MAX, cookie).await,
+                        None => Ok(()),
+                    }
                 }
-            });
-            let _ = tell.send(Some(grouped.map(|()| Exit { status, at: SystemTime::now() })));
+            );
+            let ended = match (grouped, followed) {
+                (Ok(()), Err(error)) if status == 0 => Err(format!("watch the process: {error}")),
+                (grouped, _) => grouped.map(|()| Exit { status, at: SystemTime::now() }),
+            };
+            if let Some(cookie) = watched.filter(|_| !matches!(ended, Ok(Exit { status: 0, .. }))) {
+                // It is no container's.
+                parent.acknowledge(cookie).await;
+            }
+            let _ = tell.send(Some(ended));
         });
         // One that has ended has no pidfd: what it has said is in the pipe.
         let pidfd = match pidfd {
@@ -268,7 +288,7 @@ impl Workers {
         };
         // The exit of what it leaves behind is only looked for among processes that live: a
         // container's waits for Start.
-        Ok(Spawned { pid, pidfd, since: u64::MAX })
+        Ok(Spawned { pid, pidfd, since: u64::MAX, watched })
     }
 }
 

@@ -1,9 +1,9 @@
 //! What runs in a container: a compiled module or component.
 //!
 //! [`Wasm::prepare`] comes when the process is in the container, has its user, no privileges and
-//! its seccomp filter. Everything that can be wrong with the module is found there, so that it is
-//! the answer to Create: that it cannot be loaded, imports that do not exist, a world that is
-//! unknown, more memory than the container has. After Start [`Wasm::run`] has only to instantiate
+//! its seccomp filter; Create has been answered. Everything that can be wrong with the module is found
+//! there, so that it is the answer to Start: that it cannot be loaded, imports that do not exist, a world
+//! that is unknown, more memory than the container has. After Start [`Wasm::run`] has only to instantiate
 //! and to call.
 //!
 //! How it is ended, see [`wasm_process::container`]: code that was compiled for it is interrupted

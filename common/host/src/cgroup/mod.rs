@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::{Context, Error, Result};
@@ -68,13 +69,20 @@ impl Layout {
     /// below it. mountinfo has a line for each mount of the host, that is for each container; a
     /// program that runs once per container would get slower with each.
     ///
+    /// Looks once in the life of a process and of those that it forks.
+    ///
     /// # Errors
     /// As [`Self::detect`].
     pub fn detect_usual() -> Result<Self> {
-        match Self::usual(Path::new("/sys/fs/cgroup")) {
-            Some(layout) => Ok(layout),
-            None => Self::detect(),
+        static USUAL: OnceLock<Layout> = OnceLock::new();
+        if let Some(layout) = USUAL.get() {
+            return Ok(layout.clone());
         }
+        let layout = match Self::usual(Path::new("/sys/fs/cgroup")) {
+            Some(layout) => layout,
+            None => Self::detect()?,
+        };
+        Ok(USUAL.get_or_init(|| layout).clone())
     }
 
     fn usual(root: &Path) -> Option<Self> {

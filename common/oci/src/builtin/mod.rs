@@ -80,6 +80,14 @@ pub fn main(program: &str, arguments: Vec<String>) -> u8 {
 pub fn warm() {
     // The C library reads the host's time zone before its first date.
     let _ = direct::now();
+    // Who needs it is told what is wrong.
+    let _ = kuasar_host::cgroup::Layout::detect_usual();
+}
+
+/// For a process that waits to become a container: touches what that will take, so that memory that
+/// it shares with who has forked it is its own by then.
+pub fn rehearse() {
+    direct::rehearse();
 }
 
 /// A sibling of this process, which has one thread: in new namespaces and (cgroup v2) in a group from

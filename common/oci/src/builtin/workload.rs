@@ -37,11 +37,11 @@ pub trait Workload {
         None
     }
 
-    /// Gets ready, before the creation is answered. A spec's seccomp filter is loaded already when
-    /// it has `noNewPrivileges`.
+    /// Gets ready, between the answer to Create and that to Start. A spec's seccomp filter is loaded
+    /// already when it has `noNewPrivileges`.
     ///
     /// # Errors
-    /// Why the container cannot be made, for its user; `exec: …` when it is the image's fault.
+    /// Why the container cannot be started, for its user; `exec: …` when it is the image's fault.
     fn prepare(&mut self, container: &Container<'_>) -> Result<(), String>;
 
     /// Runs, after Start, and ends the process itself. Returns only the reason why it cannot.

@@ -62,8 +62,10 @@ impl TaskServer {
             if request.checkpoint.is_some() {
                 return self.create_restored(request, stdio).await;
             }
-            let (process_io, prepared) = stdio::open(&stdio, &init, &*self.keeper).await?;
-            let spawned = self.runtime.create(request, process_io).await?;
+            let (process_io, mut prepared) = stdio::open(&stdio, &init)?;
+            let made = self.runtime.create(request, process_io);
+            let (kept, spawned) = futures::join!(prepared.keep(&*self.keeper), made);
+            let spawned = spawned?;
             let process = Process::new(
                 "",
                 ProcessRecord {
@@ -86,6 +88,7 @@ impl TaskServer {
                 deleted: AtomicBool::new(false),
             });
             let ready = async {
+                kept?;
                 self.save(&container)?;
                 *lock(&process.io) =
                     prepared.attach(spawned.terminal, &*self.keeper, &self.streams).await?;
@@ -102,7 +105,9 @@ impl TaskServer {
             }
             lock(&self.containers).insert(request.id.clone(), container.clone());
             self.watch(container.clone(), process, spawned.exit);
-            self.watch_oom(container).await;
+            // Nothing runs in it before Start.
+            let this = self.clone();
+            tokio::spawn(async move { this.watch_oom(container).await });
             Ok(spawned.pid)
         }
         .await;
@@ -228,16 +233,20 @@ impl TaskServer {
     ) -> Result<u32> {
         let name = c.io_name(&p.exec);
         let started = async {
-            let (mut io, prepared) = stdio::open(&record.stdio, &name, &*self.keeper).await?;
+            let (mut io, mut prepared) = stdio::open(&record.stdio, &name)?;
             if let ProcessIo::Terminal { size } = &mut io {
                 *size = *lock(&p.size);
             }
             let spec = record.spec.as_deref().unwrap_or_default().as_bytes();
-            let spawned: Spawned = if p.exec.is_empty() {
-                self.runtime.restore(&c.id, io).await?
-            } else {
-                self.runtime.exec(&c.id, &p.exec, spec, io).await?
+            let made = async {
+                if p.exec.is_empty() {
+                    self.runtime.restore(&c.id, io).await
+                } else {
+                    self.runtime.exec(&c.id, &p.exec, spec, io).await
+                }
             };
+            let (kept, spawned) = futures::join!(prepared.keep(&*self.keeper), made);
+            let spawned: Spawned = spawned?;
             {
                 let mut r = lock(&p.state);
                 r.pid = spawned.pid;
@@ -245,7 +254,20 @@ impl TaskServer {
                 r.status = Status::Running;
                 r.spec = None;
             }
-            let io = prepared.attach(spawned.terminal, &*self.keeper, &self.streams).await?;
+            let attached = async {
+                kept?;
+                prepared.attach(spawned.terminal, &*self.keeper, &self.streams).await
+            };
+            let io = match attached.await {
+                Ok(io) => io,
+                Err(e) => {
+                    // Nobody would hear of it again; the first error is the one to report.
+                    let r = c.reference(p);
+                    let _ = self.runtime.kill(&r, libc::SIGKILL, false).await;
+                    self.runtime.exit_recorded(&r).await;
+                    return Err(e);
+                }
+            };
             if let Some((w, h)) = *lock(&p.size) {
                 // A program without a screen size still runs.
                 let _ = io.resize(w, h);

@@ -77,6 +77,8 @@ impl Drop for Io {
 pub struct Prepared {
     io: Io,
     ours: Vec<(Which, OwnedFd)>,
+    /// Duplicates for the keeper, until it has them.
+    unkept: Vec<(Which, OwnedFd)>,
     stdio: Stdio,
     name: String,
 }
@@ -90,13 +92,19 @@ pub fn stream_id(path: &str) -> Option<&str> {
     rest.split_once('?')?.1.split('&').find_map(|kv| kv.strip_prefix("streaming_id="))
 }
 
-/// Opens the process's ends. `name` identifies it to the keeper: `io/<container>/<exec>/`.
+/// Opens the process's ends. `name` identifies it to the keeper: `io/<container>/<exec>/`. Nothing
+/// is kept until [`Prepared::keep`].
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] or [`Error::Unimplemented`] for a stdio that cannot be served.
-pub async fn open(stdio: &Stdio, name: &str, keeper: &dyn Keeper) -> Result<(ProcessIo, Prepared)> {
-    let mut p =
-        Prepared { io: Io::default(), ours: Vec::new(), stdio: stdio.clone(), name: name.into() };
+pub fn open(stdio: &Stdio, name: &str) -> Result<(ProcessIo, Prepared)> {
+    let mut p = Prepared {
+        io: Io::default(),
+        ours: Vec::new(),
+        unkept: Vec::new(),
+        stdio: stdio.clone(),
+        name: name.into(),
+    };
     if stdio.terminal {
         return Ok((ProcessIo::Terminal { size: None }, p));
     }
@@ -114,14 +122,14 @@ pub async fn open(stdio: &Stdio, name: &str, keeper: &dyn Keeper) -> Result<(Pro
             let (r, w) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
                 .map_err(|e| Error::internal("cannot make a pipe", e))?;
             let (end, our) = if which == Which::Stdin { (r, w) } else { (w, r) };
-            keeper.keep(&format!("{name}{}", which.name()), our.as_fd()).await?;
+            p.unkept.push((which, duplicate(&our)?));
             p.ours.push((which, our));
             *slot = Some(end);
             continue;
         }
         let opened = fifo::open(path, which)?;
         if let Some(hold) = opened.hold {
-            keeper.keep(&format!("{name}{}", which.name()), hold.as_fd()).await?;
+            p.unkept.push((which, duplicate(&hold)?));
             if which == Which::Stdin {
                 p.io.stdin = Some(hold);
             } else {
@@ -134,7 +142,27 @@ pub async fn open(stdio: &Stdio, name: &str, keeper: &dyn Keeper) -> Result<(Pro
     Ok((ProcessIo::Streams { stdin, stdout, stderr }, p))
 }
 
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd> {
+    fd.try_clone().map_err(|error| Error::internal("duplicate a stream", error))
+}
+
 impl Prepared {
+    /// Has the keeper keep our ends; all are asked for at once.
+    ///
+    /// May be awaited beside what makes the process, as long as it is polled first: who reads the
+    /// keeper's requests reads them in their order, so that a process that is made after them has
+    /// its ends kept, whenever this process dies. Nothing may be answered before both are done.
+    ///
+    /// # Errors
+    /// The keeper's.
+    pub async fn keep(&mut self, keeper: &dyn Keeper) -> Result<()> {
+        let name = &self.name;
+        let all = std::mem::take(&mut self.unkept).into_iter().map(|(which, fd)| async move {
+            keeper.keep(&format!("{name}{}", which.name()), fd.as_fd()).await
+        });
+        futures::future::try_join_all(all).await.map(drop)
+    }
+
     /// Joins our ends with the engine's, now that the process is there.
     ///
     /// # Errors

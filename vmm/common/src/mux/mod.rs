@@ -241,6 +241,13 @@ impl MuxStream {
         self.key.1
     }
 
+    /// Whether it broke in a session that goes on: a piece of it was lost or changed on its way, or the
+    /// other side says so. To be asked while the stream is held.
+    pub fn lost(&self) -> impl Fn() -> bool + Send + use<> {
+        let (shared, key) = (self.shared.clone(), self.key);
+        move || shared.state().lost(key)
+    }
+
     /// Resolves when the other side reads no more; for one at a time.
     pub fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
         let (shared, key) = (self.shared.clone(), self.key);

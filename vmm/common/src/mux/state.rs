@@ -302,6 +302,11 @@ impl State {
         self.look(key.1);
     }
 
+    /// Whether it broke, and not with its session.
+    pub fn lost(&mut self, key: Key) -> bool {
+        self.up && self.entry(key).is_some_and(|entry| entry.broken)
+    }
+
     /// Whether the other side reads no more.
     pub fn stopped(&mut self, key: Key, waker: &Waker) -> Progress {
         match self.entry(key) {

@@ -10,9 +10,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use kuasar_host::safe_path::{open_beneath, proc_path};
+use kuasar_host::xattr;
 use nix::fcntl::{AtFlags, readlinkat};
 use nix::sys::stat::fstatat;
-use vmm_common::guest::{FileEntry, PutFilesRequest, file_entry::Kind};
+use vmm_common::guest::{Attribute, FileEntry, PutFilesRequest, file_entry::Kind};
 
 use super::CopyConfig;
 
@@ -20,6 +21,8 @@ use super::CopyConfig;
 const MAX_DEPTH: usize = 32;
 /// Bytes of files in one message to the guest.
 const PIECE: usize = 256 << 10;
+/// Bytes of the extended attributes of one file or directory, which are in one message.
+const ATTRIBUTES: usize = 64 << 10;
 /// Files in one message to the guest.
 const FILES: usize = 256;
 /// How often a volume is read again that changes meanwhile.
@@ -118,7 +121,8 @@ impl Reader<'_> {
         }
         let at = proc_path(dir.as_fd());
         let meta = std::fs::metadata(&at).map_err(|e| unreadable(path, e))?;
-        self.add(entry(Kind::DIRECTORY, path, &meta))?;
+        let attributes = self.attributes(dir.as_fd(), path)?;
+        self.add(FileEntry { attributes, ..entry(Kind::DIRECTORY, path, &meta) })?;
         // Bounded, or a directory of millions would be in memory before it is refused.
         let most = usize::try_from(self.config.max_files).unwrap_or(usize::MAX);
         let names = std::fs::read_dir(&at).map_err(|e| unreadable(path, e))?.take(most + 1);
@@ -177,20 +181,51 @@ impl Reader<'_> {
             return self.add(link);
         }
         self.names.insert(key, bytes.to_vec());
+        let attributes = self.attributes(file.as_fd(), path)?;
         let left = self.config.max_bytes.saturating_sub(self.bytes);
         let mut data = Vec::new();
         file.take(left.saturating_add(1))
             .read_to_end(&mut data)
             .map_err(|e| unreadable(path, e))?;
         let read = data.len() as u64;
-        if read > left {
-            return Err(Error::TooLarge(format!(
-                "has more than {} bytes (copy.max_bytes)",
-                self.config.max_bytes
-            )));
+        self.takes(read)?;
+        self.add(FileEntry { data, attributes, ..entry(Kind::FILE, path, &meta) })
+    }
+
+    /// So many bytes more, if the volume may have them.
+    fn takes(&mut self, bytes: u64) -> Result<()> {
+        let most = self.config.max_bytes;
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes <= most {
+            return Ok(());
         }
-        self.bytes += read;
-        self.add(FileEntry { data, ..entry(Kind::FILE, path, &meta) })
+        Err(Error::TooLarge(format!("has more than {most} bytes (copy.max_bytes)")))
+    }
+
+    /// The extended attributes that a program would see in a bind mount, and that mean the same in the
+    /// guest: a program's own, and the capabilities of a file.
+    fn attributes(&mut self, file: BorrowedFd<'_>, path: &Path) -> Result<Vec<Attribute>> {
+        let mut all = Vec::new();
+        let mut bytes = 0;
+        for name in xattr::names(file).map_err(|e| unreadable(path, e))? {
+            let wanted = name.to_bytes();
+            if wanted != b"security.capability" && !wanted.starts_with(b"user.") {
+                continue;
+            }
+            // It may have gone meanwhile.
+            let value = xattr::get(file, &name).map_err(|e| unreadable(path, e))?;
+            let Some(value) = value else { continue };
+            bytes += wanted.len() + value.len();
+            if bytes > ATTRIBUTES {
+                return Err(Error::TooLarge(format!(
+                    "has more than {ATTRIBUTES} bytes of extended attributes at {:.200?}",
+                    path
+                )));
+            }
+            all.push(Attribute { name: name.into_bytes(), value, ..Attribute::default() });
+        }
+        self.takes(bytes as u64)?;
+        Ok(all)
     }
 }
 
@@ -212,7 +247,8 @@ pub fn messages(container: &str, volume: u32, entries: Vec<FileEntry>) -> Vec<Pu
     let mut all = vec![PutFilesRequest { first: true, ..empty() }];
     let mut bytes = 0;
     let mut put = |entry: FileEntry, all: &mut Vec<PutFilesRequest>| {
-        let size = entry.data.len();
+        let attributes = entry.attributes.iter().map(|one| one.name.len() + one.value.len());
+        let size = entry.data.len() + attributes.sum::<usize>();
         let full = bytes + size > PIECE;
         if full || all.last().is_none_or(|last| last.entries.len() >= FILES) {
             all.push(empty());
@@ -229,10 +265,15 @@ pub fn messages(container: &str, volume: u32, entries: Vec<FileEntry>) -> Vec<Pu
             put(FileEntry { data, ..entry }, &mut all);
             continue;
         }
-        let mut offset = 0;
+        let (mut offset, mut attributes) = (0, std::mem::take(&mut entry.attributes));
         for piece in data.chunks(PIECE) {
-            put(FileEntry { data: piece.to_vec(), offset, ..entry.clone() }, &mut all);
+            let mut next = FileEntry { data: piece.to_vec(), offset, ..entry.clone() };
             offset += piece.len() as u64;
+            if offset == data.len() as u64 {
+                // Whatever is written after them would take a capability away again.
+                next.attributes = std::mem::take(&mut attributes);
+            }
+            put(next, &mut all);
         }
     }
     if let Some(last) = all.last_mut() {
@@ -300,6 +341,30 @@ mod tests {
         assert!(error.contains("more than 4") && error.contains("copy.max_files"), "{error}");
         nix::unistd::mkfifo(&dir.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(matches!(with(20, 9), Err(Error::Special(text)) if text.ends_with("fifo")));
+    }
+
+    #[test]
+    fn attributes_of_programs_are_read_and_count_and_go_with_the_last_piece() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, "12345").unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        if xattr::set(file.as_fd(), c"user.kind", &[7; 90]).is_err() {
+            eprintln!("skipped: no attributes on {}", dir.path().display());
+            return;
+        }
+        let with =
+            |max_bytes| read(&open(dir.path()), &CopyConfig { max_bytes, ..Default::default() });
+        let file = with(104).unwrap().pop().unwrap();
+        let [one] = file.attributes.as_slice() else { panic!("{:?}", file.attributes) };
+        assert_eq!((one.name.as_slice(), one.value.as_slice()), (&b"user.kind"[..], &[7; 90][..]));
+        let error = with(103).unwrap_err().to_string();
+        assert!(error.contains("103 bytes (copy.max_bytes)"), "{error}");
+        let large = FileEntry { data: vec![1; 2 * PIECE + 1], ..file };
+        let all = messages("c", 0, vec![large]);
+        let given: Vec<usize> =
+            all.iter().flat_map(|m| &m.entries).map(|e| e.attributes.len()).collect();
+        assert_eq!(given, [0, 0, 1]);
     }
 
     #[test]

@@ -60,8 +60,8 @@ impl VmmSandboxer {
                 };
                 let disks = Disks::new(None, &ctx.dir);
                 let storage = config.storage.clone();
-                let (keeper, copying) = (self.keeper(id), state.share.copying(&config));
-                let containers = Containers::new(pod, guest, keeper, disks, storage, copying);
+                let (keeper, sharing) = (self.keeper(id), state.share.sharing(&config));
+                let containers = Containers::new(pod, guest, keeper, disks, storage, sharing);
                 self.servers.make(ctx, Arc::new(containers))?.server().recover().await;
                 return Ok(lost(&why));
             }

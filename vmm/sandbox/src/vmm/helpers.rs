@@ -30,6 +30,10 @@ pub struct HelpersConfig {
     pub virtiofsd: PathBuf,
     /// virtiofsd's caching by the guest.
     pub cache: Cache,
+    /// The same of containers' root file systems. Where it is another one, they have a virtiofsd of their
+    /// own: with what is right for volumes, which the host changes, a guest forgets a file's pages
+    /// whenever the file is opened, and reads a program anew each time that it is executed.
+    pub root_cache: Cache,
     /// Threads of virtiofsd beside its main one; 0 is none.
     pub threads: u32,
     /// Extended attributes on shares.
@@ -48,6 +52,7 @@ impl Default for HelpersConfig {
         Self {
             virtiofsd: "virtiofsd".into(),
             cache: Cache::Auto,
+            root_cache: Cache::Always,
             threads: 1,
             xattr: true,
             vsock: "vhost-device-vsock".into(),
@@ -58,14 +63,15 @@ impl Default for HelpersConfig {
 }
 
 /// What a guest may cache of a share, see virtiofsd(1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cache {
     /// Nothing.
     Never,
     /// Metadata.
     Metadata,
-    /// Both, for a second.
+    /// Metadata for a second, and a file's pages until it is opened again.
+    #[default]
     Auto,
     /// Both, as if nobody else wrote.
     Always,
@@ -104,7 +110,7 @@ fn virtiofsd_argv(
         format!("--shared-dir={}", text(&share.dir)?),
         format!("--sandbox={}", if jailed { "chroot" } else { "namespace" }),
         "--seccomp=kill".into(),
-        format!("--cache={}", config.cache.as_str()),
+        format!("--cache={}", share.cache.as_str()),
         format!("--thread-pool-size={}", config.threads),
         // File handles need CAP_DAC_READ_SEARCH, which opens every file of the file system.
         "--inode-file-handles=never".into(),
@@ -342,6 +348,7 @@ mod tests {
                     dir: "/run/k/share".into(),
                     kind: ShareKind::Virtiofs,
                     read_only,
+                    cache: Cache::Always,
                 };
                 let config = HelpersConfig::default();
                 let argv = virtiofsd_argv(&config, &share, 3, jailed).unwrap();
@@ -351,6 +358,7 @@ mod tests {
                 assert_eq!(argv.iter().filter(|a| a.starts_with("--seccomp")).count(), 1);
                 assert!(argv.iter().any(|a| a == "--seccomp=kill"));
                 assert!(argv.iter().any(|a| a == "--shared-dir=/run/k/share"));
+                assert!(argv.iter().any(|a| a == "--cache=always"));
                 assert!(argv.iter().any(|a| a == "--inode-file-handles=never"));
                 assert_eq!(read_only, argv.iter().any(|a| a == "--readonly"));
             }

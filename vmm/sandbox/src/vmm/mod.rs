@@ -59,6 +59,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 pub use error::{Error, Result};
+pub use helpers::Cache;
 pub use process::{Exit, Launcher, Processes};
 pub use spec::{
     Boot, Channel, Console, Disk, DiskFormat, Nic, Range, Root, SERIAL_PORT, Share, ShareKind,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Doing, Error, Result};
+use super::helpers::Cache;
 
 /// A machine to be started.
 #[derive(Debug, Clone)]
@@ -98,6 +99,9 @@ pub struct Share {
     pub kind: ShareKind,
     /// The VMM's side refuses to write. Mount it read-only on the host all the same.
     pub read_only: bool,
+    /// What the guest may cache of it (virtiofs).
+    #[serde(default)]
+    pub cache: Cache,
 }
 
 /// How a directory is served.

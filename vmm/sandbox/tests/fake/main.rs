@@ -130,7 +130,8 @@ fn cloud_hypervisor(fake: &Fake, method: &str, path: &str, body: &str) -> Answer
             (
                 200,
                 format!(
-                    "{{\"config\":{{\"disks\":[{}],\"net\":null}},\"state\":\"Running\",\
+                    "{{\"config\":{{\"disks\":[{}],\"net\":null,\
+                     \"memory\":{{\"size\":0,\"hotplugged_size\":{memory}}}}},\"state\":\"Running\",\
                      \"memory_actual_size\":{memory},\"device_tree\":{{{}}}}}",
                     disks.join(","),
                     tree.join(",")
@@ -179,7 +180,11 @@ fn cloud_hypervisor(fake: &Fake, method: &str, path: &str, body: &str) -> Answer
         }
         ("PUT", "/vm.resize") => {
             if let Some(bytes) = field(body, "desired_ram") {
-                state.balloon = bytes.parse().unwrap();
+                let bytes = bytes.parse().unwrap();
+                if state.balloon == bytes {
+                    return fail("new size and requested_size are identical");
+                }
+                state.balloon = bytes;
             }
             ok()
         }

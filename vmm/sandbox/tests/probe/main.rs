@@ -127,7 +127,8 @@ fn obey(line: &str) -> String {
                     })
                     .unwrap_or_default()
             };
-            format!("{}", kib("MemTotal:") / 1024)
+            // Not what there is in all: of that a balloon that gives way takes nothing away.
+            format!("{}", kib("MemAvailable:") / 1024)
         }
         ["mount", tag, kind] => match mount(tag, &format!("/run/{tag}"), kind) {
             Ok(()) => "ok".into(),

@@ -7,7 +7,8 @@
 //! What the engine's process does beside it elsewhere is done by who asked for this one: it makes
 //! the cgroup, on v2 before the fork (`CLONE_INTO_CGROUP`), on v1 at the same time, and then says
 //! [`super::GO`]; and it removes what is left when this process says that it has
-//! failed, or ends.
+//! failed, or ends. Nothing is written down of a container that no command will be run in: what starts
+//! it, and ends it, knows it otherwise.
 
 use std::io::{PipeReader, PipeWriter};
 use std::path::Path;
@@ -17,7 +18,7 @@ use nix::sched::CloneFlags;
 use super::super::args::{Args, Command};
 use super::super::workload::Workload;
 use super::super::{Error, Result};
-use super::{Traces, group_of, init, join_namespaces, open, save};
+use super::{Traces, group_of, init, join_namespaces, open};
 
 /// How this process was made.
 #[derive(Debug)]
@@ -74,7 +75,6 @@ fn prepare(
     }
     let pid = own_pid()?;
     let opened = open(args, create, &mut plan, traces, true)?;
-    save(args, create, &plan, &traces.state, pid)?;
     if let Some(path) = &create.pid_file {
         std::fs::write(path, pid.to_string()).map_err(|error| Error::io(path.display(), error))?;
     }

@@ -1,7 +1,7 @@
 //! The container's first process, from its first moment to its payload.
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -83,17 +83,6 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// What has to stay open until it is told.
-    fn kept(&self) -> Vec<BorrowedFd<'_>> {
-        match self {
-            Self::Words(pipe) => vec![pipe.as_fd()],
-            Self::Status { pipe, log } => {
-                let log = log.iter().map(AsFd::as_fd);
-                std::iter::once(pipe.as_fd()).chain(log).collect()
-            }
-        }
-    }
-
     /// Tells it, and closes everything; answers whether somebody has been told that all is well.
     fn tell(self, outcome: Result<(), String>) -> bool {
         match (self, outcome) {
@@ -155,23 +144,47 @@ fn enter_namespace(plan: &Plan) -> Result<(), String> {
 pub const READY: u8 = b'R';
 
 /// Becomes the payload, after `start`. Never returns.
+///
+/// A workload gets ready when the creation has been answered, while the engine's client is on its way to
+/// start: what it finds wrong is the answer to that, as for a program that cannot be executed.
 pub fn run(plan: &Plan, mut prepared: Prepared, answer: Answer) -> ! {
-    let outcome = prepare(plan, &mut prepared, &answer.kept());
-    let starter = if answer.tell(outcome) { started(&prepared.listener) } else { None };
-    if let Some(starter) = starter {
-        drop(prepared.listener);
-        let reason = match (prepared.workload, late_filter(plan, prepared.filter.as_ref())) {
-            (_, Err(reason)) => reason,
-            // The connection to who started us ends with the execve: that tells.
-            (None, Ok(())) => payload::execute(&prepared.process),
-            (Some(workload), Ok(())) => {
-                drop(starter);
-                workload.run()
-            }
-        };
-        // Create has been answered: this is for who reads the container's output.
-        let _ = writeln!(std::io::stderr(), "{reason}");
+    let outcome = prepare(plan, &mut prepared);
+    if answer.tell(outcome) {
+        let unready = prepared.workload.as_mut().and_then(|workload| {
+            let container = Container {
+                args: prepared.process.args().as_deref().unwrap_or_default(),
+                env: prepared.process.env().as_deref().unwrap_or_default(),
+                cwd: &plan.spec.process.cwd,
+                annotations: plan.spec.annotations.as_ref(),
+                kept: &[prepared.listener.as_fd()],
+            };
+            workload.prepare(&container).err()
+        });
+        if let Some(starter) = started(&prepared.listener) {
+            drop(prepared.listener);
+            let filter = prepared.filter.as_ref();
+            let reason = match (unready, late_filter(plan, filter), prepared.workload) {
+                (Some(reason), ..) => {
+                    // Who started us tells it.
+                    let _ = write!(&starter, "{}", super::said(reason));
+                    exit()
+                }
+                (None, Err(reason), _) => reason,
+                // The connection to who started us ends with the execve: that tells.
+                (None, Ok(()), None) => payload::execute(&prepared.process),
+                (None, Ok(()), Some(workload)) => {
+                    drop(starter);
+                    workload.run()
+                }
+            };
+            // Start has been answered: this is for who reads the container's output.
+            let _ = writeln!(std::io::stderr(), "{reason}");
+        }
     }
+    exit()
+}
+
+fn exit() -> ! {
     // SAFETY: ends this process without running anything of the parent's.
     unsafe { libc::_exit(255) }
 }
@@ -198,7 +211,7 @@ fn late_filter(plan: &Plan, filter: Option<&Filter>) -> Result<(), String> {
     }
 }
 
-fn prepare(plan: &Plan, prepared: &mut Prepared, kept: &[BorrowedFd<'_>]) -> Result<(), String> {
+fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     let spec = &plan.spec;
     let process = &spec.process;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
@@ -273,23 +286,14 @@ fn prepare(plan: &Plan, prepared: &mut Prepared, kept: &[BorrowedFd<'_>]) -> Res
     if marked != 0 {
         return Err(format!("close_range: {}", std::io::Error::last_os_error()));
     }
-    let Some(workload) = &mut prepared.workload else {
+    let Some(workload) = &prepared.workload else {
         return payload::find(&prepared.process).map(drop);
     };
     match (workload.filter(), prepared.filter.take()) {
-        (Some(own), _) if no_new_privileges(plan) => own.load()?,
-        (Some(_), _) => return Err("noNewPrivileges is missing".into()),
-        (None, filter) => late_filter(plan, filter.as_ref())?,
+        (Some(own), _) if no_new_privileges(plan) => own.load(),
+        (Some(_), _) => Err("noNewPrivileges is missing".into()),
+        (None, filter) => late_filter(plan, filter.as_ref()),
     }
-    let mut kept = kept.to_vec();
-    kept.push(prepared.listener.as_fd());
-    workload.prepare(&Container {
-        args: prepared.process.args().as_deref().unwrap_or_default(),
-        env: prepared.process.env().as_deref().unwrap_or_default(),
-        cwd: &process.cwd,
-        annotations: plan.spec.annotations.as_ref(),
-        kept: &kept,
-    })
 }
 
 /// Names of a new UTS namespace.

@@ -34,6 +34,7 @@ mod entered;
 mod init;
 mod plan;
 mod privileges;
+mod rehearsal;
 mod rootfs;
 pub mod seccomp;
 mod spec;
@@ -61,6 +62,7 @@ use super::workload::Workload;
 use super::{Error, Result, console};
 pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
+pub use rehearsal::rehearse;
 pub use sys::clone_sibling;
 use user::User;
 

@@ -134,51 +134,6 @@ pub struct Sets {
     pub ambient: u64,
 }
 
-/// Names of capabilities in the order of their numbers (linux/capability.h).
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
 /// File systems of which new instances are mounted. Others have sources or helpers of their own.
 const FILE_SYSTEMS: [&str; 5] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue"];
 
@@ -504,10 +459,7 @@ pub fn split_resources(resources: &mut Value) -> Result<Value, Reason> {
 fn capabilities(given: Option<&spec::Capabilities>) -> Result<Sets, Reason> {
     let set = |names: &Option<Vec<String>>| {
         names.iter().flatten().try_fold(0u64, |set, name| {
-            let known = name.strip_prefix("CAP_").and_then(|name| {
-                CAPABILITIES.iter().position(|known| known.eq_ignore_ascii_case(name))
-            });
-            match known {
+            match kuasar_host::capability::number(name) {
                 Some(number) => Ok(set | 1 << number),
                 None => leave(format!("capability {name:.40?}")),
             }

@@ -21,7 +21,7 @@ use super::spec::{Argument, Seccomp};
 use super::sys;
 
 /// First bytes of a kept program; changed whenever what a profile means here changes.
-const MAGIC: &[u8] = b"kuasar-seccomp-1\n";
+const MAGIC: &[u8] = b"kuasar-seccomp-2\n";
 /// Most bytes that are read of a kept program. The kernel takes 4096 instructions of 8 bytes.
 const MAX_KEPT: u64 = 1 << 20;
 
@@ -169,6 +169,9 @@ fn compile(profile: &Seccomp) -> Result<Vec<u8>, String> {
     };
     let default = action(&profile.default_action, profile.default_errno_ret)?;
     let mut filter = ScmpFilterContext::new(default).map_err(other("default action"))?;
+    // A tree of comparisons in place of a row. Every system call passes through it, and the kernel runs
+    // it for every number there is when it is loaded. Before libseccomp 2.5 there are only rows.
+    let _ = filter.set_ctl_optimize(2);
     for name in profile.architectures.iter().flatten() {
         filter.add_arch(architecture(name)?).map_err(other(name))?;
     }

@@ -166,9 +166,19 @@ pub struct Info {
 #[derive(Debug, Deserialize)]
 pub struct InfoConfig {
     #[serde(default)]
+    pub memory: Option<InfoMemory>,
+    #[serde(default)]
     pub disks: Option<Vec<Named>>,
     #[serde(default)]
     pub net: Option<Vec<Named>>,
+}
+
+/// What a machine was asked to have, which its guest need not have taken or given yet.
+#[derive(Debug, Deserialize)]
+pub struct InfoMemory {
+    pub size: u64,
+    #[serde(default)]
+    pub hotplugged_size: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]

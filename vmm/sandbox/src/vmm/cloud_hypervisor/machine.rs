@@ -320,8 +320,13 @@ impl Vm for Machine {
             )));
         }
         let bytes = u64::from(mib) << 20;
-        let resize = api::Resize { desired_ram: Some(bytes), ..api::Resize::default() };
-        self.http.put("/vm.resize", &resize).await?;
+        // It refuses to be asked for what it was asked for.
+        let asked = self.http.get::<api::Info>("/vm.info").await?.config.memory;
+        let asked = asked.map(|was| was.size.saturating_add(was.hotplugged_size.unwrap_or(0)));
+        if asked != Some(bytes) {
+            let resize = api::Resize { desired_ram: Some(bytes), ..api::Resize::default() };
+            self.http.put("/vm.resize", &resize).await?;
+        }
         let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
         let mut settling = Settling::new(mib, still, limit, Instant::now());
         loop {

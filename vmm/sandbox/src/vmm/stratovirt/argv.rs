@@ -177,6 +177,7 @@ mod tests {
             dir: "/d".into(),
             kind: crate::vmm::ShareKind::Virtiofs,
             read_only: false,
+            cache: crate::vmm::Cache::default(),
         });
         let config = StratoVirtConfig { seccomp: false, ..config };
         let all = line(&config, &spec).unwrap();

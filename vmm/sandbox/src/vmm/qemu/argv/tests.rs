@@ -103,8 +103,13 @@ fn an_image_has_its_format_is_reached_by_descriptor_and_follows_no_backing_file(
 fn shares_channels_and_nics_are_descriptors() {
     let null = || Arc::new(std::fs::File::open("/dev/null").unwrap().into());
     let mut spec = spec();
-    let share =
-        |tag: &str, kind| Share { tag: tag.into(), dir: "/a,b".into(), kind, read_only: true };
+    let share = |tag: &str, kind| Share {
+        tag: tag.into(),
+        dir: "/a,b".into(),
+        kind,
+        read_only: true,
+        cache: crate::vmm::Cache::default(),
+    };
     spec.shares = vec![share("kuasar", ShareKind::Virtiofs), share("p9", ShareKind::Ninep)];
     spec.nics = vec![Nic {
         id: "eth0".into(),
