@@ -7,10 +7,12 @@
 //! an image are read, and run, in that image's container alone, under its filter and limits.
 
 use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use ort::environment::GlobalThreadPoolOptions;
 use ort::session::Session;
+use ort::value::Tensor;
 use wasmtime::Linker;
 use wasmtime::component::Linker as ComponentLinker;
 use wasmtime_wasi_nn::wit::WasiNnView;
@@ -31,16 +33,8 @@ pub const IDENTITY: &[u8] = b"\x08\x08\x42\x04\x0a\x00\x10\x0d\x3a\x37\
 /// # Errors
 /// When it cannot be: the text says what to install.
 pub fn load(library: &str) -> Result<String, String> {
-    let version = version(library)?;
-    let wrap = |error: ort::Error| format!("ONNX Runtime {version}: {error}");
-    let environment = ort::init_from(library);
-    let threads = GlobalThreadPoolOptions::default();
-    let threads = threads.with_intra_threads(1).and_then(|all| all.with_inter_threads(1));
-    let threads = threads.and_then(|all| all.with_spin_control(false)).map_err(wrap)?;
-    let environment = environment.with_telemetry(false).with_global_thread_pool(threads);
-    environment.commit().map_err(wrap)?;
-    let session = Session::builder().and_then(|builder| builder.commit_from_memory(IDENTITY));
-    drop(session.map_err(wrap)?);
+    let (version, file) = find(library)?;
+    quietly(|| warm(&file))?.map_err(|error| format!("ONNX Runtime {version}: {error}"))?;
     let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);
     match threads {
         Ok(1) => Ok(version),
@@ -51,8 +45,42 @@ pub fn load(library: &str) -> Result<String, String> {
     }
 }
 
-/// The version of a library that is of use. It stays loaded.
-fn version(name: &str) -> Result<String, String> {
+/// Makes what all graphs have in common, and runs one.
+fn warm(file: &str) -> Result<(), ort::Error> {
+    // First of all: what comes behind it looks for the library, by a name of its own if it has none.
+    let environment = ort::init_from(file);
+    let threads = GlobalThreadPoolOptions::default().with_intra_threads(1)?;
+    let threads = threads.with_inter_threads(1)?.with_spin_control(false)?;
+    environment.with_telemetry(false).with_global_thread_pool(threads).commit()?;
+    let mut session = Session::builder()?.commit_from_memory(IDENTITY)?;
+    let input = Tensor::from_array(([1], vec![1.0_f32]))?;
+    session.run(ort::inputs![input])?;
+    Ok(())
+}
+
+/// Without standard error meanwhile: Debian's library says of each operator, hundreds of lines, that it
+/// is there already.
+fn quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    let wrap = |error: std::io::Error| format!("standard error: {error}");
+    let ours = std::io::stderr().as_fd().try_clone_to_owned().map_err(wrap)?;
+    let null = std::fs::File::options().write(true).open("/dev/null").map_err(wrap)?;
+    let put = |fd: BorrowedFd<'_>| {
+        // SAFETY: both are open descriptors; standard error is nobody's to own.
+        let done = unsafe { libc::dup2(fd.as_raw_fd(), libc::STDERR_FILENO) };
+        if done < 0 { Err(wrap(std::io::Error::last_os_error())) } else { Ok(()) }
+    };
+    put(null.as_fd())?;
+    // What has gone wrong is not said by then: it is the answer.
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    put(ours.as_fd())?;
+    result.map_err(|why| match why.downcast::<String>() {
+        Ok(text) => format!("ONNX Runtime: {text}"),
+        Err(_) => "ONNX Runtime cannot be used".into(),
+    })
+}
+
+/// The version of a library that is of use, and the file that it is. It stays loaded.
+fn find(name: &str) -> Result<(String, String), String> {
     // SAFETY: what loading it runs are initialisers of the library that the operator has named.
     let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL) };
     let library = library.map_err(|error| {
@@ -68,7 +96,7 @@ fn version(name: &str) -> Result<String, String> {
     let base = unsafe {
         library.get::<unsafe extern "C" fn() -> *const ort::sys::OrtApiBase>(b"OrtGetApiBase")
     };
-    let base = base.map_err(|error| format!("{name} is no ONNX Runtime: {error}"))?;
+    let base = *base.map_err(|error| format!("{name} is no ONNX Runtime: {error}"))?;
     // SAFETY: no arguments; the structure is never freed, and no more is the text.
     let text = unsafe {
         let base = base();
@@ -82,9 +110,21 @@ fn version(name: &str) -> Result<String, String> {
             ort::MINOR_VERSION
         ));
     }
+    // By its path: what has none is looked for beside our program first, which is executed by a
+    // descriptor and has no directory.
+    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::zeroed();
+    // SAFETY: an address, and room for the answer.
+    let found = unsafe { libc::dladdr(base as *const libc::c_void, info.as_mut_ptr()) };
+    // SAFETY: all zeroes are a valid value of it.
+    let info = unsafe { info.assume_init() };
+    if found == 0 || info.dli_fname.is_null() {
+        return Err(format!("{name}: it is not known which file that is"));
+    }
+    // SAFETY: the loader's own text, there as long as the library is.
+    let file = unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned();
     // Its code is in use until the process ends.
-    std::mem::forget(library);
-    Ok(text)
+    let _: *mut libc::c_void = library.into_raw();
+    Ok((text, file))
 }
 
 /// Links `wasi_ephemeral_nn` for modules.
