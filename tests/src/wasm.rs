@@ -367,6 +367,17 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
         ("nn.wasm", infers(&onnx::twice())),
         ("nn-bad.wasm", infers(b"no model")),
+        (
+            "nn-wild.wasm",
+            wat::parse_str(
+                r#"(module
+                  (import "wasi_ephemeral_nn" "load" (func $load (param i32 i32 i32 i32 i32) (result i32)))
+                  (memory (export "memory") 1)
+                  (func (export "_start")
+                    (drop (call $load (i32.const -16) (i32.const 1) (i32.const 1) (i32.const 0) (i32.const 128)))))"#,
+            )
+            .unwrap(),
+        ),
         ("print3.wasm", wat::parse_str(include_str!("wasm/print3.wat")).unwrap()),
         ("http3.wasm", wat::parse_str(include_str!("wasm/http3.wat")).unwrap()),
         (

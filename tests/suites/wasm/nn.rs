@@ -35,6 +35,10 @@ fn a_module_infers_by_wasi_nn_without_a_further_thread() {
     // What is no model is the module's to hear of: RUNTIME_ERROR of WASI-NN, or INVALID_ARGUMENT.
     let code = start(&pod, &["/nn-bad.wasm"]).wait();
     assert!(matches!(code, 1 | 5), "{code}");
+    // An address that is not there ends it, and it alone.
+    let c = start(&pod, &["/nn-wild.wasm"]);
+    assert_eq!(c.wait(), 101);
+    assert!(text(&c, "stderr").contains("guest error"), "{}", text(&c, "stderr"));
     // Everything else runs there, too, as confined as with the other worker.
     let c = start(&pod, &["/sleep.wasm"]);
     wait_for("it runs", SOON, || text(&c, "stdout") == "ready\n");
