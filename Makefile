@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes guest guest-distribution demo test unit check conformance bench install deb rpm packages node compat clean bed bed-and-kernel test-worker
+.PHONY: help build deps fakes wasi-nn guest guest-distribution demo test unit check conformance bench install deb rpm packages node compat clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -73,6 +73,13 @@ guest-distribution: build ## the distribution's kernel and an image with its mod
 
 fakes:
 	$(MAKE) build FAKES=fake-quark
+
+# Wasmtime once more, and linked dynamically: it takes minutes, and is for those who want it. In a directory
+# of its own, since its program has the other one's name there.
+wasi-nn: deps ## wasm-worker-nn, which is Wasmtime with WASI-NN by ONNX Runtime, into target/release (minutes)
+	$(WORKER) cargo build --release --target $(HOST) -p wasm-worker --features wasi-nn --target-dir target/wasi-nn
+	@install -d $(BIN)
+	cp --remove-destination target/wasi-nn/$(HOST)/release/wasm-worker $(BIN)/wasm-worker-nn
 
 bed: deps
 	tests/bed/setup.sh
@@ -152,6 +159,8 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kuasar-metrics.service \
 	  > $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-metrics.service
 	chmod 0644 $(DESTDIR)$(PREFIX)/lib/systemd/system/kuasar-metrics.service
+	@# Where `make wasi-nn` has made it.
+	@[ ! -e $(BIN)/wasm-worker-nn ] || install -m 0755 $(BIN)/wasm-worker-nn $(DESTDIR)$(PREFIX)/bin/
 	@# A runtime type of its own for pods that run on WasmEdge.
 	install -m 0755 $(BIN)/containerd-shim-kuasar $(DESTDIR)$(PREFIX)/bin/containerd-shim-kuasar-wasmedge-v1
 	@# What microVMs boot, where `make guest` has made it.

@@ -96,19 +96,20 @@ containerd_() {
     kill) end containerd KILL ;;
   esac
 }
-# The worker that is linked to this host's glibc gets the one that the bed's libwasmedge wants.
-wasmedge_worker() {
-  [ -x "$B/bin/wasmedge" ] && [ -x "$K/wasm-worker-wasmedge" ] || return 0
-  [ "$B/bin/wasm-worker-wasmedge" -nt "$K/wasm-worker-wasmedge" ] && return 0
-  local lib; lib=$(patchelf --print-rpath "$B/bin/wasmedge")
-  cp --remove-destination "$K/wasm-worker-wasmedge" "$B/bin/wasm-worker-wasmedge.new"
-  patchelf --set-interpreter "$(patchelf --print-interpreter "$B/bin/wasmedge")" --force-rpath \
-    --set-rpath "$lib" "$B/bin/wasm-worker-wasmedge.new"
-  mv "$B/bin/wasm-worker-wasmedge.new" "$B/bin/wasm-worker-wasmedge"
+# A worker that is linked to this host's glibc gets the one that the bed's library wants, and the
+# directory that has both.
+loading_worker() { # PROGRAM LIBRARIES
+  [ -d "$2" ] && [ -x "$K/$1" ] || return 0
+  [ "$B/bin/$1" -nt "$K/$1" ] && return 0
+  cp --remove-destination "$K/$1" "$B/bin/$1.new"
+  patchelf --set-interpreter "$(patchelf --print-interpreter "$B/bin/runc13")" --force-rpath \
+    --set-rpath "$2" "$B/bin/$1.new"
+  mv "$B/bin/$1.new" "$B/bin/$1"
 }
 up() {
   mkdir -p "$B/run"
-  wasmedge_worker
+  loading_worker wasm-worker-wasmedge "$B/wasmedge/usr/lib/$(gcc -dumpmachine)"
+  loading_worker wasm-worker-nn "$B/onnx/usr/lib/$(gcc -dumpmachine)"
   if ! alive "$(pid_of ns)"; then
     rm -rf "$B/run/kuasar-runc" "$B/run/kuasar-gvisor" "$B/run/kuasar-quark" "$B/run/kuasar-vmm" "$B/run/kuasar-wasm" "$B/run/containerd" "$B/run/cni-ipam" "$B"/run/*.sock*
     setsid unshare --net --mount --propagation private sleep infinity </dev/null >/dev/null 2>&1 &

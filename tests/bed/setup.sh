@@ -147,6 +147,22 @@ part_wasmedge() {
   "$B/bin/wasmedge" --version >/dev/null || { echo "bed: WasmEdge does not run here: left out"; rm -rf "$B/wasmedge" "$B/bin/wasmedge"; }
 }
 
+# ONNX Runtime's library with what it needs, where wasm-worker-nn was built: like WasmEdge's.
+part_onnx() {
+  local d lib
+  mkdir -p "$B/debs/onnx"
+  (
+    cd "$B/debs/onnx"
+    rm -f ./*.deb
+    APT_CONFIG=$B/apt/apt.conf apt-get download -qq {libonnxruntime1.23,libonnx1l,libcpuinfo0,libabsl20260526,libprotobuf32t64,libprotobuf-lite32t64,libpthreadpool0,libre2-11,libstdc++6,libgcc-s1,libxnnpack0.20241108,zlib1g}/forky
+  )
+  rm -rf "$B/onnx"
+  for d in "$B"/debs/onnx/*.deb; do dpkg -x "$d" "$B/onnx"; done
+  rm -rf "$B/onnx/usr/share" "$B/debs/onnx"
+  lib=$B/rt/usr/lib/$(gcc -dumpmachine)
+  ln -sf "$lib"/*.so.* "$B/onnx/usr/lib/$(gcc -dumpmachine)/"
+}
+
 part_config() {
   local r="plugins.'io.containerd.cri.v1.runtime'" name type sandboxer io
   echo 'server = "http://127.0.0.1:5055"' > "$B/certs/_default/hosts.toml"
@@ -296,6 +312,9 @@ max_threads = 16
 worker = "$B/bin/wasm-worker-wasmedge"
 library = "libwasmedge.so.0"
 image_code = true
+[wasi_nn]
+worker = "$B/bin/wasm-worker-nn"
+library = "libonnxruntime.so.1.23"
 [timeouts]
 unstarted = "6s"
 [cache]
@@ -316,6 +335,7 @@ EOF
 }
 
 PARTS="packages lists engines criu busybox images critools runsc wasmedge config"
+[ ! -x "$TOP/target/release/wasm-worker-nn" ] || PARTS="$PARTS onnx"
 all=1
 for p in $PARTS; do made "$p" || all=0; done
 [ "$all" = 1 ] && exit 0
@@ -332,5 +352,6 @@ make_part images
 make_part runsc
 wait "$engines"
 make_part wasmedge
+case $PARTS in *onnx*) make_part onnx ;; esac
 make_part config
 wait "$go"

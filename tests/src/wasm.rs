@@ -3,6 +3,8 @@
 //! Rust's WASI targets are not on every machine that runs these tests; the text format needs one
 //! crate. Each program does one thing.
 
+mod onnx;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
@@ -109,6 +111,50 @@ fn command(body: &str) -> Vec<u8> {
           (export "wasi:cli/run@0.2.0" (instance $exports)))"#
     );
     wat::parse_str(text).unwrap()
+}
+
+/// Loads a model by WASI-NN, asks it for what is twice 1.5 and 2, and says it; exits with the number
+/// of an error.
+fn infers(model: &[u8]) -> Vec<u8> {
+    let text: String = model.iter().map(|byte| format!("\\{byte:02x}")).collect();
+    let length = model.len();
+    wat::parse_str(format!(
+        r#"(module
+          (import "wasi_snapshot_preview1" "fd_write" (func $fd_write (param i32 i32 i32 i32) (result i32)))
+          (import "wasi_snapshot_preview1" "proc_exit" (func $proc_exit (param i32)))
+          (import "wasi_ephemeral_nn" "load" (func $load (param i32 i32 i32 i32 i32) (result i32)))
+          (import "wasi_ephemeral_nn" "init_execution_context" (func $context (param i32 i32) (result i32)))
+          (import "wasi_ephemeral_nn" "set_input" (func $input (param i32 i32 i32) (result i32)))
+          (import "wasi_ephemeral_nn" "compute" (func $compute (param i32) (result i32)))
+          (import "wasi_ephemeral_nn" "get_output" (func $output (param i32 i32 i32 i32 i32) (result i32)))
+          (memory (export "memory") 1)
+          (data (i32.const 4096) "{text}")
+          ;; One builder of the graph: where, and how long.
+          (data (i32.const 16) "\00\10\00\00") (data (i32.const 20) "\{length:02x}\00\00\00")
+          ;; A tensor: one dimension (2), of f32, 8 bytes.
+          (data (i32.const 32) "\40\00\00\00\01\00\00\00\01\00\00\00\60\00\00\00\08\00\00\00")
+          (data (i32.const 64) "\02\00\00\00")
+          (func $check (param i32) (if (local.get 0) (then (call $proc_exit (local.get 0)))))
+          (func $digit (param $at i32) (param $from i32)
+            (i32.store8 (local.get $at)
+              (i32.add (i32.const 48) (i32.trunc_f32_s (f32.load (local.get $from))))))
+          (func (export "_start")
+            (f32.store (i32.const 96) (f32.const 1.5))
+            (f32.store (i32.const 100) (f32.const 2))
+            ;; ONNX is 1, a processor 0.
+            (call $check (call $load (i32.const 16) (i32.const 1) (i32.const 1) (i32.const 0) (i32.const 128)))
+            (call $check (call $context (i32.load (i32.const 128)) (i32.const 132)))
+            (call $check (call $input (i32.load (i32.const 132)) (i32.const 0) (i32.const 32)))
+            (call $check (call $compute (i32.load (i32.const 132))))
+            (call $check (call $output (i32.load (i32.const 132)) (i32.const 0) (i32.const 160) (i32.const 8) (i32.const 136)))
+            (i32.store (i32.const 200) (i32.const 0x0a202020))
+            (call $digit (i32.const 200) (i32.const 160))
+            (call $digit (i32.const 202) (i32.const 164))
+            (i32.store (i32.const 0) (i32.const 200))
+            (i32.store (i32.const 4) (i32.const 4))
+            (drop (call $fd_write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8)))))"#
+    ))
+    .unwrap()
 }
 
 /// All programs by file name.
@@ -319,6 +365,19 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("component-trap.wasm", command("unreachable")),
         ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
+        ("nn.wasm", infers(&onnx::twice())),
+        ("nn-bad.wasm", infers(b"no model")),
+        (
+            "nn-wild.wasm",
+            wat::parse_str(
+                r#"(module
+                  (import "wasi_ephemeral_nn" "load" (func $load (param i32 i32 i32 i32 i32) (result i32)))
+                  (memory (export "memory") 1)
+                  (func (export "_start")
+                    (drop (call $load (i32.const -16) (i32.const 1) (i32.const 1) (i32.const 0) (i32.const 128)))))"#,
+            )
+            .unwrap(),
+        ),
         ("print3.wasm", wat::parse_str(include_str!("wasm/print3.wat")).unwrap()),
         ("http3.wasm", wat::parse_str(include_str!("wasm/http3.wat")).unwrap()),
         (

@@ -3,6 +3,7 @@
 mod confinement;
 mod control;
 mod images;
+mod nn;
 
 mod programs;
 mod users;

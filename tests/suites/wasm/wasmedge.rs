@@ -113,7 +113,7 @@ fn a_pod_chooses_its_engine_by_annotation() {
     config.annotations = annotations(&[("io.kuasar.wasm.engine", "v8")]);
     let q = RunPodSandboxRequest { config: Some(config), runtime_handler: HANDLER.into() };
     let error = cri!(run_pod_sandbox, q).unwrap_err().to_string();
-    assert!(error.contains("wasmtime and wasmedge"), "{error}");
+    assert!(error.contains("wasmtime, wasmedge"), "{error}");
 }
 
 #[test]

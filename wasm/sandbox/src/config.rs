@@ -23,15 +23,17 @@ pub const TIME_ANNOTATION: &str = "io.kuasar.wasm.time-budget";
 pub const WASMTIME: &str = "wasmtime";
 /// Name of the engine that is loaded at run time.
 pub const WASMEDGE: &str = "wasmedge";
+/// Name of Wasmtime with WASI-NN, a program of its own.
+pub const WASMTIME_NN: &str = "wasmtime-nn";
 /// Names of all engines.
-pub const ENGINES: [&str; 2] = [WASMTIME, WASMEDGE];
+pub const ENGINES: [&str; 3] = [WASMTIME, WASMEDGE, WASMTIME_NN];
 
 /// What `wasm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
 /// are errors.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Engine of pods that choose none: `wasmtime` or `wasmedge`.
+    /// Engine of pods that choose none: one of [`ENGINES`].
     pub engine: String,
     /// Engine by `runtime_type` of the runtime handler.
     pub runtimes: BTreeMap<String, String>,
@@ -58,6 +60,8 @@ pub struct Config {
     pub wasmtime: WasmtimeConfig,
     /// The engine WasmEdge.
     pub wasmedge: WasmEdgeConfig,
+    /// Wasmtime with WASI-NN.
+    pub wasi_nn: WasiNnConfig,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
     /// Size of a pod's `/dev/shm` in bytes.
@@ -101,6 +105,22 @@ pub struct WasmEdgeConfig {
     pub compile: bool,
     /// Runs shared objects that images have, compiled by `wasmedge compile`: native code.
     pub image_code: bool,
+}
+
+/// Wasmtime with WASI-NN.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WasiNnConfig {
+    /// The program that runs it: as [`Config::worker`].
+    pub worker: PathBuf,
+    /// ONNX Runtime's library: a soname, or an absolute path.
+    pub library: String,
+}
+
+impl Default for WasiNnConfig {
+    fn default() -> Self {
+        Self { worker: "wasm-worker-nn".into(), library: "libonnxruntime.so.1.23".into() }
+    }
 }
 
 impl Default for WasmEdgeConfig {
@@ -193,6 +213,7 @@ impl Default for Config {
             max_threads: 64,
             wasmtime: WasmtimeConfig::default(),
             wasmedge: WasmEdgeConfig::default(),
+            wasi_nn: WasiNnConfig::default(),
             engine_timeouts: Limits::default(),
             shm_size: 64 << 20,
             unprivileged_ports: true,
@@ -239,8 +260,13 @@ impl Config {
         if self.max_threads > 4096 {
             return Err("max_threads: at most 4096".into());
         }
-        if self.wasmedge.library.is_empty() {
-            return Err("wasmedge.library: a soname or a path".into());
+        for (key, library) in [
+            ("wasmedge.library", &self.wasmedge.library),
+            ("wasi_nn.library", &self.wasi_nn.library),
+        ] {
+            if library.is_empty() {
+                return Err(format!("{key}: a soname or a path"));
+            }
         }
         if !self.wasmedge.plugins.is_empty() && !self.wasmedge.plugins.starts_with('/') {
             return Err("wasmedge.plugins: an absolute path, or \"\" for none".into());
@@ -301,11 +327,10 @@ impl Config {
     /// # Errors
     /// When it is nowhere; the text says what to do.
     pub fn worker_program(&self, engine: &str) -> Result<PathBuf, String> {
-        let edge = engine == WASMEDGE;
-        let (key, worker) = if edge {
-            ("wasmedge.worker", &self.wasmedge.worker)
-        } else {
-            ("worker", &self.worker)
+        let (key, worker) = match engine {
+            WASMEDGE => ("wasmedge.worker", &self.wasmedge.worker),
+            WASMTIME_NN => ("wasi_nn.worker", &self.wasi_nn.worker),
+            _ => ("worker", &self.worker),
         };
         let beside = std::env::current_exe().ok();
         let beside = beside.as_deref().and_then(Path::parent).map(|dir| dir.join(worker));
@@ -323,10 +348,11 @@ impl Config {
 
     /// What an engine's worker gets behind its other arguments.
     pub fn worker_words(&self, engine: &str) -> Vec<String> {
-        if engine != WASMEDGE {
-            return Vec::new();
+        match engine {
+            WASMEDGE => vec![self.wasmedge.library.clone(), self.wasmedge.plugins.clone()],
+            WASMTIME_NN => vec![self.wasi_nn.library.clone()],
+            _ => Vec::new(),
         }
-        vec![self.wasmedge.library.clone(), self.wasmedge.plugins.clone()]
     }
 }
 
@@ -357,7 +383,7 @@ mod tests {
             .flat_map(|line| [line, "\n"])
             .collect();
         let table: toml::Table = switched_on.parse().unwrap();
-        let own = ["cache", "compiler", "http", "wasmedge", "wasmtime"]
+        let own = ["cache", "compiler", "http", "wasmedge", "wasmtime", "wasi_nn"]
             .map(|key| (key, table[key].clone()));
         let own: toml::Table =
             own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();

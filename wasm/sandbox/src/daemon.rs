@@ -15,7 +15,7 @@ use kuasar_oci::selfexe::SelfExe;
 use kuasar_pod::{Metrics, NamespaceSandboxer};
 
 use crate::compile::{ByParent, Compiler};
-use crate::config::{Config, ENGINES, WASMEDGE, WASMTIME};
+use crate::config::{Config, ENGINES, WASMEDGE, WASMTIME, WASMTIME_NN};
 use crate::flavor::Wasm;
 use crate::worker::{self, Worker, Workers};
 
@@ -47,7 +47,8 @@ pub async fn run(
         };
         programs.insert(engine, program);
     }
-    say_what_is_missing(&config, programs.get(WASMEDGE));
+    say_what_is_missing(&config, WASMEDGE, "WasmEdge", programs.get(WASMEDGE));
+    say_what_is_missing(&config, WASMTIME_NN, "WASI-NN", programs.get(WASMTIME_NN));
     let cgroups = Arc::new(Layout::detect()?);
     let dir = setup.dir.clone();
     let settings = Live::new(config.engine_settings());
@@ -92,18 +93,28 @@ pub async fn run(
     Ok(())
 }
 
-/// Has the log say at the start whether WasmEdge can run. Whoever wants it is told again: it may be
-/// installed while we run.
-fn say_what_is_missing(config: &Config, program: Option<&Result<String, String>>) {
+/// Has the log say at the start whether an engine can run that loads a library, which people call
+/// `name`. Whoever wants it is told again: it may be installed while we run.
+fn say_what_is_missing(
+    config: &Config,
+    engine: &'static str,
+    name: &'static str,
+    program: Option<&Result<String, String>>,
+) {
     let program = match program {
         Some(Ok(program)) => program.clone(),
+        // It is built by who wants it.
+        Some(Err(reason)) if engine == WASMTIME_NN => {
+            tracing::info!(reason, "{name} is not here: pods that choose it will fail");
+            return;
+        }
         Some(Err(reason)) => {
-            tracing::warn!(reason, "WasmEdge cannot run: pods that choose it will fail");
+            tracing::warn!(reason, "{name} cannot run: pods that choose it will fail");
             return;
         }
         None => return,
     };
-    let words = config.worker_words(WASMEDGE);
+    let words = config.worker_words(engine);
     tokio::spawn(async move {
         let mut command = tokio::process::Command::new(program);
         command.arg("version").args(words).env_clear().kill_on_drop(true);
@@ -111,16 +122,16 @@ fn say_what_is_missing(config: &Config, program: Option<&Result<String, String>>
         match tokio::time::timeout(limit, command.output()).await {
             Ok(Ok(out)) if out.status.success() => {
                 let version = String::from_utf8_lossy(&out.stdout).trim().to_owned();
-                tracing::info!(version, "WasmEdge is here");
+                tracing::info!(version, "{name} is here");
             }
             Ok(Ok(out)) => {
                 let reason = String::from_utf8_lossy(&out.stderr).trim().to_owned();
-                tracing::warn!(reason, "WasmEdge cannot run: pods that choose it will fail");
+                tracing::warn!(reason, "{name} cannot run: pods that choose it will fail");
             }
             Ok(Err(error)) => {
-                tracing::warn!(%error, "WasmEdge cannot run: pods that choose it will fail");
+                tracing::warn!(%error, "{name} cannot run: pods that choose it will fail");
             }
-            Err(_) => tracing::warn!("WasmEdge does not answer: pods that choose it may fail"),
+            Err(_) => tracing::warn!("{name} does not answer: pods that choose it may fail"),
         }
     });
 }

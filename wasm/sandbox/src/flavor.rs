@@ -21,8 +21,7 @@ use wasm_common::job::{self, Budget, Job};
 
 use crate::compile::Compiler;
 use crate::config::{
-    Config, ENGINE_ANNOTATION, ENGINES, FUEL_ANNOTATION, PORT_ANNOTATION, TIME_ANNOTATION,
-    WASMEDGE, WASMTIME,
+    Config, ENGINE_ANNOTATION, ENGINES, FUEL_ANNOTATION, PORT_ANNOTATION, TIME_ANNOTATION, WASMTIME,
 };
 use crate::payloads::{Asked, Modules};
 use crate::worker::Workers;
@@ -93,7 +92,7 @@ impl Wasm {
         if !ENGINES.contains(&engine.as_str()) {
             return Err(Error::InvalidArgument(format!(
                 "{ENGINE_ANNOTATION}: {engine:.40?} is no engine: {}",
-                ENGINES.join(" and ")
+                ENGINES.join(", ")
             )));
         }
         Ok(engine.clone())
@@ -190,7 +189,7 @@ impl Flavor for Wasm {
     async fn choose(&self, spec: &SandboxSpec) -> Result<Choice> {
         let config = self.config.get();
         let engine = self.engine(spec)?;
-        if engine == WASMEDGE {
+        if engine != WASMTIME {
             // It may not be there: better said of the pod than of each container.
             let worker = self.workers.worker(&engine);
             let worker = worker.map_err(|error| Error::FailedPrecondition(error.to_string()))?;

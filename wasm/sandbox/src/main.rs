@@ -41,7 +41,7 @@ struct Arguments {
 enum Command {
     /// Compile modules or components into the cache, so that their first containers start at once
     Precompile {
-        /// Engine: wasmtime or wasmedge. Default: the configuration's
+        /// Engine: wasmtime or wasmedge; code is the same for wasmtime-nn. Default: the configuration's
         #[arg(long)]
         engine: Option<String>,
         /// Modules or components

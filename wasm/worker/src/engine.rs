@@ -151,6 +151,8 @@ impl Warm {
         let engine = single(variant)?;
         let mut modules = Linker::new(&engine);
         wasmtime_wasi::p1::add_to_linker_async(&mut modules, |state: &mut Module| &mut state.wasi)?;
+        #[cfg(feature = "wasi-nn")]
+        crate::nn::link_modules(&mut modules)?;
         let components = components(&engine, variant)?;
         Ok(Self { engine, random: None, modules, components })
     }
@@ -177,6 +179,8 @@ pub fn components(
     if variant.p3 {
         wasip3::link(&mut linker)?;
     }
+    #[cfg(feature = "wasi-nn")]
+    crate::nn::link_components(&mut linker)?;
     Ok(linker)
 }
 

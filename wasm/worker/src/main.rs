@@ -9,6 +9,9 @@
 //! * `wasm-worker compile` ([`wasm_process::confine`]) compiles one module, which is hostile, after it
 //!   has given up everything but two descriptors.
 //!
+//! Built with the feature `wasi-nn` it is `wasm-worker-nn`: both take the name of ONNX Runtime's library
+//! behind `zygote` and `version`, and compile nothing, since compiled code is the same.
+//!
 //! The zygote never touches an image's bytes, compiled or not: what it has in memory is in every
 //! container.
 
@@ -16,6 +19,8 @@ mod code;
 mod engine;
 #[cfg(test)]
 mod figures;
+#[cfg(feature = "wasi-nn")]
+mod nn;
 mod random;
 mod serve;
 mod state;
@@ -28,23 +33,47 @@ use std::process::ExitCode;
 use wasm_process::{confine, zygote};
 
 /// What messages call this program.
-const NAME: &str = "wasm-worker";
+const NAME: &str = if cfg!(feature = "wasi-nn") { "wasm-worker-nn" } else { "wasm-worker" };
+const USAGE: &str = if cfg!(feature = "wasi-nn") {
+    "usage: wasm-worker-nn zygote LIBRARY | version LIBRARY; wasm-sandboxer starts it, it is of no \
+     use by hand"
+} else {
+    "usage: wasm-worker zygote | compile LIMITS VARIANT | version; wasm-sandboxer starts it, it is \
+     of no use by hand"
+};
+
+/// Loads what this program is built to load; answers what `version` says of it.
+#[cfg(not(feature = "wasi-nn"))]
+fn load(words: &[&str]) -> Result<String, String> {
+    if words.is_empty() { Ok(String::new()) } else { Err(USAGE.into()) }
+}
+
+#[cfg(feature = "wasi-nn")]
+fn load(words: &[&str]) -> Result<String, String> {
+    let [library] = words else { return Err(USAGE.into()) };
+    nn::load(library).map(|version| format!(" with ONNX Runtime {version}"))
+}
+
+fn version(words: &[&str]) -> Result<(), String> {
+    let with = load(words)?;
+    let hello = engine::hello()?;
+    println!("{} {} ({}){with}", hello.engine, hello.version, hello.settings);
+    Ok(())
+}
 
 fn main() -> ExitCode {
-    let mut words = std::env::args().skip(1);
-    let result = match (words.next().as_deref(), words.next(), words.next()) {
-        (Some("zygote"), None, None) => zygote::run(NAME, engine::Warm::new),
-        (Some("compile"), Some(limits), Some(variant)) => {
-            confine::run(&limits, confine::Needs::Memory, |module| {
-                engine::compile(module, &variant)
-            })
-        }
-        (Some("version"), None, None) => engine::hello().map(|hello| {
-            println!("{} {} ({})", hello.engine, hello.version, hello.settings);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let result = match *words.as_slice() {
+        ["zygote", ref more @ ..] => zygote::run(NAME, || {
+            load(more)?;
+            engine::Warm::new()
         }),
-        _ => Err("usage: wasm-worker zygote | compile LIMITS VARIANT | version; \
-                  wasm-sandboxer starts it, it is of no use by hand"
-            .into()),
+        ["compile", limits, variant] => {
+            confine::run(limits, confine::Needs::Memory, |module| engine::compile(module, variant))
+        }
+        ["version", ref more @ ..] => version(more),
+        _ => Err(USAGE.into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -19,6 +19,22 @@ pub struct Module {
     pub limits: StoreLimits,
     /// Makes its threads, where it has any.
     pub threads: Option<Arc<Threads>>,
+    /// WASI-NN.
+    #[cfg(feature = "wasi-nn")]
+    pub nn: wasmtime_wasi_nn::witx::WasiNnCtx,
+}
+
+impl Module {
+    /// With this context, at most `memory` bytes of linear memory, and what makes its threads.
+    pub fn new(wasi: WasiP1Ctx, memory: u64, threads: Option<Arc<Threads>>) -> Self {
+        Self {
+            wasi,
+            limits: limits(memory),
+            threads,
+            #[cfg(feature = "wasi-nn")]
+            nn: crate::nn::of_module(),
+        }
+    }
 }
 
 /// Of a component.
@@ -31,6 +47,9 @@ pub struct Component {
     pub hooks: NoRequests,
     /// Its handles.
     pub table: ResourceTable,
+    /// WASI-NN.
+    #[cfg(feature = "wasi-nn")]
+    pub nn: wasmtime_wasi_nn::wit::WasiNnCtx,
     /// Bounds of its memory.
     pub limits: StoreLimits,
 }
@@ -74,6 +93,8 @@ impl Component {
             http: WasiHttpCtx::new(),
             hooks: NoRequests,
             table: ResourceTable::new(),
+            #[cfg(feature = "wasi-nn")]
+            nn: crate::nn::of_component(),
             limits: limits(memory),
         }
     }

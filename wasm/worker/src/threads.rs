@@ -19,7 +19,7 @@ use wasmtime::{
 };
 
 use crate::engine::Warm;
-use crate::state::{Module, World, limits};
+use crate::state::{Module, World};
 use crate::workload::{Bounds, code_of};
 
 /// Module and name of the import.
@@ -116,11 +116,8 @@ impl Threads {
     }
 
     fn store(self: &Arc<Self>, engine: &wasmtime::Engine) -> wasmtime::Result<Store<Module>> {
-        let state = Module {
-            wasi: self.world.context()?.build_p1(),
-            limits: limits(self.bounds.memory),
-            threads: Some(self.clone()),
-        };
+        let wasi = self.world.context()?.build_p1();
+        let state = Module::new(wasi, self.bounds.memory, Some(self.clone()));
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limits);
         self.bounds.hold(&mut store)?;

@@ -28,7 +28,7 @@ use wasmtime_wasi_http::p2::bindings::ProxyPre;
 use crate::code;
 use crate::engine::{self, Variant, Warm, explain};
 use crate::serve::{self, Answering, Server};
-use crate::state::{Component, Module, World, limits};
+use crate::state::{Component, Module, World};
 use crate::threads::{self, Threads};
 use crate::wasip3;
 
@@ -308,7 +308,7 @@ async fn run_module(
     bounds: Bounds,
 ) -> wasmtime::Result<()> {
     let wasi = world.context()?.build_p1();
-    let state = Module { wasi, limits: limits(bounds.memory), threads };
+    let state = Module::new(wasi, bounds.memory, threads);
     let mut store = Store::new(pre.module().engine(), state);
     store.limiter(|state| &mut state.limits);
     bounds.hold(&mut store)?;
