@@ -9,7 +9,7 @@
 //! request itself, at the same socket. What a fork costs is over then. The request may want what the
 //! spare is not (other namespaces, a cgroup from its first moment): then the spare hands it on, and ends.
 //! One of the two reads the socket at a time: this process waits until the spare has had its request,
-//! and makes another when no request has come for a moment ([`QUIET`]).
+//! and makes another when no request has come for a moment (`QUIET`).
 //!
 //! The new process has the layout of memory that all of them have. It is the price of not starting
 //! a program: addresses learned in one container are those of all. What holds a container is the
