@@ -26,7 +26,7 @@ make_part() {
 }
 
 part_packages() {
-  local want=(runc nftables iproute2 util-linux bsdutils e2fsprogs patchelf gcc libc6-dev make bzip2 dpkg-dev python3) missing=() p
+  local want=(runc nftables iproute2 util-linux bsdutils e2fsprogs procps patchelf gcc libc6-dev make bzip2 dpkg-dev python3) missing=() p
   for p in "${want[@]}"; do
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
   done
