@@ -98,14 +98,13 @@ pub(crate) fn plain(
         },
     };
     let by = files_by(features, config);
-    let tree = |tag: &str, cache| {
-        let (tag, dir) = (tag.to_owned(), share.clone());
+    // All of the same tree.
+    let tree = |(tag, _): &(&str, _)| {
+        let roots = *tag == vmm_common::ROOTS_TAG;
+        let cache = if roots { config.helpers.root_cache } else { config.helpers.cache };
+        let (tag, dir) = ((*tag).to_owned(), share.clone());
         by.kind().map(|kind| Share { tag, dir, kind, read_only: false, cache })
     };
-    let roots = (by == ShareBy::Roots)
-        .then(|| tree(vmm_common::ROOTS_TAG, config.helpers.root_cache))
-        .flatten();
-    let shares = tree(vmm_common::SHARE_TAG, config.helpers.cache).into_iter().chain(roots);
     let (more_cpus, more_memory) = config.size.growth(cpus, memory);
     let range = |feature, range: Range| {
         if features.has(feature) { range } else { Range::fixed(range.at_boot) }
@@ -117,7 +116,7 @@ pub(crate) fn plain(
         memory_mib: range(Feature::MemoryResize, more_memory),
         hugepages: config.size.hugepages,
         boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
-        shares: shares.collect(),
+        shares: by.shares().iter().filter_map(tree).collect(),
         nics: Vec::new(),
         disks: Vec::new(),
         // The driver's affair: see [`channel::give`].

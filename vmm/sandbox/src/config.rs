@@ -108,6 +108,17 @@ impl ShareBy {
         }
     }
 
+    /// The shares that a pod has then: tag, and where its guest mounts it.
+    pub fn shares(self) -> &'static [(&'static str, &'static str)] {
+        const VOLUMES: (&str, &str) = (vmm_common::SHARE_TAG, vmm_common::SHARE_PATH);
+        const ROOTS: (&str, &str) = (vmm_common::ROOTS_TAG, vmm_common::ROOTS_PATH);
+        match self {
+            Self::None => &[],
+            Self::Virtiofs | Self::Ninep => &[VOLUMES],
+            Self::Roots => &[VOLUMES, ROOTS],
+        }
+    }
+
     /// What that means for a container's files.
     pub fn sharing(self, config: &Config) -> Sharing {
         let copying = (self == Self::None).then(|| config.copy.clone());

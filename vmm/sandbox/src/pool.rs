@@ -441,8 +441,8 @@ impl Pool {
         Ok(())
     }
 
-    /// What copies there are that get files this way: template, CPUs and memory. One machine of each is enough to know
-    /// whether it fits.
+    /// What copies there are that get files this way: template, CPUs and memory. One machine of each is
+    /// enough to know whether it fits.
     pub(crate) fn kinds(&self, share: ShareBy) -> Vec<(String, Range, Range)> {
         let state = self.state();
         let mut all: Vec<(String, Range, Range)> = Vec::new();

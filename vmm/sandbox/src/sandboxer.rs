@@ -218,20 +218,15 @@ impl VmmSandboxer {
                 .map_err(|error| Error::internal(format!("read the pod's {name}"), error))
         };
         let sysctls = files::sysctls(&ctx.spec.config, own, config.guest.unprivileged_ports)?;
-        let share = |id: &str, tag: &str, path: &str| wire::Storage {
-            id: id.into(),
+        let share = |(tag, path): &(&str, &str)| wire::Storage {
+            id: (*tag).into(),
             kind: by.file_system().into(),
             options: by.options(),
-            source: tag.into(),
-            target: path.into(),
+            source: (*tag).into(),
+            target: (*path).into(),
             ..wire::Storage::default()
         };
-        let all = [
-            ("share", vmm_common::SHARE_TAG, vmm_common::SHARE_PATH, by.kind().is_some()),
-            ("roots", vmm_common::ROOTS_TAG, vmm_common::ROOTS_PATH, by == ShareBy::Roots),
-        ];
-        let shares = all.into_iter().filter(|(.., there)| *there);
-        let shares = shares.map(|(id, tag, path, _)| share(id, tag, path)).collect();
+        let shares = by.shares().iter().map(share).collect();
         Ok(wire::SetupRequest {
             sandbox_id: ctx.spec.id.clone(),
             hostname: files::hostname(&ctx.spec.config, own)?,

@@ -114,7 +114,7 @@ impl ShareTree {
 
     /// The container's directories.
     fn places(&self, container: &str) -> Vec<PathBuf> {
-        let own = |name: &str| name.split(APART).next() == Some(container);
+        let own = |name: &str| container_of(name) == container;
         let entries = std::fs::read_dir(self.share()).into_iter().flatten().flatten();
         let named = entries.filter(|entry| entry.file_name().to_str().is_some_and(own));
         named.map(|entry| entry.path()).collect()
@@ -180,9 +180,14 @@ impl ShareTree {
     /// Containers of which there is something in the tree.
     pub fn containers(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.share()).into_iter().flatten().flatten();
-        let name = |name: String| name.split(APART).next().map(str::to_owned);
-        entries.filter_map(|entry| name(entry.file_name().into_string().ok()?)).collect()
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.map(|name| container_of(&name).to_owned()).collect()
     }
+}
+
+/// Whose directory has this name.
+fn container_of(name: &str) -> &str {
+    name.split_once(APART).map_or(name, |(container, _)| container)
 }
 
 /// Removes a container's directory. Mount points only, one by one: should anything be mounted still, this
