@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::processes::{Command, Failure, Place, Processes, new_cookie};
+use crate::place::Place;
+use crate::processes::{Command, Failure, Processes, new_cookie};
 
 /// How a command did not do what it was for.
 #[derive(Debug, thiserror::Error)]

@@ -21,7 +21,8 @@ use tokio::io::AsyncReadExt;
 use crate::command::{self, Done, Unfinished};
 use crate::control::{Control, OnHost};
 use crate::observer::Observer;
-use crate::processes::{Place, Processes};
+use crate::place::Place;
+use crate::processes::Processes;
 use crate::spec::Descriptors;
 
 /// First descriptor behind the standard streams.

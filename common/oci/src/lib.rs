@@ -5,7 +5,8 @@
 //! * [`engine`] is what commands an engine has; [`runtime::Containers`] is containerd's Task API on
 //!   top of that, for the containers of one [`pod::Pod`].
 //! * [`processes::Processes`] is who forks and reaps: sandbox-parent on a host (feature
-//!   `parent`), the init process itself in a guest.
+//!   `parent`), the init process itself in a guest. [`place`] is for one that makes containers' processes
+//!   itself, without a command.
 //! * [`control::Control`] is how running containers are signalled, listed, frozen, measured: by
 //!   us on their host cgroups, unless an engine needs its own way.
 //! * `builtin` (feature `builtin`) is the built-in engine: a program calls `builtin::main` for its
@@ -23,6 +24,7 @@ pub mod control;
 pub mod engine;
 pub mod observer;
 pub mod payloads;
+pub mod place;
 pub mod pod;
 pub mod processes;
 pub mod runtime;

@@ -10,8 +10,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use async_trait::async_trait;
 pub use containerd_task::runtime::Exit;
-use nix::sched::CloneFlags;
-use serde_json::Value;
+
+use crate::place::Place;
 
 /// Why [`Processes`] could not do it. Its text is shown behind what was being done.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -28,53 +28,9 @@ pub struct Command<'a> {
     pub fds: Vec<Option<BorrowedFd<'a>>>,
     /// Name under which its exit is kept.
     pub cookie: u64,
-    /// Where the process is to be that this program would make.
+    /// Where the process is to be that this program would make: for who makes it itself, in place of the
+    /// program.
     pub place: Option<Place>,
-}
-
-/// Where the first process of a container has to be: for who makes that process itself, in place
-/// of a program that does. Others have the program do it.
-#[derive(Debug, Clone)]
-pub struct Place {
-    /// `linux.cgroupsPath`.
-    pub cgroup: String,
-    /// `linux.resources`.
-    pub resources: Value,
-    /// Namespaces that are made for it.
-    pub namespaces: CloneFlags,
-    /// Under which cookie its exit is kept by who makes it: as by [`Processes::watch`], and before the
-    /// command counts as ended. Who cannot do that says so in [`Spawned::watched`].
-    pub cookie: u64,
-}
-
-impl Place {
-    /// The place of a spec; `None` when one process cannot get there by itself: the PID namespace
-    /// of others is only entered by a fork, and a new user namespace has to be there before others.
-    pub fn of(spec: &Value) -> Option<Self> {
-        let linux = spec.get("linux")?;
-        let mut namespaces = CloneFlags::empty();
-        for namespace in linux.get("namespaces").and_then(Value::as_array).into_iter().flatten() {
-            let path = namespace.get("path").and_then(Value::as_str).unwrap_or_default();
-            let kind = match namespace.get("type").and_then(Value::as_str)? {
-                "mount" => CloneFlags::CLONE_NEWNS,
-                "network" => CloneFlags::CLONE_NEWNET,
-                "ipc" => CloneFlags::CLONE_NEWIPC,
-                "uts" => CloneFlags::CLONE_NEWUTS,
-                "pid" if path.is_empty() => CloneFlags::CLONE_NEWPID,
-                // It comes after the cgroup.
-                "cgroup" => continue,
-                // It comes last: it is entered by a process that needs no right over the others.
-                "user" if !path.is_empty() => continue,
-                _ => return None,
-            };
-            if path.is_empty() {
-                namespaces |= kind;
-            }
-        }
-        let cgroup = linux.get("cgroupsPath")?.as_str()?.to_owned();
-        let resources = linux.get("resources").cloned().unwrap_or(Value::Null);
-        Some(Self { cgroup, resources, namespaces, cookie: new_cookie() })
-    }
 }
 
 /// A running program.
@@ -159,34 +115,6 @@ mod parent {
 
         async fn watched(&self) -> Result<Vec<u64>, Failure> {
             Ok(Parent::watched(self).await?)
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn one_process_gets_everywhere_but_into_anothers_pid_or_a_new_user_namespace() {
-        let spec = |more: Value| {
-            let mut list = vec![
-                json!({ "type": "mount" }),
-                json!({ "type": "cgroup" }),
-                json!({ "type": "network", "path": "/n" }),
-            ];
-            list.push(more);
-            json!({ "linux": { "cgroupsPath": "/a/b", "namespaces": list } })
-        };
-        let place = Place::of(&spec(json!({ "type": "pid" }))).unwrap();
-        assert_eq!(place.namespaces, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID);
-        assert_eq!(place.cgroup, "/a/b");
-        let place = Place::of(&spec(json!({ "type": "user", "path": "/u" }))).unwrap();
-        assert_eq!(place.namespaces, CloneFlags::CLONE_NEWNS);
-        for other in [json!({ "type": "pid", "path": "/p" }), json!({ "type": "user" })] {
-            assert!(Place::of(&spec(other)).is_none());
         }
     }
 }

@@ -32,8 +32,9 @@ use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
 use crate::observer::Observer;
 use crate::payloads::{Candidate, Payloads};
+use crate::place::Place;
 use crate::pod::Pod;
-use crate::processes::{Place, Processes, new_cookie};
+use crate::processes::{Processes, new_cookie};
 use crate::spec;
 
 /// What a container's later calls need.
@@ -156,15 +157,15 @@ impl Containers {
         })
     }
 
-    /// Prepares bundle, rootfs and spec; synchronous work in one go. A spec that is not final yet is
-    /// not written.
+    /// Prepares bundle, rootfs and spec; synchronous work in one go. `edited` gets the container's
+    /// directory and its spec, before the rootfs is there.
     fn prepare(
         observer: &dyn Observer,
         pod: &Pod,
         engine: &Engine,
         request: &CreateContainer,
         terminal: Option<Option<(u16, u16)>>,
-        is_final: bool,
+        edited: impl FnOnce(&Path, &Value) -> Result<()>,
     ) -> Result<Prepared> {
         let dir = pod.container(&request.id);
         record::private_dir(&dir.join("engine"))
@@ -172,9 +173,6 @@ impl Containers {
         let rootfs = request.bundle.join("rootfs");
         let (value, passed, cgroup) =
             Self::spec(pod, engine, &request.id, &request.bundle, terminal)?;
-        if is_final {
-            write_spec(&dir, &value)?;
-        }
         let hooks = value.pointer("/hooks").and_then(Value::as_object);
         let meta = Meta {
             engine: engine.name().into(),
@@ -189,7 +187,9 @@ impl Containers {
                 checkpoint: checkpoint.clone(),
             }),
         };
+        // From here on it is known what is to be undone.
         save(&dir, &meta)?;
+        edited(&dir, &value)?;
         if !request.rootfs.is_empty() {
             let begun = Instant::now();
             let scratch = dir.join("layers");
@@ -299,57 +299,95 @@ impl Containers {
         &self,
         payloads: &dyn Payloads,
         request: &CreateContainer,
-        meta: &mut Meta,
-        mut spec: Value,
-        passed: usize,
-    ) -> Result<(Engine, Vec<OwnedFd>, Option<Place>)> {
+        prepared: &mut Prepared,
+    ) -> Result<(Engine, Vec<OwnedFd>)> {
+        let Prepared { meta, passed, spec } = prepared;
         let rootfs = spec.pointer("/root/path").and_then(Value::as_str).unwrap_or_default();
         let candidate = Candidate {
             id: request.id.clone(),
             pod: self.pod.clone(),
             rootfs: PathBuf::from(rootfs),
             mounts: request.rootfs.clone(),
-            descriptor: FIRST_FD + i32::try_from(passed).unwrap_or_default(),
+            descriptor: FIRST_FD + i32::try_from(passed.len()).unwrap_or_default(),
         };
-        let chosen = payloads.choose(&candidate, &mut spec).await?;
+        let chosen = payloads.choose(&candidate, spec).await?;
         let engine = self.engine(&chosen.engine)?;
         // What is recorded already removes whatever an engine of the same kind has made.
         let other_kind = engine.is_builtin() != self.engine(&meta.engine)?.is_builtin();
         meta.engine = chosen.engine;
-        let place = if engine.wants_place() { Place::of(&spec) } else { None };
         // Small files in memory: not worth another thread.
         let dir = self.pod.container(&request.id);
-        write_spec(&dir, &spec)?;
+        write_spec(&dir, spec)?;
         if other_kind {
             save(&dir, meta)?;
         }
-        Ok((engine, chosen.descriptors, place))
+        Ok((engine, chosen.descriptors))
     }
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
         let engine = self.engine(&self.pod.engine)?;
         self.engines.expect_moves(&self.cgroups, engine.name());
-        let (pod, wanted) = (self.pod.clone(), request.clone());
-        let terminal = terminal_of(&io);
-        let (engine_too, observer) = (engine.clone(), self.observer().clone());
+        let (pod, wanted, observer) = (self.pod.clone(), request.clone(), self.observer().clone());
+        let (terminal, engine_too) = (terminal_of(&io), engine.clone());
+        // Whichever engine is chosen, its group is the same one, and is made beside the rest.
+        let cgroups = self.payloads.is_some().then(|| self.cgroups.clone());
         let is_final = self.payloads.is_none();
-        let Prepared { mut meta, passed, spec } = blocking(move || {
-            Self::prepare(observer.as_ref(), &pod, &engine_too, &wanted, terminal, is_final)
+        let (prepared, place) = blocking(move || {
+            let mut place = None;
+            let edited = |dir: &Path, spec: &Value| {
+                if let Some(cgroups) = cgroups {
+                    place = Place::begin(spec, &cgroups)
+                        .map_err(|error| Error::internal("the container's cgroup", error))?;
+                }
+                if is_final { write_spec(dir, spec) } else { Ok(()) }
+            };
+            let (pod, engine) = (pod.as_ref(), &engine_too);
+            let prepared = Self::prepare(observer.as_ref(), pod, engine, &wanted, terminal, edited);
+            Ok((prepared, place))
         })
         .await?;
-        let dir = self.pod.container(&request.id);
-        let (engine, more, place) = match &self.payloads {
-            Some(payloads) => {
-                self.choose(payloads.as_ref(), request, &mut meta, spec, passed.len()).await?
-            }
-            None => (engine, Vec::new(), None),
+        let chosen = async {
+            let mut prepared = prepared?;
+            let (engine, more) = match &self.payloads {
+                Some(payloads) => self.choose(payloads.as_ref(), request, &mut prepared).await?,
+                None => (engine, Vec::new()),
+            };
+            Ok((prepared, engine, more))
         };
+        let (prepared, engine, more, place) = match (chosen.await, place) {
+            (Ok((prepared, engine, more)), place) if place.is_none() || engine.wants_place() => {
+                (prepared, engine, more, place)
+            }
+            (chosen, place) => {
+                // Who undoes it, or goes on with it, finds the whole group.
+                let made = match place {
+                    Some(place) => place.made().await,
+                    None => Ok(()),
+                };
+                let (prepared, engine, more) = chosen?;
+                made.map_err(|error| Error::internal("the container's cgroup", error))?;
+                (prepared, engine, more, None)
+            }
+        };
+        self.run_created(request, &io, prepared, (&engine, &more, place)).await
+    }
+
+    /// Has the engine make what is prepared, with further descriptors and at this place.
+    async fn run_created(
+        &self,
+        request: &CreateContainer,
+        io: &ProcessIo,
+        prepared: Prepared,
+        (engine, more, place): (&Engine, &[OwnedFd], Option<Place>),
+    ) -> Result<Spawned> {
+        let Prepared { mut meta, passed, .. } = prepared;
+        let dir = self.pod.container(&request.id);
         // SAFETY: they belong to `self.pod`, which outlives this borrow.
         let passed: Vec<_> =
             passed.iter().map(|fd| unsafe { BorrowedFd::borrow_raw(*fd) }).collect();
         let passed: Vec<_> = passed.into_iter().chain(more.iter().map(AsFd::as_fd)).collect();
         let begun = Instant::now();
-        let (left, master) = match &io {
+        let (left, master) = match io {
             ProcessIo::Streams { stdin, stdout, stderr } => {
                 let streams = plain(stdin, stdout, stderr);
                 (engine.create(&dir, &request.id, &streams, &passed, place).await?, None)
@@ -470,7 +508,8 @@ impl Runtime for Containers {
         let result = blocking(move || {
             checkpoint::check(wanted.checkpoint.as_deref().unwrap_or(Path::new("")))?;
             let terminal = wanted.terminal.then_some(None);
-            Self::prepare(observer.as_ref(), &pod, &engine, &wanted, terminal, true).map(drop)
+            let edited = |dir: &Path, spec: &Value| write_spec(dir, spec);
+            Self::prepare(observer.as_ref(), &pod, &engine, &wanted, terminal, edited).map(drop)
         })
         .await;
         if result.is_err() {

@@ -59,7 +59,7 @@ pub struct Entry {
     /// Its new namespaces: bits of clone(2).
     pub namespaces: i32,
     /// Whether the further descriptor is its cgroup's directory, in which it is from the start.
-    /// Otherwise it is a pipe that says when it has been moved there.
+    /// Otherwise it is a pipe that says when the cgroup is there, which it then enters.
     pub grouped: bool,
 }
 

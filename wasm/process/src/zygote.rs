@@ -44,8 +44,7 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWNET)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
-/// What a spare may be made for: it gets its mount namespace with its request, when everything is
-/// mounted that is to be in there.
+/// What a spare may be made for.
 const SPARE: CloneFlags = CloneFlags::CLONE_NEWNS.union(CloneFlags::CLONE_NEWPID);
 /// For how many milliseconds no request has come when a spare is made: not while one container's
 /// process is about to be ready and another is asked for.
@@ -82,7 +81,10 @@ pub fn run<E: Engine + 'static>(
             return Err(reason);
         }
     };
-    let warm = Warm { program, engine, filter };
+    let room = builtin::make_room().map_err(std::io::Error::other).and_then(|fd| aside(&fd));
+    // Without it mount namespaces are copies of the host's.
+    let room = room.map_err(|error| eprintln!("{program}: {error}")).ok();
+    let warm = Warm { program, engine, filter, room };
     builtin::warm();
     wire::send(socket, &wire::Greeting::Ok(hello), &[]).map_err(send)?;
     let mut zygote = Zygote { warm, socket, buffer: vec![0; wire::MAX], spare: None, wanted: None };
@@ -157,7 +159,7 @@ impl<E: Engine> Zygote<E> {
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(std::io::Error::from)
                 .and_then(|(ours, theirs)| {
-                    let pid = builtin::clone_sibling(namespaces - CloneFlags::CLONE_NEWNS, None)?;
+                    let pid = builtin::clone_sibling(at_fork(namespaces), None)?;
                     Ok((pid, ours, theirs))
                 });
         match made {
@@ -188,10 +190,7 @@ impl<E: Engine> Zygote<E> {
             }
             let _ = wire::send(zygote.as_fd(), &Word::Taken, &[]);
             drop(zygote);
-            match nix::sched::unshare(namespaces & CloneFlags::CLONE_NEWNS) {
-                Ok(()) => child(&self.warm, request, fds),
-                Err(error) => eprintln!("{}: a mount namespace: {error}", self.warm.program),
-            }
+            child(&self.warm, request, fds)
         }
         exit(1)
     }
@@ -208,6 +207,8 @@ struct Warm<E: 'static> {
     program: &'static str,
     engine: &'static E,
     filter: &'static Filter,
+    /// What mount namespaces are made of.
+    room: Option<OwnedFd>,
 }
 
 /// A workload of the engine's, with the filter that all of them have.
@@ -248,7 +249,13 @@ fn fork(request: &Request, fds: &[OwnedFd]) -> std::io::Result<i32> {
         .filter(|flags| NAMESPACES.contains(*flags))
         .ok_or(std::io::ErrorKind::InvalidInput)?;
     let group = fds.iter().rev().nth(1).filter(|_| entry.grouped).map(AsFd::as_fd);
-    builtin::clone_sibling(namespaces, group)
+    builtin::clone_sibling(at_fork(namespaces), group)
+}
+
+/// Which of these namespaces a process is made in. Its mount namespace it makes itself, when it has from
+/// the host's what it needs.
+fn at_fork(namespaces: CloneFlags) -> CloneFlags {
+    namespaces - CloneFlags::CLONE_NEWNS
 }
 
 /// Becomes what was asked for; never returns.
@@ -288,6 +295,7 @@ fn serve<E: Engine>(
     if let Some(entry) = request.entry {
         let entered = Entered {
             namespaces: CloneFlags::from_bits_truncate(entry.namespaces),
+            room: warm.room.as_ref().and_then(|room| room.try_clone().ok()),
             answer: answer.into(),
             go: go.map(Into::into),
         };

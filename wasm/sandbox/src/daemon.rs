@@ -67,7 +67,7 @@ pub async fn run(
                 Worker::new(parts.parent.clone(), engine, program.clone(), config.clone())
             };
             let all = programs.iter().map(worker).collect();
-            let workers = Arc::new(Workers::new(parts.parent.clone(), all, cgroups.clone()));
+            let workers = Arc::new(Workers::new(parts.parent.clone(), all));
             let engines = Arc::new(Engines::new(Backend {
                 builtin: Some(builtin),
                 relatives: BTreeMap::from(relatives),

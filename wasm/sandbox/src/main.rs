@@ -11,7 +11,6 @@ mod config;
 mod daemon;
 mod flavor;
 mod payloads;
-mod placement;
 mod spec;
 mod verify;
 mod worker;

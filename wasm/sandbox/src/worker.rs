@@ -15,19 +15,18 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
-use kuasar_host::cgroup::Layout;
 use kuasar_host::live::Live;
 use kuasar_host::process;
+use kuasar_oci::place::{Place, Way};
 use kuasar_oci::processes::{Command, Exit, Failure, Processes, Spawned, new_cookie};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use sandbox_parent::client::{Parent, Spawn};
 use tokio::io::AsyncReadExt;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
-use wasm_common::wire::{self, Hello, PROTOCOL, Request};
+use wasm_common::wire::{self, Entry, Hello, PROTOCOL, Request};
 
 use crate::config::Config;
-use crate::placement::Placement;
 
 /// Programs that stand for a fork of an engine's warm worker begin so; its name follows.
 const WARM: &str = "(warm) ";
@@ -186,15 +185,14 @@ type Ending = tokio::sync::watch::Receiver<Option<std::result::Result<Exit, Stri
 pub struct Workers {
     parent: Parent,
     workers: Vec<Worker>,
-    cgroups: Arc<Layout>,
     /// Forks of the worker that make a container, by cookie.
     makers: Mutex<HashMap<u64, Ending>>,
 }
 
 impl Workers {
     /// Both.
-    pub fn new(parent: Parent, workers: Vec<Worker>, cgroups: Arc<Layout>) -> Self {
-        Self { parent, workers, cgroups, makers: Mutex::default() }
+    pub fn new(parent: Parent, workers: Vec<Worker>) -> Self {
+        Self { parent, workers, makers: Mutex::default() }
     }
 
     /// The worker of an engine.
@@ -211,58 +209,25 @@ impl Workers {
     }
 
     async fn fork(&self, worker: &Worker, command: Command<'_>) -> Result<Spawned, Failure> {
-        let (reader, writer) = std::io::pipe()?;
-        let watched = command.place.as_ref().map(|place| place.cookie);
-        let placement = match command.place {
-            Some(place) => Some(Placement::begin(place, &self.cgroups).await?),
-            None => None,
-        };
-        let request = Request {
-            // Without the program and the word `oci`.
-            argv: command.argv.into_iter().skip(2).collect(),
-            given: command.fds.iter().map(Option::is_some).collect(),
-            entry: placement.as_ref().map(|placement| placement.entry),
-        };
-        let limit = worker.config.get().worker_timeout;
-        let asked = async {
-            let mut fds: Vec<BorrowedFd<'_>> = command.fds.iter().flatten().copied().collect();
-            fds.extend(placement.iter().filter_map(|it| it.passed.as_ref()).map(AsFd::as_fd));
-            fds.push(writer.as_fd());
-            worker.ask(&request, &fds).await?;
-            drop(fds);
-            drop(writer);
-            let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
-            let mut pid = [0; 4];
-            tokio::time::timeout(limit, reader.read_exact(&mut pid))
-                .await
-                .map_err(|_| format!("the worker has made no process within {limit:?}"))?
-                .map_err(|error| format!("the worker could not make a process: {error}"))?;
-            Ok::<_, Failure>((u32::from_le_bytes(pid), reader))
-        };
-        let (pid, reader) = match asked.await {
+        let Command { argv, fds, cookie, mut place, .. } = command;
+        let watched = place.as_ref().map(|place| place.cookie);
+        let (pid, reader) = match ask(worker, argv, &fds, place.as_mut()).await {
             Ok(asked) => asked,
             Err(error) => {
-                if let Some(placement) = placement {
-                    // What was made is removed with the container, whatever came of it.
-                    let _ = placement.made().await;
-                }
+                // What was made is removed with the container, whatever came of it.
+                let _ = made(place).await;
                 return Err(error);
             }
         };
         let pidfd = process::pidfd_open(pid);
         let own = pidfd.as_ref().ok().and_then(|fd| fd.as_fd().try_clone_to_owned().ok());
         let (tell, ending) = tokio::sync::watch::channel(None);
-        self.makers().insert(command.cookie, ending);
+        self.makers().insert(cookie, ending);
         let parent = self.parent.clone();
         tokio::spawn(async move {
             let (status, grouped, followed) = tokio::join!(
                 status(reader, own),
-                async {
-                    match placement {
-                        Some(placement) => placement.made().await,
-                        None => Ok(()),
-                    }
-                },
+                made(place),
                 // It is asked for before the process can have ended well, and nobody has to wait for it.
                 async {
                     match watched {
@@ -289,6 +254,55 @@ impl Workers {
         // The exit of what it leaves behind is only looked for among processes that live: a
         // container's waits for Start.
         Ok(Spawned { pid, pidfd, since: u64::MAX, watched })
+    }
+}
+
+/// Asks a worker for a process with these arguments, of which the program and the word `oci` are left
+/// out, and these descriptors; answers its pid, and where it says how it has ended.
+async fn ask(
+    worker: &Worker,
+    argv: Vec<String>,
+    given: &[Option<BorrowedFd<'_>>],
+    place: Option<&mut Place>,
+) -> Result<(u32, pipe::Receiver), Failure> {
+    let (reader, writer) = std::io::pipe()?;
+    let (entry, way) = match place {
+        Some(place) => {
+            let namespaces = place.namespaces.bits();
+            let (grouped, way) = match place.way().await? {
+                Way::Into(directory) => (true, directory),
+                Way::Told(pipe) => (false, pipe),
+            };
+            (Some(Entry { namespaces, grouped }), Some(way))
+        }
+        None => (None, None),
+    };
+    let request = Request {
+        argv: argv.into_iter().skip(2).collect(),
+        given: given.iter().map(Option::is_some).collect(),
+        entry,
+    };
+    let mut fds: Vec<BorrowedFd<'_>> = given.iter().flatten().copied().collect();
+    fds.extend(way.as_ref().map(AsFd::as_fd));
+    fds.push(writer.as_fd());
+    worker.ask(&request, &fds).await?;
+    drop(fds);
+    drop((writer, way));
+    let mut reader = pipe::Receiver::from_owned_fd(reader.into())?;
+    let mut pid = [0; 4];
+    let limit = worker.config.get().worker_timeout;
+    tokio::time::timeout(limit, reader.read_exact(&mut pid))
+        .await
+        .map_err(|_| format!("the worker has made no process within {limit:?}"))?
+        .map_err(|error| format!("the worker could not make a process: {error}"))?;
+    Ok((u32::from_le_bytes(pid), reader))
+}
+
+/// Comes back when the group of a place is made, if there is one, or nothing is made any more.
+async fn made(place: Option<Place>) -> Result<(), String> {
+    match place {
+        Some(place) => place.made().await,
+        None => Ok(()),
     }
 }
 

@@ -39,7 +39,7 @@ use std::path::Path;
 use args::{Args, Command};
 use nix::sched::CloneFlags;
 
-pub use direct::{Entered, GO, make_group};
+pub use direct::{Entered, make_group, make_room};
 use workload::Workload;
 
 /// What went wrong, in words for the person who reads `kubectl describe pod`.

@@ -6,11 +6,12 @@
 //!
 //! What the engine's process does beside it elsewhere is done by who asked for this one: it makes
 //! the cgroup, on v2 before the fork (`CLONE_INTO_CGROUP`), on v1 at the same time, and then says
-//! [`super::GO`]; and it removes what is left when this process says that it has
+//! [`GO`](crate::place::GO); and it removes what is left when this process says that it has
 //! failed, or ends. Nothing is written down of a container that no command will be run in: what starts
 //! it, and ends it, knows it otherwise.
 
 use std::io::{PipeReader, PipeWriter};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use nix::sched::CloneFlags;
@@ -23,11 +24,14 @@ use super::{Traces, group_of, init, join_namespaces, open};
 /// How this process was made.
 #[derive(Debug)]
 pub struct Entered {
-    /// Its new namespaces.
+    /// Its new namespaces. It is in them, but for the mount namespace.
     pub namespaces: CloneFlags,
+    /// What its mount namespace may be made of: an empty one ([`make_room`](super::make_room)). The
+    /// one that it is in, otherwise.
+    pub room: Option<OwnedFd>,
     /// Gets one byte, the exit status that an engine would have: 0 when `start` is waited for.
     pub answer: PipeWriter,
-    /// Says [`super::GO`] when the cgroup is there, which this process then enters; `None` when it
+    /// Says [`GO`](crate::place::GO) when the cgroup is there, which this process then enters; `None` when it
     /// was in it from the start.
     pub go: Option<PipeReader>,
 }
@@ -40,9 +44,9 @@ pub fn run(
     workload: Box<dyn Workload>,
     entered: Entered,
 ) -> (Option<std::fs::File>, PipeWriter, Error) {
-    let Entered { namespaces, answer, go } = entered;
+    let Entered { namespaces, room, answer, go } = entered;
     let mut traces = Traces::default();
-    let made = prepare(args, namespaces, go, workload, &mut traces);
+    let made = prepare(args, (namespaces, room), go, workload, &mut traces);
     match made {
         Ok((plan, prepared)) => {
             // Removed by who removes containers.
@@ -55,7 +59,7 @@ pub fn run(
 
 fn prepare(
     args: &Args,
-    namespaces: CloneFlags,
+    (namespaces, room): (CloneFlags, Option<OwnedFd>),
     go: Option<PipeReader>,
     workload: Box<dyn Workload>,
     traces: &mut Traces,
@@ -75,6 +79,11 @@ fn prepare(
     }
     let pid = own_pid()?;
     let opened = open(args, create, &mut plan, traces, true)?;
+    let room = room.filter(|_| plan.is_portable());
+    if room.is_none() {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS)
+            .map_err(|error| Error::io("a mount namespace", error))?;
+    }
     if let Some(path) = &create.pid_file {
         std::fs::write(path, pid.to_string()).map_err(|error| Error::io(path.display(), error))?;
     }
@@ -83,7 +92,7 @@ fn prepare(
     join_namespaces(&plan)?;
     let turn = go.map_or(init::Turn::Taken, init::Turn::Told);
     let prepared = init::Prepared::new(opened, group, turn, create, Some(workload));
-    Ok((plan, prepared))
+    Ok((plan, init::Prepared { room, ..prepared }))
 }
 
 /// A PID namespace is joined by the children of who joins it; a user namespace is none of these

@@ -11,10 +11,11 @@ use nix::sched::CloneFlags;
 
 use super::plan::Plan;
 use super::seccomp::Filter;
-use super::{GO, Opened, explain, privileges, rootfs, sys};
+use super::{Opened, explain, privileges, rootfs, sys};
 use crate::builtin::args::Create;
 use crate::builtin::workload::{Container, Workload};
 use crate::builtin::{console, payload};
+use crate::place::GO;
 
 /// What the creating process has prepared.
 pub struct Prepared {
@@ -30,6 +31,8 @@ pub struct Prepared {
     pub turn: Turn,
     /// The compiled seccomp profile.
     pub filter: Option<Filter>,
+    /// The empty mount namespace that this process's own is made of; without one it is in its own.
+    pub room: Option<OwnedFd>,
     /// Program, arguments and environment.
     pub process: Process,
     /// The pod's user namespace.
@@ -59,6 +62,7 @@ impl Prepared {
             group,
             turn,
             filter,
+            room: None,
             process: program,
             user,
             selinux: Path::new("/sys/fs/selinux/enforce").exists(),
@@ -145,34 +149,30 @@ pub const READY: u8 = b'R';
 
 /// Becomes the payload, after `start`. Never returns.
 ///
-/// A workload gets ready when the creation has been answered, while the engine's client is on its way to
-/// start: what it finds wrong is the answer to that, as for a program that cannot be executed.
+/// For a program the creation is answered when everything is done but the execve. A workload's is
+/// answered at once: everything that the kernel makes of a container is made, and what it is
+/// filled with, while the engine's client is on its way to start. What goes wrong then is
+/// the answer to that, as for a program that cannot be executed. (A terminal is made before: who asked
+/// for it waits for it.)
 pub fn run(plan: &Plan, mut prepared: Prepared, answer: Answer) -> ! {
-    let outcome = prepare(plan, &mut prepared);
+    let is_early = prepared.workload.is_some() && prepared.console.is_none();
+    let outcome = if is_early { Ok(()) } else { prepare(plan, &mut prepared) };
     if answer.tell(outcome) {
-        let unready = prepared.workload.as_mut().and_then(|workload| {
-            let container = Container {
-                args: prepared.process.args().as_deref().unwrap_or_default(),
-                env: prepared.process.env().as_deref().unwrap_or_default(),
-                cwd: &plan.spec.process.cwd,
-                annotations: plan.spec.annotations.as_ref(),
-                kept: &[prepared.listener.as_fd()],
-            };
-            workload.prepare(&container).err()
-        });
+        let ready = if is_early { prepare(plan, &mut prepared) } else { Ok(()) };
+        let ready = ready.and_then(|()| get_ready(plan, &mut prepared));
         if let Some(starter) = started(&prepared.listener) {
             drop(prepared.listener);
             let filter = prepared.filter.as_ref();
-            let reason = match (unready, late_filter(plan, filter), prepared.workload) {
-                (Some(reason), ..) => {
+            let reason = match (ready, late_filter(plan, filter), prepared.workload) {
+                (Err(reason), ..) => {
                     // Who started us tells it.
                     let _ = write!(&starter, "{}", super::said(reason));
                     exit()
                 }
-                (None, Err(reason), _) => reason,
+                (Ok(()), Err(reason), _) => reason,
                 // The connection to who started us ends with the execve: that tells.
-                (None, Ok(()), None) => payload::execute(&prepared.process),
-                (None, Ok(()), Some(workload)) => {
+                (Ok(()), Ok(()), None) => payload::execute(&prepared.process),
+                (Ok(()), Ok(()), Some(workload)) => {
                     drop(starter);
                     workload.run()
                 }
@@ -182,6 +182,18 @@ pub fn run(plan: &Plan, mut prepared: Prepared, answer: Answer) -> ! {
         }
     }
     exit()
+}
+
+/// A workload's own part of it.
+fn get_ready(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
+    let Some(workload) = prepared.workload.as_mut() else { return Ok(()) };
+    workload.prepare(&Container {
+        args: prepared.process.args().as_deref().unwrap_or_default(),
+        env: prepared.process.env().as_deref().unwrap_or_default(),
+        cwd: &plan.spec.process.cwd,
+        annotations: plan.spec.annotations.as_ref(),
+        kept: &[prepared.listener.as_fd()],
+    })
 }
 
 fn exit() -> ! {
@@ -225,8 +237,9 @@ fn prepare(plan: &Plan, prepared: &mut Prepared) -> Result<(), String> {
     // SAFETY: plain system call. Modes are what they are said to be.
     unsafe { libc::umask(0) };
     let (group, turn) = (prepared.group.as_ref(), &mut prepared.turn);
-    let users = prepared.user.as_ref();
-    let root = rootfs::build(plan, users, group, || turn.take(plan, group))?;
+    let (users, room) = (prepared.user.as_ref(), prepared.room.take());
+    let root = rootfs::build(plan, users, group, room.as_ref(), || turn.take(plan, group))?;
+    drop(room);
     turn.take(plan, group)?;
     rootfs::enter(&root, plan.root)?;
     for (key, value) in spec.linux.sysctl.iter().flatten() {

@@ -35,6 +35,7 @@ mod init;
 mod plan;
 mod privileges;
 mod rehearsal;
+mod room;
 mod rootfs;
 pub mod seccomp;
 mod spec;
@@ -60,9 +61,11 @@ use serde_json::Value;
 use super::args::{Args, Create};
 use super::workload::Workload;
 use super::{Error, Result, console};
+use crate::place::GO;
 pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
 pub use rehearsal::rehearse;
+pub use room::make as make_room;
 pub use sys::clone_sibling;
 use user::User;
 
@@ -99,9 +102,6 @@ pub fn plan(create: &Create, text: &[u8], is_workload: bool) -> std::result::Res
     }
     Ok(plan)
 }
-
-/// What is said to the container's process when its group is there.
-pub const GO: u8 = b'G';
 
 /// What is made on the way, and removed again unless it is kept.
 #[derive(Default)]

@@ -236,6 +236,12 @@ impl Plan {
     pub fn is_charged(&self) -> bool {
         self.mounts.iter().any(|mount| mount.copy_up)
     }
+
+    /// Whether all that the container's process takes from the host can be in its hands before it
+    /// leaves the host's mounts: the rest of a container's file system names places of the host.
+    pub fn is_portable(&self) -> bool {
+        !self.fill_dev && self.mounts.iter().all(|mount| mount.what != What::Cgroup)
+    }
 }
 
 type Namespaces = (CloneFlags, Vec<(CloneFlags, PathBuf)>);

@@ -2,9 +2,10 @@
 //!
 //! Order matters, and each step relies on the one before:
 //! 1. Copies of everything that is bound, and of the root, are taken while this namespace still is
-//!    what the host's is: a shared mount is a peer of the host's there, so that each copy can be
-//!    made private, slave or left shared as its mount asks for.
-//! 2. Then everything here becomes a slave of the host's: what follows is nobody else's.
+//!    what the host's is, or the host's itself: a shared mount is a peer of the host's there, so that
+//!    each copy can be made private, slave or left shared as its mount asks for.
+//! 2. Then everything here becomes a slave of the host's, or this process goes to where nothing is
+//!    ([`room`]): what follows is nobody else's.
 //! 3. The root's copy is attached, and the mounts are made in their order, on places that are
 //!    resolved inside it ([`kuasar_host::inside`]). A mount is given its attributes while it is detached:
 //!    there is no moment at which it can be used without.
@@ -23,7 +24,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
 use super::plan::{Attr, Mount, Plan, Propagation, What};
-use super::{copy_up, devices, sys};
+use super::{copy_up, devices, room, sys};
 
 const PRIVATE: Propagation = Propagation { kind: libc::MS_PRIVATE, deep: true };
 /// What a cgroup mount always is.
@@ -50,11 +51,13 @@ fn is_directory(fd: &impl AsFd) -> bool {
 }
 
 /// Steps 1 to 3; answers the root. Mounts are mapped by the user namespace `users`. `in_group` is
-/// called before the group is looked at.
+/// called before the group is looked at, and before this process goes to `empty`: without one it is in a
+/// mount namespace of its own already.
 pub fn build(
     plan: &Plan,
     users: Option<&OwnedFd>,
     group: Option<&Cgroup>,
+    empty: Option<&OwnedFd>,
     mut in_group: impl FnMut() -> Result<(), String>,
 ) -> Result<OwnedFd, String> {
     let sources =
@@ -62,19 +65,16 @@ pub fn build(
     let path = Path::new(&plan.spec.root.path);
     let wrap = |error: std::io::Error| format!("rootfs {}: {error}", path.display());
     let root = sys::clone_tree_at(path, true).map_err(wrap)?;
-    nix::mount::mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_SLAVE | MsFlags::MS_REC,
-        None::<&str>,
-    )
-    .map_err(|error| format!("make the mounts slaves of the host's: {error}"))?;
+    let place = match empty {
+        Some(empty) => {
+            in_group()?;
+            room::enter(empty)?
+        }
+        None => own_mounts(path).map_err(wrap)?,
+    };
     let kind = if plan.root.kind == libc::MS_SLAVE { libc::MS_SLAVE } else { libc::MS_PRIVATE };
     sys::set_mount(&root, Attr::default(), Some(Propagation { kind, deep: true }), true)
         .map_err(wrap)?;
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let place = nix::fcntl::open(path, flags, Mode::empty()).map_err(|error| wrap(error.into()))?;
     sys::attach(&root, &place).map_err(wrap)?;
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
@@ -99,6 +99,14 @@ pub fn build(
         let _ = paths::target(&root, &super::plan::clean(&plan.spec.process.cwd), Want::Directory);
     }
     Ok(root)
+}
+
+/// Makes everything in this namespace a slave of the host's; answers where the root's copy belongs.
+fn own_mounts(path: &Path) -> std::io::Result<OwnedFd> {
+    let flags = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+    nix::mount::mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(nix::fcntl::open(path, flags, Mode::empty())?)
 }
 
 fn source(mount: &Mount, users: Option<&OwnedFd>) -> Result<Option<OwnedFd>, String> {
