@@ -66,6 +66,25 @@ fn nothing_of_the_worker_is_open_in_a_container() {
 }
 
 #[test]
+fn a_container_has_no_copy_of_the_hosts_mounts() {
+    let Some(_on) = handler() else { return };
+    let (one, other) = (Pod::run(pod_config("wasm-mounts")), Pod::run(pod_config("wasm-mounts-2")));
+    let first = start(&one, &["/sleep.wasm"]);
+    let second = start(&other, &["/sleep.wasm"]);
+    for c in [&first, &second] {
+        let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", c.pid())).unwrap();
+        let mut places: Vec<_> = table.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+        places.sort_unstable();
+        assert_eq!(places, ["/", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf"], "{table}");
+    }
+    // Who makes them has not stayed in the empty namespace that theirs are made of.
+    let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+    let worker = named("wasm-zygote").unwrap();
+    assert_eq!(namespace(worker), namespace(parent(worker).unwrap()));
+    assert_ne!(namespace(first.pid()), namespace(second.pid()));
+}
+
+#[test]
 fn memory_is_bounded_by_the_container() {
     let Some(_on) = handler() else { return };
     let pod = Pod::run(pod_config("wasm-memory"));

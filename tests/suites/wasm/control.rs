@@ -196,6 +196,30 @@ fn a_worker_that_is_killed_is_replaced() {
 }
 
 #[test]
+fn a_container_that_cannot_be_set_up_says_why_and_leaves_nothing() {
+    let Some(_on) = handler() else { return };
+    let before = leaks::snapshot();
+    let pod = Pod::run(pod_config("wasm-no-place"));
+    let c = pod.create_with(&["/sleep.wasm"], |config| {
+        image(config);
+        config.mounts = vec![Mount {
+            container_path: "/sleep.wasm/below".into(),
+            host_path: "/etc".into(),
+            readonly: true,
+            ..Default::default()
+        }];
+    });
+    let c = c.unwrap();
+    let error = c.start().expect_err("it starts").to_string();
+    assert!(error.contains("/sleep.wasm/below") && error.contains("ot a directory"), "{error}");
+    c.remove().unwrap();
+    // The pod is none the worse.
+    assert_eq!(start(&pod, &["/exit7.wasm"]).wait(), 7);
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
 fn the_next_container_is_a_process_that_waits_for_it() {
     let Some(_on) = handler() else { return };
     if inside(&["test", "-e", "/sys/fs/cgroup/cgroup.controllers"]).status.success() {
@@ -245,20 +269,4 @@ fn spare() -> u32 {
 /// The warm worker's pid.
 fn worker() -> Option<u32> {
     named("wasm-zygote")
-}
-
-fn named(wanted: &str) -> Option<u32> {
-    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
-        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-        (name.trim() == wanted && parent_is_ours(pid)).then_some(pid)
-    })
-}
-
-/// Another checkout's bed may be up on this machine.
-fn parent_is_ours(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or("0");
-    let exe = std::fs::read_link(format!("/proc/{}/exe", parent.trim())).unwrap_or_default();
-    exe.starts_with(kuasar_tests::top()) || exe.starts_with(kuasar_tests::programs())
 }

@@ -46,6 +46,27 @@ fn with_engines(test: impl Fn(&'static str)) {
     }
 }
 
+/// The process of this name that belongs to this bed.
+fn named(wanted: &str) -> Option<u32> {
+    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        (name.trim() == wanted && parent_is_ours(pid)).then_some(pid)
+    })
+}
+
+/// Another checkout's bed may be up on this machine.
+fn parent_is_ours(pid: u32) -> bool {
+    let parent = parent(pid).unwrap_or_default();
+    let exe = std::fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default();
+    exe.starts_with(kuasar_tests::top()) || exe.starts_with(kuasar_tests::programs())
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
 fn image(config: &mut ContainerConfig) {
     config.image = Some(ImageSpec { image: wasm::IMAGE.into(), ..Default::default() });
 }
