@@ -159,6 +159,11 @@ const RESOURCES: [(&str, &[&str]); 7] = [
 ];
 
 impl Plan {
+    /// Whose a mount point is that has to be made: the container's root's.
+    pub fn root_owner(&self) -> Option<(u32, u32)> {
+        self.user.as_ref().and_then(|user| user.uid(0).zip(user.gid(0)))
+    }
+
     /// Looks at a whole spec.
     ///
     /// # Errors
