@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use kuasar_host::inside::Want;
 
 use super::plan::Plan;
-use super::rootfs::place;
+use super::rootfs::target;
 use super::{spec, sys};
 
 /// What every container has: name, major, minor.
@@ -45,7 +45,7 @@ pub fn allowed_rules() -> Vec<Value> {
 
 /// Fills `/dev`. The umask is 0.
 pub fn fill(root: &impl AsFd, plan: &Plan) -> Result<(), String> {
-    let dev = place(root, plan, Path::new("/dev"), Want::Directory)?;
+    let dev = target(root, plan, Path::new("/dev"), Want::Directory)?;
     let own = plan.spec.linux.devices.as_deref().unwrap_or_default();
     for (name, major, minor) in DEFAULT {
         let path = Path::new("/dev").join(name);
@@ -81,7 +81,7 @@ fn one(root: &impl AsFd, device: &spec::Device, plan: &Plan) -> Result<(), Strin
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(format!("device path {:?} is not allowed", device.path));
     };
-    let directory = place(root, plan, parent, Want::Directory)?;
+    let directory = target(root, plan, parent, Want::Directory)?;
     let kind = match device.kind.as_str() {
         "b" => SFlag::S_IFBLK,
         "p" => SFlag::S_IFIFO,

@@ -74,8 +74,8 @@ pub fn build(
     sys::set_mount(&root, Attr::default(), Some(Propagation { kind, deep: true }), true)
         .map_err(wrap)?;
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let below = nix::fcntl::open(path, flags, Mode::empty()).map_err(|error| wrap(error.into()))?;
-    sys::attach(&root, &below).map_err(wrap)?;
+    let place = nix::fcntl::open(path, flags, Mode::empty()).map_err(|error| wrap(error.into()))?;
+    sys::attach(&root, &place).map_err(wrap)?;
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
             (What::New(parameters), _) => new(&root, plan, mount, parameters),
@@ -96,7 +96,7 @@ pub fn build(
     if plan.spec.process.cwd.starts_with('/') {
         // As runc has it, a working directory that is missing is made. One that cannot be is
         // explained by who goes there.
-        let _ = place(&root, plan, &super::plan::clean(&plan.spec.process.cwd), Want::Directory);
+        let _ = target(&root, plan, &super::plan::clean(&plan.spec.process.cwd), Want::Directory);
     }
     Ok(root)
 }
@@ -117,7 +117,7 @@ fn source(mount: &Mount, users: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Str
 }
 
 /// A place of the container's, made for its root where it is missing.
-pub(super) fn place(
+pub(super) fn target(
     root: &impl AsFd,
     plan: &Plan,
     at: &Path,
@@ -139,7 +139,7 @@ fn bind(root: &OwnedFd, plan: &Plan, mount: &Mount, tree: &OwnedFd) -> Result<()
     }
     sys::set_mount(tree, mount.deep_attr, None, true).map_err(wrap)?;
     let want = if directory { Want::Directory } else { Want::File };
-    let place = place(root, plan, &mount.at, want)?;
+    let place = target(root, plan, &mount.at, want)?;
     let covers = COVERED.iter().any(|path| mount.at == Path::new(path));
     let whole = mount.at == Path::new("/proc") && is_procfs(tree.as_fd());
     if is_procfs(place.as_fd()) && !covers && !whole {
@@ -158,7 +158,7 @@ fn new(
     if matches!(&*mount.kind, "proc" | "sysfs") {
         plain_directory(root, &mount.at)?;
     }
-    let place = place(root, plan, &mount.at, Want::Directory)?;
+    let place = target(root, plan, &mount.at, Want::Directory)?;
     if is_procfs(place.as_fd()) && mount.kind != "proc" {
         return Err("it would cover a part of /proc".into());
     }
@@ -204,7 +204,7 @@ fn cgroup(root: &OwnedFd, plan: &Plan, mount: &Mount, group: &Cgroup) -> Result<
             .map_err(wrap)?;
         Ok(tree)
     };
-    let place = place(root, plan, &mount.at, Want::Directory)?;
+    let place = target(root, plan, &mount.at, Want::Directory)?;
     let hierarchies = match group.layout() {
         Layout::V2(at) => return sys::attach(&part(&at.join(group.path()))?, &place).map_err(wrap),
         Layout::V1(hierarchies) => hierarchies,
