@@ -186,16 +186,21 @@ impl<P: Serialize + DeserializeOwned> Core<P> {
             (state.0.id.clone(), state.0.channel.clone())
         };
         let processes = self.process.processes();
-        console::forget(&*processes, &id).await;
-        if let Err(error) = processes.forget(&format!("{id}/{EVENT_PIPE}")).await {
-            tracing::warn!(id, %error, "cannot forget a pipe of events");
-        }
+        forget_pipes(&*processes, &id).await;
         let helpers = held(&self.helpers).clone();
         for process in helpers.iter().chain([&self.process]) {
             process.acknowledge().await;
         }
         channel.sockets().iter().for_each(|path| remove(path));
         files.iter().for_each(|path| remove(path));
+    }
+}
+
+/// Forgets the kept ends of a machine's pipes, as far as it has them.
+pub(super) async fn forget_pipes(processes: &dyn Processes, id: &str) {
+    console::forget(processes, id).await;
+    if let Err(error) = processes.forget(&format!("{id}/{EVENT_PIPE}")).await {
+        tracing::warn!(id, %error, "cannot forget a pipe of events");
     }
 }
 

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::Processes;
 use super::disks::Disks;
 use super::process::Process;
-use super::{Processes, console};
 
 /// Undone when it is dropped with something in it.
 #[derive(Default)]
@@ -51,7 +51,7 @@ impl Drop for Started {
                 process.acknowledge().await;
             }
             if let Some((processes, id)) = forget {
-                console::forget(&*processes, &id).await;
+                super::core::forget_pipes(&*processes, &id).await;
             }
         });
     }
