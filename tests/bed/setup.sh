@@ -334,8 +334,39 @@ kvm = "/dev/null"
 EOF
 }
 
+# A bed that was copied from another checkout has the paths of that one in its files, links and
+# programs. They become this one's; what only a running bed has is left behind.
+take_over() { # FORMER
+  local was=$1 p f lib
+  echo "bed: $B is a copy of $was: its paths are written anew"
+  command -v patchelf >/dev/null || part_packages
+  for p in $PARTS onnx; do
+    f=$B/stamp/$p-$(B=$was sum "part_$p")
+    [ ! -e "$f" ] || mv "$f" "$B/stamp/$p-$(sum "part_$p")"
+  done
+  rm -rf "${B:?}"/{run,var}
+  mkdir -p "$B/run"
+  find "$B" -path "$B/node" -prune -o -lname "$was/*" -print | while read -r f; do
+    ln -sfn "$B/$(readlink "$f" | sed "s|^$was/||")" "$f"
+  done
+  for f in "$B"/bin/* "$B"/vmm/{bin,libexec}/*; do
+    if [ ! -f "$f" ] || [ -L "$f" ]; then continue; fi
+    lib=$(patchelf --print-interpreter "$f" 2>/dev/null) || continue
+    case $lib in
+      "$was"/*)
+        patchelf --set-interpreter "$B/${lib#"$was"/}" --force-rpath \
+          --set-rpath "$(patchelf --print-rpath "$f" | sed "s|$was/|$B/|g")" "$f" ;;
+    esac
+  done
+  # The file that names the bed's place is the last: a take-over that was cut off is done once more.
+  grep -rIlF "$was/" "$B" --exclude-dir=node --exclude=crictl.yaml | xargs -r sed -i "s|$was/|$B/|g"
+  sed -i "s|$was/|$B/|g" "$B/etc/crictl.yaml"
+}
+
 PARTS="packages lists engines criu busybox images critools runsc wasmedge config"
 [ ! -x "$TOP/target/release/wasm-worker-nn" ] || PARTS="$PARTS onnx"
+former=$(sed -n 's|^runtime-endpoint: unix://\(.*\)/run/containerd.sock$|\1|p' "$B/etc/crictl.yaml" 2>/dev/null || true)
+[ -z "$former" ] || [ "$former" = "$B" ] || take_over "$former"
 all=1
 for p in $PARTS; do made "$p" || all=0; done
 [ "$all" = 1 ] && exit 0

@@ -7,7 +7,9 @@ own metrics: from the request to the answer, so without CRI, CNI and the client.
 same program with the same flags, a network namespace with a veth and an address, a root container and
 a container of busybox, without cgroups made before. Medians in milliseconds.
 """
-import json, os, shutil, socket, statistics, subprocess, sys, tempfile, time
+import json, os, shutil, statistics, subprocess, sys, tempfile, time
+
+from metrics import phases, samples
 
 BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
 BED = os.path.abspath(BED)
@@ -25,21 +27,6 @@ def leave(*words):
     """A command that leaves processes behind: they would hold a pipe open."""
     with open(os.devnull, "r+") as null:
         subprocess.run(words, check=True, stdin=null, stdout=null, stderr=null)
-
-
-def phases():
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(METRICS)
-        s.sendall(b"GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n")
-        text = b""
-        while part := s.recv(65536):
-            text += part
-    sums = {}
-    for line in text.decode().splitlines():
-        if line.startswith("kuasar_phase_seconds_sum"):
-            name = line.split('phase="')[1].split('"')[0]
-            sums[name] = float(line.split()[-1]) * 1000
-    return sums
 
 
 def spec(kind, sandbox, args, netns, cgroup, readonly):
@@ -93,11 +80,11 @@ def ours(top, i):
     with open(container, "w") as f:
         json.dump({"metadata": {"name": "c"}, "image": {"image": "localhost/busybox:latest"},
                    "command": ["sleep", "1000"], "log_path": "c.log", "linux": {}}, f)
-    before = phases()
+    before = phases(samples(METRICS))
     p = run("crictl", "runp", "-r", "kuasar-gvisor", pod).strip()
     c = run("crictl", "create", p, container, pod).strip()
     run("crictl", "start", c)
-    after = phases()
+    after = phases(samples(METRICS))
     run("crictl", "rmp", "-f", p)
     return {name: after.get(name, 0) - before.get(name, 0) for name in PHASES}
 

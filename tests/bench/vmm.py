@@ -14,7 +14,9 @@ program, a virtiofsd with no options of ours, and the same disk from the boot, o
 Each file is read once and was read on the host before. Medians. Needs a quiet host: the pod's machine is in a
 cgroup, which has the weight of one process of the host's.
 """
-import glob, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+import glob, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, time
+
+from metrics import phases, samples
 
 BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
 BED = os.path.abspath(BED)
@@ -35,19 +37,9 @@ def run(*words, **more):
 
 
 def metrics():
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(METRICS)
-        s.sendall(b"GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n")
-        text = b""
-        while part := s.recv(65536):
-            text += part
-    values = {}
-    for line in text.decode().splitlines():
-        if line.startswith("kuasar_phase_seconds_sum"):
-            values[line.split('phase="')[1].split('"')[0]] = float(line.split()[-1]) * 1000
-        elif line.startswith("kuasar_pool_ready"):
-            values["ready"] = float(line.split()[-1])
-    return values
+    values = samples(METRICS)
+    ready = [value for name, value in values.items() if name.startswith("kuasar_pool_ready")]
+    return phases(values) | ({"ready": ready[-1]} if ready else {})
 
 
 def until(what, done, limit=240):

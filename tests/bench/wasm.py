@@ -14,6 +14,8 @@ ours, on one processor each, and the same module computes in both; without it th
 """
 import concurrent.futures, json, os, shutil, socket, statistics, subprocess, sys, tempfile, time
 
+from metrics import phases, samples
+
 BED = os.environ.get("BED") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../target/bed")
 BED = os.path.abspath(BED)
 METRICS = f"{BED}/run/kuasar-wasm-metrics.sock"
@@ -24,21 +26,6 @@ PHASES = ["task_create", "rootfs", "wasm_artifact", "engine_create", "task_start
 
 def run(*words):
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
-
-
-def phases():
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(METRICS)
-        s.sendall(b"GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n")
-        text = b""
-        while part := s.recv(65536):
-            text += part
-    sums = {}
-    for line in text.decode().splitlines():
-        if line.startswith("kuasar_phase_seconds_sum"):
-            name = line.split('phase="')[1].split('"')[0]
-            sums[name] = sums.get(name, 0) + float(line.split()[-1]) * 1000
-    return sums
 
 
 def config(top, name, value):
@@ -151,12 +138,12 @@ def in_one_go(top, pods, count):
             run("crictl", "start", c)
             return c
 
-        before, spent = phases(), processor_time()
+        before, spent = phases(samples(METRICS)), processor_time()
         begun = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             made = list(pool.map(one, range(count)))
         took = time.monotonic() - begun
-        spent, after = processor_time() - spent, phases()
+        spent, after = processor_time() - spent, phases(samples(METRICS))
         rates[handler] = count / took
         print(f"{count} containers in one go, {handler}: {took:.2f} s, {count / took:.1f} a second")
         if handler != "runc":
@@ -211,9 +198,9 @@ try:
     container(top, path, sandbox, "localhost/wasm:latest", ["/sleep.wasm"], "warm")
     ours, stock, spent, idle, processor_times = [], [], [], [], []
     for i in range(ROUNDS):
-        before, processor_before = phases(), processor_time()
+        before, processor_before = phases(samples(METRICS)), processor_time()
         c, took = container(top, path, sandbox, "localhost/wasm:latest", ["/sleep.wasm"], i)
-        after = phases()
+        after = phases(samples(METRICS))
         processor_times.append(processor_time([pid_of(c)]) - processor_before)
         ours.append(took)
         spent.append({name: after.get(name, 0) - before.get(name, 0) for name in PHASES})

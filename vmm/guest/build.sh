@@ -160,19 +160,27 @@ kernel() {
   done
 }
 
+# The program that packs a guest, for this host. Flags that the static programs are built with
+# (RUSTFLAGS with crt-static) are not for its build scripts and macros.
+builder() {
+  (cd "$TOP" && env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS -u CARGO_BUILD_TARGET -u CARGO_TARGET_DIR \
+    cargo build --quiet -p guest-image)
+  BUILDER=$TOP/target/debug/guest-image
+}
+
 image() {
-  local init=$1 tree builder=$TOP/target/debug/guest-image
+  local init=$1 tree
   [ -f "$init" ] || die "$init is not there"
   packages mkfs.erofs:erofs-utils objcopy:binutils
   mkdir -p "$G"
-  (cd "$TOP" && cargo build --quiet -p guest-image)
+  builder
   tree=$(mktemp -d "$G/tree.XXXXXX")
   # shellcheck disable=SC2064 # this directory
   trap "rm -rf '$tree' '$tree.init'" EXIT
   chmod 0755 "$tree"
   # Names of functions are a quarter of the program, and an initramfs is memory in each pod.
   objcopy --strip-all "$init" "$tree.init"
-  "$builder" --init "$tree.init" --initramfs "$G/initramfs.cpio" --tree "$tree"
+  "$BUILDER" --init "$tree.init" --initramfs "$G/initramfs.cpio" --tree "$tree"
   # Not compressed: pages of the program are read as they are needed.
   mkfs.erofs --quiet -T 0 -U "$UUID" --all-root "$G/guest.erofs.part" "$tree" >/dev/null
   mv "$G/guest.erofs.part" "$G/guest.erofs"
@@ -243,8 +251,8 @@ distribution() {
   }
   for name in "${WANTED[@]}"; do module "$name"; done
   objcopy --strip-all "$init" "$tree/init"
-  (cd "$TOP" && cargo build --quiet -p guest-image)
-  "$TOP/target/debug/guest-image" --init "$tree/init" "${args[@]}" --initramfs "$G/initramfs-distribution.cpio"
+  builder
+  "$BUILDER" --init "$tree/init" "${args[@]}" --initramfs "$G/initramfs-distribution.cpio"
   mv "$tree/vmlinux" "$G/vmlinux-distribution"
   echo "$made" > "$G/vmlinux-distribution.stamp"
   echo "guest: $G/vmlinux-distribution: $(stat -c %s "$G/vmlinux-distribution") bytes, $package; modules: ${list[*]}"

@@ -10,7 +10,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::AtFlags;
 use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::fchownat;
 
 use crate::safe_path::{open_beneath, open_in_root};
 
@@ -47,6 +49,19 @@ fn words(path: &Path, error: &crate::Error) -> String {
 /// # Errors
 /// A text that names the path; a link that leads nowhere is one, too.
 pub fn target(root: &impl AsFd, path: &Path, want: Want) -> Result<OwnedFd, String> {
+    target_of(root, path, want, None)
+}
+
+/// The same; what is made belongs to `owner`, a user and a group of the host's, or to this process.
+///
+/// # Errors
+/// As [`target`].
+pub fn target_of(
+    root: &impl AsFd,
+    path: &Path,
+    want: Want,
+    owner: Option<(u32, u32)>,
+) -> Result<OwnedFd, String> {
     let open = |path: &Path| open_in_root(root.as_fd(), path, libc::O_PATH);
     match open(path) {
         Ok(fd) => return Ok(fd),
@@ -77,6 +92,7 @@ pub fn target(root: &impl AsFd, path: &Path, want: Want) -> Result<OwnedFd, Stri
             }
         }
         let last = i + 1 == names.len();
+        let mut made = true;
         let flags = if last && want == Want::File {
             let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
             // A link to nowhere has the name: neither it nor what it points at is touched.
@@ -84,8 +100,9 @@ pub fn target(root: &impl AsFd, path: &Path, want: Want) -> Result<OwnedFd, Stri
             libc::O_PATH | libc::O_NOFOLLOW
         } else {
             match mkdirat(&at, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) => {}
                 // Another container may have been faster; what it made is opened as a directory.
-                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(Errno::EEXIST) => made = false,
                 Err(error) => {
                     return Err(format!("make {} in the rootfs: {error}", path.display()));
                 }
@@ -93,6 +110,10 @@ pub fn target(root: &impl AsFd, path: &Path, want: Want) -> Result<OwnedFd, Stri
             libc::O_PATH | libc::O_NOFOLLOW | libc::O_DIRECTORY
         };
         at = open_beneath(at.as_fd(), name, flags, 0).map_err(|error| words(path, &error))?;
+        if let Some((uid, gid)) = owner.filter(|_| made) {
+            fchownat(&at, "", Some(uid.into()), Some(gid.into()), AtFlags::AT_EMPTY_PATH)
+                .map_err(|error| format!("give {} in the rootfs: {error}", path.display()))?;
+        }
     }
     Ok(at)
 }
@@ -127,5 +148,25 @@ mod tests {
         }
         assert!(std::fs::read_dir(out.path()).unwrap().next().is_none());
         make("/a/b/f/x", Want::File).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_made_belongs_to_whom_it_is_made_for_and_what_was_there_does_not() {
+        use std::os::unix::fs::MetadataExt;
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("skipped: needs root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("there")).unwrap();
+        let root = std::fs::File::open(dir.path()).unwrap();
+        let owner = Some((100_000, 100_001));
+        target_of(&root, Path::new("/there/new/f"), Want::File, owner).unwrap();
+        target_of(&root, Path::new("/there"), Want::Directory, owner).unwrap();
+        let of = |path: &str| {
+            let meta = dir.path().join(path).symlink_metadata().unwrap();
+            (meta.uid(), meta.gid())
+        };
+        assert_eq!(of("there"), (0, 0));
+        assert_eq!([of("there/new"), of("there/new/f")], [(100_000, 100_001); 2]);
     }
 }

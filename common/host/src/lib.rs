@@ -121,6 +121,18 @@ impl Error {
     }
 }
 
+/// An error with the whole chain of its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
 /// Adds what was being done to a failed system call.
 pub trait Context<T> {
     /// `context` is only made on failure.

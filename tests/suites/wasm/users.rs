@@ -113,6 +113,28 @@ fn maps_the_process_and_the_owners_of_files(engine: &str, pid: NamespaceMode) {
 }
 
 #[test]
+fn what_is_made_for_a_mount_belongs_to_the_containers_root() {
+    let Some(_on) = on(USERS) else { return };
+    wasm::import();
+    let pod = pod("wasm-users-mounts", "wasmtime", NamespaceMode::Container);
+    let host = Path::new(&pod.config.log_directory).join("volume");
+    std::fs::create_dir_all(&host).unwrap();
+    let c = pod.start_with(&["/sleep.wasm"], |config| {
+        image(config);
+        user(config, USER);
+        volume(config, &host, true);
+        for mount in &mut config.mounts {
+            mount.container_path = "/made/for/data".into();
+        }
+    });
+    wait_for("it runs", SOON, || text(&c, "stdout") == "ready\n");
+    for made in ["made", "made/for"] {
+        let meta = Path::new(&format!("/proc/{}/root/{made}", c.pid())).metadata().unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (ROOT, ROOT), "{made}");
+    }
+}
+
+#[test]
 fn a_container_of_a_user_namespace_has_a_terminal() {
     let Some(_on) = on(USERS) else { return };
     wasm::import();

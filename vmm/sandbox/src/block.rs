@@ -382,7 +382,7 @@ fn rootfs_id(container: &str) -> String {
 }
 
 fn machine(error: vmm::Error) -> Error {
-    let text = crate::errors::chain(&error);
+    let text = error.chain();
     match error {
         vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
         vmm::Error::Invalid(_) => Error::InvalidArgument(text),

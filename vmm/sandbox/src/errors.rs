@@ -2,11 +2,12 @@
 //! the whole chain of causes.
 
 use containerd_sandbox::error::Error;
+pub(crate) use kuasar_host::chain;
 
 use crate::{network, vmm};
 
 pub(crate) fn machine(error: vmm::Error) -> Error {
-    let text = chain(&error);
+    let text = error.chain();
     match error {
         vmm::Error::Unsupported { .. } => Error::Unimplemented(text),
         vmm::Error::Invalid(_) => Error::InvalidArgument(text),
@@ -15,17 +16,6 @@ pub(crate) fn machine(error: vmm::Error) -> Error {
         vmm::Error::Deadline { .. } => Error::DeadlineExceeded(text),
         other => Error::internal("the machine", other),
     }
-}
-
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
 }
 
 pub(crate) fn net(error: network::Error) -> Error {

@@ -16,13 +16,17 @@
 //! persistent ones, which belong to its user, and go when they are parted. All netlink work happens on sockets that were
 //! opened inside the namespace by a thread of their own; no thread of the daemon changes its own.
 
+mod tap;
+
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kuasar_host::netlink::{Link, Netlink, RouteEntry};
 use nix::sched::CloneFlags;
 use serde::{Deserialize, Serialize};
 use vmm_common::guest;
+
+pub use tap::Taps;
 
 /// Most interfaces of a pod.
 pub const MAX_NICS: usize = 16;
@@ -71,14 +75,6 @@ fn host(context: impl Into<String>) -> impl FnOnce(kuasar_host::Error) -> Error 
     move |source| match source {
         kuasar_host::Error::Unsupported(text) => Error::Unsupported(format!("{context}: {text}")),
         source => Error::Host { context, source },
-    }
-}
-
-fn system(context: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
-    let context = context.into();
-    move |source| Error::Host {
-        source: kuasar_host::Error::Io { context: context.clone(), source },
-        context,
     }
 }
 
@@ -235,21 +231,6 @@ pub fn mac_text(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// How a VMM comes by its taps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taps {
-    /// By descriptors, one for each pair of queues.
-    Held {
-        /// Pairs of queues of each tap.
-        queues: u16,
-    },
-    /// By name: it opens them in the pod's namespace, as this user, and nobody else has them open.
-    Named {
-        /// User of the VMM.
-        owner: u32,
-    },
-}
-
 /// Makes the tap of each interface and joins the two. When one fails, those before it are undone.
 ///
 /// # Errors
@@ -274,102 +255,14 @@ pub fn join(netns: BorrowedFd<'_>, plan: &Plan, taps: Taps) -> Result<Vec<Joined
 fn join_one(netns: BorrowedFd<'_>, interface: &Interface, taps: Taps) -> Result<Vec<OwnedFd>> {
     let at = |what: &str| host(format!("{what} for interface {}", interface.name));
     let netlink = Netlink::open_in(netns).map_err(at("enter the pod's network namespace"))?;
-    let taps = open_tap(netns, &interface.tap, taps)?;
-    let tap = netlink.link(&interface.tap).map_err(at("find the tap"))?;
-    netlink.set_mtu(tap.index, interface.mtu).map_err(at("set the tap's MTU"))?;
-    quiet(netns, &interface.tap);
-    netlink.set_up(tap.index).map_err(at("set the tap up"))?;
-    netlink.redirect(tap.index, interface.index).map_err(at("join the tap"))?;
-    netlink.redirect(interface.index, tap.index).map_err(at("join the interface"))?;
+    let taps = tap::open(netns, &interface.tap, taps)?;
+    let device = netlink.link(&interface.tap).map_err(at("find the tap"))?;
+    netlink.set_mtu(device.index, interface.mtu).map_err(at("set the tap's MTU"))?;
+    tap::quiet(netns, &interface.tap);
+    netlink.set_up(device.index).map_err(at("set the tap up"))?;
+    netlink.redirect(device.index, interface.index).map_err(at("join the tap"))?;
+    netlink.redirect(interface.index, device.index).map_err(at("join the interface"))?;
     Ok(taps)
-}
-
-/// Keeps the namespace's own IPv6 off the tap: its router solicitations would go to the guest.
-fn quiet(netns: BorrowedFd<'_>, tap: &str) {
-    let name = format!("net/ipv6/conf/{tap}/disable_ipv6");
-    let _ = kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || {
-        // Fails where the kernel has no IPv6.
-        kuasar_host::namespace::set_sysctl(&name, "1")
-    });
-}
-
-/// `struct ifreq` as `TUNSETIFF` reads it.
-#[repr(C)]
-struct TapRequest {
-    name: [u8; libc::IFNAMSIZ],
-    flags: libc::c_short,
-    rest: [u8; 22],
-}
-
-mod tun {
-    nix::ioctl_write_ptr_bad!(set_iff, libc::TUNSETIFF, super::TapRequest);
-    nix::ioctl_write_int_bad!(set_persist, libc::TUNSETPERSIST);
-    nix::ioctl_write_int_bad!(set_owner, libc::TUNSETOWNER);
-}
-
-/// Makes a persistent tap one that goes with its last descriptor, which is ours. One that somebody else
-/// has open, or that has several queues, is of the other kind.
-fn remove_tap(netns: BorrowedFd<'_>, name: &str) -> Result<()> {
-    match open_tap(netns, name, Taps::Held { queues: 1 }) {
-        Ok(taps) => taps.iter().try_for_each(|tap| {
-            // SAFETY: a plain number, of a descriptor that is open.
-            let done = unsafe { tun::set_persist(tap.as_raw_fd(), 0) };
-            done.map(drop).map_err(|error| system(format!("remove the tap {name}"))(error.into()))
-        }),
-        Err(Error::Host { source: kuasar_host::Error::Io { source, .. }, .. })
-            if matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL)) =>
-        {
-            Ok(())
-        }
-        Err(error) => Err(error),
-    }
-}
-
-fn open_tap(netns: BorrowedFd<'_>, name: &str, taps: Taps) -> Result<Vec<OwnedFd>> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let (queues, owner) = match taps {
-        Taps::Held { queues } => (queues, None),
-        Taps::Named { owner } => (1, Some(owner)),
-    };
-    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if queues > 1 {
-        flags |= libc::IFF_MULTI_QUEUE;
-    }
-    let mut request =
-        TapRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
-    // The last byte stays zero.
-    for (to, from) in request.name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
-        *to = from;
-    }
-    let open = || {
-        let mut files = Vec::new();
-        for _ in 0..queues.max(1) {
-            // The device belongs to the namespace of the thread that opens it.
-            let file = std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-                .open("/dev/net/tun")?;
-            // SAFETY: a valid `struct ifreq` that lives across the call.
-            unsafe { tun::set_iff(file.as_raw_fd(), &request) }.map_err(std::io::Error::from)?;
-            if let Some(owner) = owner {
-                // The kernel takes the number's bits.
-                let owner = owner.cast_signed();
-                // SAFETY: plain numbers, of a descriptor that is open.
-                unsafe {
-                    tun::set_owner(file.as_raw_fd(), owner).map_err(std::io::Error::from)?;
-                    tun::set_persist(file.as_raw_fd(), 1).map_err(std::io::Error::from)?;
-                }
-            } else {
-                files.push(OwnedFd::from(file));
-            }
-        }
-        Ok::<_, std::io::Error>(files)
-    };
-    let made =
-        kuasar_host::namespace::enter_on_thread(netns, CloneFlags::CLONE_NEWNET, || Ok(open()));
-    made.map_err(host("enter the pod's network namespace"))?
-        .map_err(system(format!("make the tap device {name}")))
 }
 
 /// Parts interfaces from their taps. What is gone already, the namespace too, is no error.
@@ -387,7 +280,7 @@ pub fn part(netns: BorrowedFd<'_>, interfaces: &[Interface]) -> Result<()> {
             .unredirect(interface.index)
             .map_err(host(format!("part interface {} from its tap", interface.name)))?;
         if netlink.link(&interface.tap).is_ok() {
-            remove_tap(netns, &interface.tap)?;
+            tap::remove(netns, &interface.tap)?;
         }
     }
     Ok(())
@@ -423,7 +316,7 @@ pub fn is_hosts(netns: &OwnedFd) -> bool {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::FromRawFd;
+    use std::os::fd::{AsRawFd, FromRawFd};
 
     /// A namespace of its own for a test, made by a thread that ends at once.
     fn namespace() -> Option<OwnedFd> {

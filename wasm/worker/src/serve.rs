@@ -12,7 +12,6 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use wasmtime::Store;
 use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::io::TokioIo;
 use wasmtime_wasi_http::p2::bindings::ProxyPre;
@@ -128,10 +127,7 @@ async fn handle(
             return wasip3::respond(pre.clone(), &shared.world, shared.bounds, request).await;
         }
     };
-    let state = Component::new(shared.world.context()?.build(), shared.bounds.memory);
-    let mut store = Store::new(pre.engine(), state);
-    store.limiter(|state| &mut state.limits);
-    shared.bounds.hold(&mut store)?;
+    let mut store = Component::store(pre.engine(), &shared.world, shared.bounds)?;
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let request = store.data_mut().http().new_incoming_request(Scheme::Http, request)?;
     let out = store.data_mut().http().new_response_outparam(sender)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use wasmtime::{StoreLimits, StoreLimitsBuilder};
+use wasmtime::{Engine, Store, StoreLimits, StoreLimitsBuilder};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
@@ -10,6 +10,7 @@ use wasmtime_wasi_http::{
 };
 
 use crate::threads::Threads;
+use crate::workload::Bounds;
 
 /// Of a core module.
 pub struct Module {
@@ -97,6 +98,17 @@ impl Component {
             nn: crate::nn::of_component(),
             limits: limits(memory),
         }
+    }
+
+    /// A store with a component's state, held by `bounds`.
+    ///
+    /// # Errors
+    /// When the world cannot be shown, or the store not be held.
+    pub fn store(engine: &Engine, world: &World, bounds: Bounds) -> wasmtime::Result<Store<Self>> {
+        let mut store = Store::new(engine, Self::new(world.context()?.build(), bounds.memory));
+        store.limiter(|state| &mut state.limits);
+        bounds.hold(&mut store)?;
+        Ok(store)
     }
 }
 

@@ -6,7 +6,6 @@ use hyper::{Request, Response};
 use tokio::sync::oneshot;
 use wasm_common::kind::{Detected, Kind, detect};
 use wasmparser::{Parser, Payload};
-use wasmtime::Store;
 use wasmtime::component::Linker;
 use wasmtime_wasi::I32Exit;
 pub use wasmtime_wasi::p3::bindings::CommandPre;
@@ -46,7 +45,6 @@ pub fn refuse(bytes: &[u8]) -> Result<(), String> {
 
 /// An interface of WASI 0.3 that a component imports or exports itself.
 fn interface(bytes: &[u8]) -> Option<String> {
-    let is_wanted = |name: &str| name.starts_with("wasi:") && name.contains(VERSION);
     let mut depth = 0_u32;
     for payload in Parser::new(0).parse_all(bytes) {
         // What cannot be read has an end here: the compiler says what is wrong with it.
@@ -55,21 +53,24 @@ fn interface(bytes: &[u8]) -> Option<String> {
             Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
             Payload::End(_) => depth = depth.saturating_sub(1),
             Payload::ComponentImportSection(section) if depth == 0 => {
-                let mut names = section.into_iter().flatten().map(|import| import.name.name);
-                if let Some(name) = names.find(|name| is_wanted(name)) {
-                    return Some(name.to_owned());
+                if let Some(name) = wanted(section.into_iter().flatten().map(|it| it.name.name)) {
+                    return Some(name);
                 }
             }
             Payload::ComponentExportSection(section) if depth == 0 => {
-                let mut names = section.into_iter().flatten().map(|export| export.name.name);
-                if let Some(name) = names.find(|name| is_wanted(name)) {
-                    return Some(name.to_owned());
+                if let Some(name) = wanted(section.into_iter().flatten().map(|it| it.name.name)) {
+                    return Some(name);
                 }
             }
             _ => {}
         }
     }
     None
+}
+
+/// The first name of an interface of WASI 0.3.
+fn wanted<'a>(mut names: impl Iterator<Item = &'a str>) -> Option<String> {
+    names.find(|name| name.starts_with("wasi:") && name.contains(VERSION)).map(str::to_owned)
 }
 
 /// A body, and what ends with it.
@@ -83,18 +84,6 @@ fn watched(body: WasiBody) -> (WasiBody, oneshot::Receiver<()>) {
     (body.boxed_unsync(), ended)
 }
 
-fn store(
-    engine: &wasmtime::Engine,
-    world: &World,
-    bounds: Bounds,
-) -> wasmtime::Result<Store<Component>> {
-    let state = Component::new(world.context()?.build(), bounds.memory);
-    let mut store = Store::new(engine, state);
-    store.limiter(|state| &mut state.limits);
-    bounds.hold(&mut store)?;
-    Ok(store)
-}
-
 /// Runs a program.
 ///
 /// # Errors
@@ -104,7 +93,7 @@ pub async fn command(
     world: &World,
     bounds: Bounds,
 ) -> wasmtime::Result<()> {
-    let mut store = store(pre.engine(), world, bounds)?;
+    let mut store = Component::store(pre.engine(), world, bounds)?;
     let command = pre.instantiate_async(&mut store).await?;
     let run = store.run_concurrent(async |store| command.wasi_cli_run().call_run(store).await);
     match run.await?? {
@@ -124,7 +113,7 @@ pub async fn respond(
     bounds: Bounds,
     request: Request<hyper::body::Incoming>,
 ) -> wasmtime::Result<Response<WasiBody>> {
-    let mut store = store(pre.engine(), world, bounds)?;
+    let mut store = Component::store(pre.engine(), world, bounds)?;
     let (sender, receiver) = oneshot::channel();
     let task = tokio::spawn(async move {
         let service = pre.instantiate_async(&mut store).await?;

@@ -322,10 +322,7 @@ async fn command(
     world: &World,
     bounds: Bounds,
 ) -> wasmtime::Result<()> {
-    let state = Component::new(world.context()?.build(), bounds.memory);
-    let mut store = Store::new(pre.engine(), state);
-    store.limiter(|state| &mut state.limits);
-    bounds.hold(&mut store)?;
+    let mut store = Component::store(pre.engine(), world, bounds)?;
     let instance = pre.instantiate_async(&mut store).await?;
     match instance.wasi_cli_run().call_run(&mut store).await? {
         Ok(()) => Ok(()),

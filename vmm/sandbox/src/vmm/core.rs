@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 use super::error::{Error, Result};
 use super::process::{Exit, Process, Record};
-use super::spec::VmSpec;
-use super::{Event, Kind, Processes, STATE_VERSION, VmState, console, vsock};
+use super::spec::{Disk, DiskFormat, VmSpec};
+use super::{Event, Kind, Processes, STATE_VERSION, Vm, VmState, Vmm, console, vsock};
 
 /// Events that a slow receiver may be behind.
 const EVENTS: usize = 32;
@@ -112,6 +112,14 @@ impl<P: Serialize + DeserializeOwned> Core<P> {
         }));
     }
 
+    /// A helper of a device that was plugged in.
+    pub fn add_helper(&self, helper: Process) {
+        let helper = Arc::new(helper);
+        self.locked().0.helpers.push(helper.record().clone());
+        self.watch(&helper);
+        held(&self.helpers).push(helper);
+    }
+
     /// Tells of the end of a VMM that has no other way to say that its guest has gone.
     pub fn tell_of_end(&self) {
         let (process, events) = (self.process.clone(), self.events.clone());
@@ -178,16 +186,21 @@ impl<P: Serialize + DeserializeOwned> Core<P> {
             (state.0.id.clone(), state.0.channel.clone())
         };
         let processes = self.process.processes();
-        console::forget(&*processes, &id).await;
-        if let Err(error) = processes.forget(&format!("{id}/{EVENT_PIPE}")).await {
-            tracing::warn!(id, %error, "cannot forget a pipe of events");
-        }
+        forget_pipes(&*processes, &id).await;
         let helpers = held(&self.helpers).clone();
         for process in helpers.iter().chain([&self.process]) {
             process.acknowledge().await;
         }
         channel.sockets().iter().for_each(|path| remove(path));
         files.iter().for_each(|path| remove(path));
+    }
+}
+
+/// Forgets the kept ends of a machine's pipes, as far as it has them.
+pub(super) async fn forget_pipes(processes: &dyn Processes, id: &str) {
+    console::forget(processes, id).await;
+    if let Err(error) = processes.forget(&format!("{id}/{EVENT_PIPE}")).await {
+        tracing::warn!(id, %error, "cannot forget a pipe of events");
     }
 }
 
@@ -233,9 +246,66 @@ pub(super) async fn or_last_words<T>(
     }
 }
 
-/// Looks at a guest's memory until it has the size that was asked for. A guest whose memory has
-/// been the same for a while has given, or taken, what it can.
-pub(super) struct Settling {
+/// Ends a machine whose start went wrong when it ran already; answers why.
+pub(super) async fn abandon(machine: &dyn Vm, why: Error) -> Error {
+    if let Err(error) = machine.stop(Duration::ZERO).await {
+        tracing::error!(%error, "a machine of a failed start is left");
+    }
+    machine.release().await;
+    why
+}
+
+/// [`Error::Unsupported`] on a host without KVM, for a VMM that has nothing else.
+pub(super) fn need_kvm(vmm: &dyn Vmm) -> Result<()> {
+    if Path::new("/dev/kvm").exists() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        vmm: vmm.name(),
+        what: "run without KVM".into(),
+        way_out: "this host has no /dev/kvm: load the module, or use qemu with accel = \"tcg\""
+            .into(),
+    })
+}
+
+/// [`Error::Unsupported`] for a disk that is no raw image.
+pub(super) fn need_raw(vmm: String, disk: &Disk) -> Result<()> {
+    match disk.format {
+        DiskFormat::Raw => Ok(()),
+        DiskFormat::Qcow2 => Err(Error::Unsupported {
+            vmm,
+            what: "read qcow2 images".into(),
+            way_out: "use raw images, or another VMM".into(),
+        }),
+    }
+}
+
+/// The answer for a device that cannot be unplugged.
+pub(super) fn stays(id: &str) -> Error {
+    Error::Invalid(format!("device {id} is there from the boot and stays as long as the machine"))
+}
+
+/// Looks at a guest's memory with `look`, each `interval`, until it has `wanted` MiB: for `limit`
+/// at most. A guest whose memory has been the same for as long as `still` has given, or taken, what
+/// it can. Answers what it has.
+pub(super) async fn settle<F: Future<Output = Result<u32>>>(
+    wanted: u32,
+    interval: Duration,
+    (still, limit): (Duration, Duration),
+    mut look: impl FnMut() -> F,
+) -> Result<u32> {
+    let mut settling = Settling::new(wanted, still, limit, Instant::now());
+    loop {
+        let actual = look().await?;
+        if settling.is_over(actual, Instant::now()) {
+            return Ok(actual);
+        }
+        tokio::time::sleep(interval).await;
+    }
+}
+
+/// When [`settle`] is over.
+struct Settling {
     wanted: u32,
     still: Duration,
     until: Instant,
@@ -243,14 +313,12 @@ pub(super) struct Settling {
 }
 
 impl Settling {
-    /// Towards `wanted` MiB, from `now` on: for `limit` at most, and until nothing has changed
-    /// for `still`.
-    pub fn new(wanted: u32, still: Duration, limit: Duration, now: Instant) -> Self {
+    fn new(wanted: u32, still: Duration, limit: Duration, now: Instant) -> Self {
         Self { wanted, still, until: now + limit, last: None }
     }
 
     /// Whether nothing more is to be waited for, at `now` with `actual` MiB.
-    pub fn is_over(&mut self, actual: u32, now: Instant) -> bool {
+    fn is_over(&mut self, actual: u32, now: Instant) -> bool {
         let since = match self.last {
             Some((last, since)) if last == actual => since,
             _ => now,

@@ -20,6 +20,7 @@ use tokio::io::unix::AsyncFd;
 use super::error::{Doing, Error, Result};
 use super::process::{Fds, Launcher, Process, Program, text};
 use super::spec::{Share, VmSpec, check_socket};
+use super::started::Started;
 use crate::jail::{Role, View};
 
 /// How the helpers are run.
@@ -177,21 +178,29 @@ async fn run_virtiofsd(
     launcher.run(program).await
 }
 
-/// The same for a VMM that connects by path: virtiofsd listens at `path`, which the VMM's user may
-/// reach and nobody else. It serves the first who comes.
+/// The same for each share of a VMM that connects by path: virtiofsd listens in `dir`, which the
+/// VMM's user may reach and nobody else. It serves the first who comes. Answers the sockets; the
+/// processes go to `started`.
 ///
 /// # Errors
 /// As [`virtiofsd`].
-pub async fn virtiofsd_at(
+pub(super) async fn virtiofsds_in(
     config: &HelpersConfig,
     launcher: &Launcher,
     spec: &VmSpec,
-    share: &Share,
-    path: &Path,
-) -> Result<Process> {
-    check_socket(path, 0)?;
-    let listener = super::vsock::private(path, launcher.owner())?;
-    run_virtiofsd(config, launcher, spec, share, listener).await
+    dir: &Path,
+    started: &mut Started,
+) -> Result<Vec<PathBuf>> {
+    let mut sockets = Vec::new();
+    for share in &spec.shares {
+        let socket = dir.join(format!("fs-{}.sock", share.tag));
+        check_socket(&socket, 0)?;
+        let listener = super::vsock::private(&socket, launcher.owner())?;
+        let process = run_virtiofsd(config, launcher, spec, share, listener).await?;
+        started.processes.push(process);
+        sockets.push(socket);
+    }
+    Ok(sockets)
 }
 
 /// `vhost-device-vsock`'s command line.

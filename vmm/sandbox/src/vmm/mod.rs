@@ -392,6 +392,14 @@ pub trait Vm: fmt::Debug + Send + Sync {
         }
     }
 
+    /// [`Vm::cannot`] without the capability.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    fn require(&self, feature: Feature) -> Result<()> {
+        if self.features().has(feature) { Ok(()) } else { Err(self.cannot(feature)) }
+    }
+
     /// What to do instead.
     fn way_out(&self, feature: Feature) -> &'static str {
         let _ = feature;

@@ -10,6 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -125,6 +126,18 @@ impl Qmp {
         }));
         qmp.execute(&qmp_capabilities { enable: None }).await?;
         Ok(qmp)
+    }
+
+    /// Takes up the monitor of a VMM that an earlier daemon has started. It serves one connection;
+    /// that of the dead daemon ends when the VMM reads its end.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] without anyone at `socket`; else as [`Qmp::new`].
+    pub async fn connect(kind: Kind, socket: &Path, limit: Duration) -> Result<Self> {
+        let stream = tokio::time::timeout(limit, UnixStream::connect(socket)).await;
+        let what = || Error::Deadline { what: format!("{kind}'s monitor to be free"), limit };
+        let stream = stream.map_err(|_| what())?.map_err(|_| Error::Gone)?;
+        Self::new(kind, stream, limit).await
     }
 
     /// Events from now on.

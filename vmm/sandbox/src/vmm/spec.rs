@@ -88,6 +88,24 @@ pub enum Root {
     },
 }
 
+impl Root {
+    /// The file that holds it.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Initrd(path) => path,
+            Self::Image { disk, .. } => &disk.path,
+        }
+    }
+
+    /// The disk, when it is one.
+    pub fn disk(&self) -> Option<&Disk> {
+        match self {
+            Self::Image { disk, .. } => Some(disk),
+            Self::Initrd(_) => None,
+        }
+    }
+}
+
 /// A directory of the host that the guest can mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {

@@ -8,9 +8,10 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{Mode, SFlag, fstatat, makedev, mknodat};
 use serde_json::{Value, json};
 
-use kuasar_host::inside::{self as paths, Want};
+use kuasar_host::inside::Want;
 
 use super::plan::Plan;
+use super::rootfs::target;
 use super::{spec, sys};
 
 /// What every container has: name, major, minor.
@@ -44,7 +45,7 @@ pub fn allowed_rules() -> Vec<Value> {
 
 /// Fills `/dev`. The umask is 0.
 pub fn fill(root: &impl AsFd, plan: &Plan) -> Result<(), String> {
-    let dev = paths::target(root, Path::new("/dev"), Want::Directory)?;
+    let dev = target(root, plan, Path::new("/dev"), Want::Directory)?;
     let own = plan.spec.linux.devices.as_deref().unwrap_or_default();
     for (name, major, minor) in DEFAULT {
         let path = Path::new("/dev").join(name);
@@ -80,7 +81,7 @@ fn one(root: &impl AsFd, device: &spec::Device, plan: &Plan) -> Result<(), Strin
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(format!("device path {:?} is not allowed", device.path));
     };
-    let directory = paths::target(root, parent, Want::Directory)?;
+    let directory = target(root, plan, parent, Want::Directory)?;
     let kind = match device.kind.as_str() {
         "b" => SFlag::S_IFBLK,
         "p" => SFlag::S_IFIFO,

@@ -78,12 +78,12 @@ pub fn build(
     sys::attach(&root, &place).map_err(wrap)?;
     for (mount, source) in plan.mounts.iter().zip(sources) {
         let made = match (&mount.what, source) {
-            (What::New(parameters), _) => new(&root, mount, parameters),
+            (What::New(parameters), _) => new(&root, plan, mount, parameters),
             (What::Cgroup, _) => in_group().and_then(|()| {
                 let group = group.ok_or("the container's cgroup is not known")?;
-                cgroup(&root, mount, group)
+                cgroup(&root, plan, mount, group)
             }),
-            (What::Bind { .. }, Some(tree)) => bind(&root, mount, &tree, plan.root),
+            (What::Bind { .. }, Some(tree)) => bind(&root, plan, mount, &tree),
             (What::Bind { .. }, None) => Ok(()),
         };
         made.map_err(|error| {
@@ -96,7 +96,7 @@ pub fn build(
     if plan.spec.process.cwd.starts_with('/') {
         // As runc has it, a working directory that is missing is made. One that cannot be is
         // explained by who goes there.
-        let _ = paths::target(&root, &super::plan::clean(&plan.spec.process.cwd), Want::Directory);
+        let _ = target(&root, plan, &super::plan::clean(&plan.spec.process.cwd), Want::Directory);
     }
     Ok(root)
 }
@@ -124,10 +124,20 @@ fn source(mount: &Mount, users: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Str
     Ok(Some(tree))
 }
 
-fn bind(root: &OwnedFd, mount: &Mount, tree: &OwnedFd, default: Propagation) -> Result<(), String> {
+/// A place of the container's, made for its root where it is missing.
+pub(super) fn target(
+    root: &impl AsFd,
+    plan: &Plan,
+    at: &Path,
+    want: Want,
+) -> Result<OwnedFd, String> {
+    paths::target_of(root, at, want, plan.root_owner())
+}
+
+fn bind(root: &OwnedFd, plan: &Plan, mount: &Mount, tree: &OwnedFd) -> Result<(), String> {
     let wrap = |error: std::io::Error| error.to_string();
     let directory = is_directory(tree);
-    let own = mount.propagation.unwrap_or(Propagation { kind: default.kind, deep: true });
+    let own = mount.propagation.unwrap_or(Propagation { kind: plan.root.kind, deep: true });
     // Nothing is mounted below a file: one call does for all.
     if !directory || !own.deep {
         sys::set_mount(tree, mount.attr, Some(own), false).map_err(wrap)?;
@@ -137,7 +147,7 @@ fn bind(root: &OwnedFd, mount: &Mount, tree: &OwnedFd, default: Propagation) -> 
     }
     sys::set_mount(tree, mount.deep_attr, None, true).map_err(wrap)?;
     let want = if directory { Want::Directory } else { Want::File };
-    let place = paths::target(root, &mount.at, want)?;
+    let place = target(root, plan, &mount.at, want)?;
     let covers = COVERED.iter().any(|path| mount.at == Path::new(path));
     let whole = mount.at == Path::new("/proc") && is_procfs(tree.as_fd());
     if is_procfs(place.as_fd()) && !covers && !whole {
@@ -148,6 +158,7 @@ fn bind(root: &OwnedFd, mount: &Mount, tree: &OwnedFd, default: Propagation) -> 
 
 fn new(
     root: &OwnedFd,
+    plan: &Plan,
     mount: &Mount,
     parameters: &[(String, Option<String>)],
 ) -> Result<(), String> {
@@ -155,7 +166,7 @@ fn new(
     if matches!(&*mount.kind, "proc" | "sysfs") {
         plain_directory(root, &mount.at)?;
     }
-    let place = paths::target(root, &mount.at, Want::Directory)?;
+    let place = target(root, plan, &mount.at, Want::Directory)?;
     if is_procfs(place.as_fd()) && mount.kind != "proc" {
         return Err("it would cover a part of /proc".into());
     }
@@ -190,7 +201,7 @@ fn plain_directory(root: &OwnedFd, at: &Path) -> Result<(), String> {
 
 /// The container's groups: on v2 its directory, on v1 one directory per hierarchy in a tmpfs.
 /// Bound in a namespace of its own or not, it sees these and nothing above.
-fn cgroup(root: &OwnedFd, mount: &Mount, group: &Cgroup) -> Result<(), String> {
+fn cgroup(root: &OwnedFd, plan: &Plan, mount: &Mount, group: &Cgroup) -> Result<(), String> {
     let wrap = |error: std::io::Error| error.to_string();
     let os = |error: nix::Error| error.to_string();
     let attr = Attr { set: mount.attr.set | mount.deep_attr.set | CGROUP_ATTR, clear: 0 };
@@ -201,7 +212,7 @@ fn cgroup(root: &OwnedFd, mount: &Mount, group: &Cgroup) -> Result<(), String> {
             .map_err(wrap)?;
         Ok(tree)
     };
-    let place = paths::target(root, &mount.at, Want::Directory)?;
+    let place = target(root, plan, &mount.at, Want::Directory)?;
     let hierarchies = match group.layout() {
         Layout::V2(at) => return sys::attach(&part(&at.join(group.path()))?, &place).map_err(wrap),
         Layout::V1(hierarchies) => hierarchies,

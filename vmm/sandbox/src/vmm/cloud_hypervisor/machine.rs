@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::super::core::{Core, EVENT_PIPE, Settling};
+use super::super::core::{Core, EVENT_PIPE, settle, stays};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::http::Http;
@@ -47,28 +47,6 @@ impl Private {
         let fixed = disks.chain(spec.nics.iter().map(|nic| nic.id.clone())).collect();
         let shares = !spec.shares.is_empty();
         Self { balloon, owner, fixed, plugged: BTreeSet::new(), shares }
-    }
-}
-
-/// Takes the disks' directory away when a start fails.
-pub(super) struct Undo(Option<(Disks, PathBuf)>);
-
-impl Undo {
-    pub fn new(disks: &Disks, dir: &Path) -> Self {
-        Self(Some((disks.clone(), dir.to_owned())))
-    }
-
-    pub fn keep(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if let Some((disks, dir)) = self.0.take() {
-            disks.release();
-            super::super::core::remove(&dir.join("api.sock"));
-        }
     }
 }
 
@@ -268,9 +246,7 @@ impl Vm for Machine {
         let _turn = self.core.change.lock().await;
         self.core.alive()?;
         if self.core.locked().1.fixed.iter().any(|fixed| fixed == id) {
-            return Err(Error::Invalid(format!(
-                "device {id} is there from the boot and stays as long as the machine"
-            )));
+            return Err(stays(id));
         }
         if !self.core.locked().1.plugged.contains(id) {
             return Err(Error::NoDevice(id.into()));
@@ -327,16 +303,12 @@ impl Vm for Machine {
             let resize = api::Resize { desired_ram: Some(bytes), ..api::Resize::default() };
             self.http.put("/vm.resize", &resize).await?;
         }
-        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
-        let mut settling = Settling::new(mib, still, limit, Instant::now());
-        loop {
+        let limits = (self.config.memory_still(), self.config.snapshot_timeout());
+        settle(mib, LOOK, limits, || async {
             let actual = self.http.get::<api::Info>("/vm.info").await?.memory_actual_size >> 20;
-            let actual = u32::try_from(actual).unwrap_or(u32::MAX);
-            if settling.is_over(actual, Instant::now()) {
-                return Ok(actual);
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
+        })
+        .await
     }
 
     async fn pause(&self) -> Result<()> {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::core::{EVENT_PIPE, or_last_words, work_dir};
+use super::core::{EVENT_PIPE, need_kvm, or_last_words, work_dir};
 use super::disks::{Disks, Placed};
 use super::error::{Error, Result};
 use super::helpers::{self, HelpersConfig};
@@ -74,16 +74,7 @@ impl CloudHypervisor {
             }
             Channel::None | Channel::HybridVsock { .. } => {}
         }
-        if !Path::new("/dev/kvm").exists() {
-            return Err(Error::Unsupported {
-                vmm: self.name(),
-                what: "run without KVM".into(),
-                way_out: "this host has no /dev/kvm: load the module, or use qemu with accel = \
-                          \"tcg\""
-                    .into(),
-            });
-        }
-        Ok(())
+        need_kvm(self)
     }
 
     /// Starts helpers and VMM. `readable`: further files for the jail.
@@ -94,17 +85,11 @@ impl CloudHypervisor {
         let work = work_dir(&spec.dir, owner)?;
         let mut started = Started::default();
         let disks = Disks::new(&spec.dir, owner)?;
-        let undo = machine::Undo::new(&disks, &spec.dir);
+        started.disks = Some(disks.clone());
         let mut view = View::new(Role::Vmm);
         view.readable.extend(readable.iter().cloned());
-        let mut shares = Vec::new();
-        for share in &spec.shares {
-            let socket = work.join(format!("fs-{}.sock", share.tag));
-            let helper =
-                helpers::virtiofsd_at(&self.helpers, &self.launcher, spec, share, &socket).await?;
-            started.processes.push(helper);
-            shares.push(socket);
-        }
+        let (helpers, launcher) = (&self.helpers, &self.launcher);
+        let shares = helpers::virtiofsds_in(helpers, launcher, spec, &work, &mut started).await?;
         if let Channel::HybridVsock { uds, .. } = &spec.channel {
             vsock::prepare(uds, owner)?;
             super::core::remove(uds);
@@ -112,10 +97,7 @@ impl CloudHypervisor {
         }
         view.writable.push(work);
         view.readable.push(spec.boot.kernel.clone());
-        match &spec.boot.root {
-            Root::Initrd(path) => view.readable.push(path.clone()),
-            Root::Image { disk, .. } => view.readable.push(disk.path.clone()),
-        }
+        view.readable.push(spec.boot.root.path().to_owned());
         view.shared_tree = disks.shown();
         view.devices.push("/dev/kvm".into());
 
@@ -123,6 +105,7 @@ impl CloudHypervisor {
         check_socket(&socket, 0)?;
         let mut fds = Fds::default();
         let api = fds.push(vsock::private(&socket, None)?);
+        started.files.push(socket.clone());
         let (events, events_w) = console::pair()?;
         let monitor = fds.push(events_w);
         let (console_r, console_w) = console::pair()?;
@@ -151,7 +134,6 @@ impl CloudHypervisor {
         // Ours are duplicates; the VMM's end has to be the end of pipes and socket.
         drop((fds, console_w));
         let http = Http::new(Kind::CloudHypervisor, socket, api::PREFIX, self.config.timeout());
-        undo.keep();
         Ok(Served { started, process, http, disks, shares, events })
     }
 
@@ -163,16 +145,13 @@ impl CloudHypervisor {
         made: impl AsyncFnOnce(&Served) -> Result<()>,
     ) -> Result<Machine> {
         let limit = self.config.timeout();
-        let undo = machine::Undo::new(&served.disks, &spec.dir);
         let done = or_last_words(&served.process, limit, made(&served)).await;
         let Served { mut started, process, http, disks, events, .. } = served;
         if let Err(error) = done {
             started.processes.push(process);
             return Err(error);
         }
-        started.forget = None;
-        undo.keep();
-        let helpers = std::mem::take(&mut started.processes);
+        let helpers = started.done();
         let own = Private::of(spec, self.config.balloon, self.launcher.owner());
         let machine = Machine::new(self.config.clone(), spec, own, process, helpers, http, disks);
         match machine.follow(events) {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::super::core::abandon;
 use super::super::error::{Doing, Error, Result};
 use super::super::files::{fresh_dir, lend, length, take_over};
 use super::super::process::text;
@@ -196,13 +197,7 @@ pub(super) async fn restore(
     };
     match more.await {
         Ok(()) => Ok(Arc::new(machine)),
-        Err(error) => {
-            if let Err(error) = machine.stop(std::time::Duration::ZERO).await {
-                tracing::error!(%error, "a machine that was not restored is left");
-            }
-            machine.release().await;
-            Err(error)
-        }
+        Err(error) => Err(abandon(&machine, error).await),
     }
 }
 

@@ -8,14 +8,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
-use tokio::time::Instant;
 
-use super::super::core::{Core, Settling};
+use super::super::core::{Core, need_raw, settle, stays};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::http::Http;
 use super::super::process::{Exit, Process, text};
-use super::super::spec::{Disk, DiskFormat, VmSpec, check_device_id};
+use super::super::spec::{Disk, VmSpec, check_device_id};
 use super::super::{Event, Feature, Features, Kind, Processes, Vm, VmState, console};
 use super::slots::{self, Slots};
 use super::{FirecrackerConfig, api, drive_id};
@@ -149,10 +148,6 @@ impl Machine {
         let _ = self.core.events.send(event);
         Ok(())
     }
-
-    fn require(&self, feature: Feature) -> Result<()> {
-        if self.features().has(feature) { Ok(()) } else { Err(self.cannot(feature)) }
-    }
 }
 
 #[async_trait]
@@ -208,13 +203,7 @@ impl Vm for Machine {
     async fn attach_disk(&self, disk: &Disk) -> Result<()> {
         self.require(Feature::DiskHotplug)?;
         check_device_id(&disk.id)?;
-        if disk.format != DiskFormat::Raw {
-            return Err(Error::Unsupported {
-                vmm: self.name(),
-                what: "read qcow2 images".into(),
-                way_out: "use raw images, or another VMM".into(),
-            });
-        }
+        need_raw(self.name(), disk)?;
         let _turn = self.core.change.lock().await;
         self.core.alive()?;
         let drive = {
@@ -251,9 +240,7 @@ impl Vm for Machine {
         let drive = {
             let state = self.core.locked();
             if state.1.fixed.contains_key(id) || state.1.nics.iter().any(|nic| nic == id) {
-                return Err(Error::Invalid(format!(
-                    "device {id} is there from the boot and stays as long as the machine"
-                )));
+                return Err(stays(id));
             }
             let slot = state.1.slots.find(id).ok_or_else(|| Error::NoDevice(id.into()))?;
             slot.drive.clone()
@@ -276,16 +263,12 @@ impl Vm for Machine {
             return Err(Error::Invalid(format!("{mib} MiB: this machine has 1 to {most}")));
         }
         self.http.patch("/balloon", &api::BalloonUpdate { amount_mib: most - mib }).await?;
-        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
-        let mut settling = Settling::new(mib, still, limit, Instant::now());
-        loop {
+        let limits = (self.config.memory_still(), self.config.snapshot_timeout());
+        settle(mib, LOOK, limits, || async {
             let balloon: api::BalloonStatistics = self.http.get("/balloon/statistics").await?;
-            let actual = most.saturating_sub(balloon.actual_mib);
-            if settling.is_over(actual, Instant::now()) {
-                return Ok(actual);
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+            Ok(most.saturating_sub(balloon.actual_mib))
+        })
+        .await
     }
 
     async fn pause(&self) -> Result<()> {

@@ -21,13 +21,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::core::{or_last_words, work_dir};
+use super::core::{need_kvm, need_raw, or_last_words, work_dir};
 use super::disks::{Disks, Placed};
 use super::error::{Error, Result};
 use super::helpers::Watch;
 use super::http::Http;
 use super::process::{Fds, Launcher, Process, Program, text};
-use super::spec::{Channel, Disk, DiskFormat, Nic, Root, VmSpec, check_socket};
+use super::spec::{Channel, Disk, Nic, Root, VmSpec, check_socket};
 use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
@@ -53,23 +53,6 @@ struct Served {
     process: Process,
     http: Http,
     disks: Disks,
-}
-
-/// Takes what a start has made on disk away when it fails.
-struct Undo(Option<Disks>);
-
-impl Undo {
-    fn keep(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if let Some(disks) = self.0.take() {
-            disks.release();
-        }
-    }
 }
 
 impl Firecracker {
@@ -98,12 +81,8 @@ impl Firecracker {
             }
             Channel::None | Channel::HybridVsock { .. } => {}
         }
-        let root = match &spec.boot.root {
-            Root::Image { disk, .. } => Some(disk),
-            Root::Initrd(_) => None,
-        };
-        if spec.disks.iter().chain(root).any(|disk| disk.format != DiskFormat::Raw) {
-            return Err(unsupported("read qcow2 images", "use raw images, or another VMM"));
+        for disk in spec.disks.iter().chain(spec.boot.root.disk()) {
+            need_raw(self.name(), disk)?;
         }
         if spec.cpus.most > spec.cpus.at_boot {
             return Err(Vmm::cannot(self, Feature::CpuResize));
@@ -119,13 +98,7 @@ impl Firecracker {
         for nic in &spec.nics {
             tap_name(nic)?;
         }
-        if !Path::new("/dev/kvm").exists() {
-            return Err(unsupported(
-                "run without KVM",
-                "this host has no /dev/kvm: load the module, or use qemu with accel = \"tcg\"",
-            ));
-        }
-        Ok(())
+        need_kvm(self)
     }
 
     /// Starts the VMM. `readable`: further files for the jail.
@@ -139,7 +112,7 @@ impl Firecracker {
         super::core::remove(&socket);
         let mut started = Started::default();
         let disks = Disks::new(&spec.dir, owner)?;
-        let undo = Undo(Some(disks.clone()));
+        started.disks = Some(disks.clone());
         let mut view = View::new(Role::Vmm);
         view.readable.extend(readable.iter().cloned());
         if let Channel::HybridVsock { uds, .. } = &spec.channel {
@@ -148,10 +121,7 @@ impl Firecracker {
             view.writable.extend(uds.parent().map(Path::to_owned));
         }
         view.readable.push(spec.boot.kernel.clone());
-        match &spec.boot.root {
-            Root::Initrd(path) => view.readable.push(path.clone()),
-            Root::Image { disk, .. } => view.readable.push(disk.path.clone()),
-        }
+        view.readable.push(spec.boot.root.path().to_owned());
         let watch = Watch::new(&work)?;
         view.writable.push(work);
         view.shared_tree = disks.shown();
@@ -201,7 +171,6 @@ impl Firecracker {
             return Err(error);
         }
         let http = Http::new(Kind::Firecracker, socket, "", limit);
-        undo.keep();
         Ok(Served { started, process, http, disks })
     }
 
@@ -212,7 +181,6 @@ impl Firecracker {
         served: Served,
         made: impl AsyncFnOnce(&Served) -> Result<Private>,
     ) -> Result<Machine> {
-        let undo = Undo(Some(served.disks.clone()));
         let done = or_last_words(&served.process, self.config.timeout(), made(&served)).await;
         let Served { mut started, process, http, disks } = served;
         let own = match done {
@@ -222,8 +190,7 @@ impl Firecracker {
                 return Err(error);
             }
         };
-        started.forget = None;
-        undo.keep();
+        started.done();
         Ok(Machine::new(self.config.clone(), spec, own, process, http, disks))
     }
 

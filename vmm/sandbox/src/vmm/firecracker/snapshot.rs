@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::super::core::abandon;
 use super::super::error::{Error, Result};
 use super::super::files::{lend, length, take_over};
 use super::super::process::text;
@@ -176,11 +177,7 @@ pub(super) async fn restore(vmm: &Firecracker, spec: &VmSpec, dir: &Path) -> Res
         .await?;
     for disk in &spec.disks {
         if let Err(error) = machine.attach_disk(disk).await {
-            if let Err(error) = machine.stop(std::time::Duration::ZERO).await {
-                tracing::error!(%error, "a machine that was not restored is left");
-            }
-            machine.release().await;
-            return Err(error);
+            return Err(abandon(&machine, error).await);
         }
     }
     Ok(Arc::new(machine))

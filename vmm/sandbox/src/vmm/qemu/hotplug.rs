@@ -11,6 +11,7 @@ use qapi::qmp::{self as commands, Event as QmpEvent};
 use serde_json::{Map, Value, json};
 use tokio::sync::broadcast::error::RecvError;
 
+use super::super::core::{settle, stays};
 use super::super::error::{Error, Result};
 use super::super::qmp::Qmp;
 use super::super::spec::{Disk, Nic, check_device_id};
@@ -23,6 +24,8 @@ use super::slots::{DeviceKind, qemu_id};
 const FIRST_SET: i64 = 1000;
 /// How often the balloon's size is looked at between its events, which QEMU sends once a second.
 const BALLOON: Duration = Duration::from_millis(100);
+/// How long the balloon may stay the same until the guest has given, or taken, what it can.
+const STILL: Duration = Duration::from_secs(1);
 
 /// Commands that take back what was done.
 #[derive(Default)]
@@ -63,7 +66,7 @@ async fn add(qmp: &Qmp, device: Device, port: u8) -> Result<()> {
 impl Machine {
     fn take(&self, id: &str, kind: DeviceKind) -> Result<u8> {
         check_device_id(id)?;
-        let mut state = self.locked();
+        let mut state = self.core.locked();
         if state.1.fixed.iter().any(|fixed| fixed == id) {
             return Err(Error::DeviceExists(id.into()));
         }
@@ -75,20 +78,20 @@ impl Machine {
     where
         F: AsyncFnOnce(&Qmp, u8, &mut Undo) -> Result<()>,
     {
-        let _turn = self.change.lock().await;
+        let _turn = self.core.change.lock().await;
         let qmp = self.qmp()?;
         let port = self.take(id, kind)?;
         let mut undo = Undo::default();
         let done = plug(qmp, port, &mut undo).await;
         if done.is_err() {
             undo.now(qmp).await;
-            self.locked().1.slots.free(id);
+            self.core.locked().1.slots.free(id);
         }
         done
     }
 
     pub(super) async fn plug_disk(&self, disk: &Disk) -> Result<()> {
-        let machine = self.locked().1.machine;
+        let machine = self.core.locked().1.machine;
         let id = qemu_id(&disk.id, DeviceKind::Disk);
         self.plug(&disk.id, DeviceKind::Disk, async |qmp, port, undo| {
             let fdset = FIRST_SET + i64::from(port);
@@ -109,7 +112,7 @@ impl Machine {
     }
 
     pub(super) async fn plug_nic(&self, nic: &Nic) -> Result<()> {
-        let machine = self.locked().1.machine;
+        let machine = self.core.locked().1.machine;
         let id = qemu_id(&nic.id, DeviceKind::Nic);
         if nic.tap.is_empty() {
             return Err(Error::Invalid(format!("{}: no descriptor of its tap device", nic.id)));
@@ -159,14 +162,12 @@ impl Machine {
     }
 
     pub(super) async fn unplug(&self, id: &str) -> Result<()> {
-        let _turn = self.change.lock().await;
+        let _turn = self.core.change.lock().await;
         let qmp = self.qmp()?;
-        if self.locked().1.fixed.iter().any(|fixed| fixed == id) {
-            return Err(Error::Invalid(format!(
-                "device {id} is there from the boot and stays as long as the machine"
-            )));
+        if self.core.locked().1.fixed.iter().any(|fixed| fixed == id) {
+            return Err(stays(id));
         }
-        let found = self.locked().1.slots.find(id);
+        let found = self.core.locked().1.slots.find(id);
         let (port, kind) = found.ok_or_else(|| Error::NoDevice(id.into()))?;
         let name = qemu_id(id, kind);
         self.let_go(qmp, &name).await?;
@@ -191,7 +192,7 @@ impl Machine {
                 Err(error) => return Err(error),
             }
         }
-        self.locked().1.slots.free(id);
+        self.core.locked().1.slots.free(id);
         Ok(())
     }
 
@@ -242,9 +243,9 @@ impl Machine {
     }
 
     pub(super) async fn set_cpus(&self, cpus: u32) -> Result<()> {
-        let _turn = self.change.lock().await;
+        let _turn = self.core.change.lock().await;
         let qmp = self.qmp()?;
-        let most = self.locked().0.cpus.most;
+        let most = self.core.locked().0.cpus.most;
         if cpus == 0 || cpus > most {
             return Err(Error::Invalid(format!("{cpus} CPUs: this machine has 1 to {most}")));
         }
@@ -287,28 +288,19 @@ impl Machine {
     }
 
     pub(super) async fn set_memory(&self, mib: u32) -> Result<u32> {
-        let _turn = self.change.lock().await;
+        let _turn = self.core.change.lock().await;
         let qmp = self.qmp()?;
-        let most = self.locked().0.memory_mib.most;
+        let most = self.core.locked().0.memory_mib.most;
         if mib == 0 || mib > most {
             return Err(Error::Invalid(format!("{mib} MiB: this machine has 1 to {most}")));
         }
         qmp.execute(&commands::balloon { value: i64::from(mib) << 20 }).await?;
-        let until =
-            tokio::time::Instant::now() + Duration::from_millis(self.config.snapshot_timeout_ms);
-        let mut last = None;
-        let mut still = 0;
-        loop {
+        let limits = (STILL, Duration::from_millis(self.config.snapshot_timeout_ms));
+        settle(mib, BALLOON, limits, || async {
             let actual = qmp.execute(&commands::query_balloon {}).await?.actual >> 20;
-            let actual = u32::try_from(actual).unwrap_or(u32::MAX);
-            // A guest that stopped moving has given, or taken, what it can.
-            still = if last == Some(actual) { still + 1 } else { 0 };
-            last = Some(actual);
-            if actual == mib || still >= 10 || tokio::time::Instant::now() >= until {
-                return Ok(actual);
-            }
-            tokio::time::sleep(BALLOON).await;
-        }
+            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
+        })
+        .await
     }
 }
 

@@ -2,31 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use qapi::qmp::{self as commands, Event as QmpEvent};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::net::UnixStream;
-use tokio::sync::{Mutex as AsyncMutex, broadcast};
-use tokio::task::JoinHandle;
+use tokio::sync::broadcast;
 
+use super::super::core::Core;
 use super::super::error::{Error, Result};
 use super::super::process::{Exit, Process};
 use super::super::qmp::Qmp;
 use super::super::spec::{Channel, Disk, Nic, ShareKind, VmSpec};
-use super::super::{
-    Event, Feature, Features, Kind, Processes, STATE_VERSION, Vm, VmState, console,
-};
+use super::super::{Event, Feature, Features, Kind, Processes, Vm, VmState, console};
 use super::config::{Accel, Machine as MachineType, QemuConfig};
 use super::slots::{self, Plugged, Slots};
-
-/// Events that a slow receiver may be behind.
-const EVENTS: usize = 32;
-/// How long QEMU may take to end after `quit`, before it is killed.
-const QUIT: Duration = Duration::from_secs(2);
 
 /// What only this driver understands of [`VmState`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -49,32 +41,15 @@ pub(super) struct Private {
 /// One QEMU.
 pub(super) struct Machine {
     pub config: Arc<QemuConfig>,
-    pub state: Mutex<(VmState, Private)>,
-    pub process: Arc<Process>,
-    helpers: Mutex<Vec<Arc<Process>>>,
+    pub core: Core<Private>,
     /// `None` when it had ended before it was taken up again.
     qmp: Option<Qmp>,
-    pub events: broadcast::Sender<Event>,
-    /// One change of devices or of state at a time.
-    pub change: AsyncMutex<()>,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Machine(qemu {})", self.process.pid())
+        write!(f, "Machine(qemu {})", self.core.process.pid())
     }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // The processes go on: another daemon may take them up.
-        held(&self.tasks).iter().for_each(JoinHandle::abort);
-    }
-}
-
-fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) fn features(config: &QemuConfig) -> Features {
@@ -142,44 +117,9 @@ impl Machine {
             serial: matches!(spec.channel, Channel::Serial { console: false, .. }),
             fixed: fixed.chain(spec.nics.iter().map(|nic| nic.id.clone())).collect(),
         };
-        let state = VmState {
-            version: STATE_VERSION,
-            kind: Kind::Qemu,
-            id: spec.id.clone(),
-            dir: spec.dir.clone(),
-            vmm: process.record().clone(),
-            helpers: helpers.iter().map(|helper| helper.record().clone()).collect(),
-            channel: spec.channel.clone(),
-            cpus: spec.cpus,
-            memory_mib: spec.memory_mib,
-            console: (spec.console.log.clone(), spec.console.limit),
-            driver: serde_json::Value::Null,
-        };
-        Self::assemble(config, state, private, process, helpers, Some(qmp))
-    }
-
-    fn assemble(
-        config: Arc<QemuConfig>,
-        state: VmState,
-        private: Private,
-        process: Process,
-        helpers: Vec<Process>,
-        qmp: Option<Qmp>,
-    ) -> Self {
-        let (events, _) = broadcast::channel(EVENTS);
-        let process = Arc::new(process);
-        let helpers: Vec<_> = helpers.into_iter().map(Arc::new).collect();
-        let mut tasks = Vec::new();
-        if let Some(qmp) = &qmp {
-            tasks.push(tokio::spawn(translate(qmp.events(), events.clone())));
-            for helper in &helpers {
-                tasks.push(tokio::spawn(watch_helper(helper.clone(), events.clone())));
-            }
-        }
-        let state = Mutex::new((state, private));
-        let (helpers, tasks) = (Mutex::new(helpers), Mutex::new(tasks));
-        let change = AsyncMutex::default();
-        Self { config, state, process, helpers, qmp, events, change, tasks }
+        let core = Core::new(Kind::Qemu, spec, private, process, helpers);
+        core.keep(tokio::spawn(translate(qmp.events(), core.events.clone())));
+        Self { config, core, qmp: Some(qmp) }
     }
 
     pub async fn reattach(
@@ -187,77 +127,40 @@ impl Machine {
         state: VmState,
         processes: &Arc<dyn Processes>,
     ) -> Result<Self> {
-        if state.kind != Kind::Qemu || state.version > STATE_VERSION {
-            return Err(Error::State(format!(
-                "{} version {} is not one of qemu, version {STATE_VERSION} or older",
-                state.kind, state.version
-            )));
+        let (dir, id, console) = (state.dir.clone(), state.id.clone(), state.console.clone());
+        let core = Core::<Private>::take_up(Kind::Qemu, state, processes)?;
+        let mut machine = Self { config, core, qmp: None };
+        if !machine.core.process.is_alive() {
+            return Ok(machine);
         }
-        let mut private: Private = serde_json::from_value(state.driver.clone())
-            .map_err(|error| Error::State(error.to_string()))?;
-        let take = |record: &super::super::process::Record| {
-            Process::take_up(record.clone(), processes.clone())
-        };
-        let process = take(&state.vmm);
-        let helpers = state.helpers.iter().map(take).collect();
-        if !process.is_alive() {
-            return Ok(Self::assemble(config, state, private, process, helpers, None));
-        }
-        let limit = config.timeout();
-        let monitor = state.dir.join("qmp.sock");
-        let what = || Error::Deadline { what: "qemu's monitor to be free".into(), limit };
-        // QEMU serves one connection; that of the dead daemon ends when QEMU reads its end.
-        let stream = tokio::time::timeout(limit, UnixStream::connect(&monitor));
-        let stream = stream.await.map_err(|_| what())?;
-        let qmp = match stream {
-            Ok(stream) => Qmp::new(Kind::Qemu, stream, limit).await,
-            Err(_) => Err(Error::Gone),
-        };
-        let qmp = match qmp {
-            Ok(qmp) => Some(qmp),
+        let limit = machine.config.timeout();
+        let qmp = match Qmp::connect(Kind::Qemu, &dir.join("qmp.sock"), limit).await {
+            Ok(qmp) => qmp,
             // It ended between the two looks.
-            Err(Error::Gone) if !process.is_alive() => None,
+            Err(Error::Gone) if !machine.core.process.is_alive() => return Ok(machine),
             Err(error) => return Err(error),
         };
-        if let Some(qmp) = &qmp {
-            console::resume(&**processes, &state.id, &state.console).await;
-            for device in private.slots.correct(plugged(qmp, &private.slots).await?) {
-                tracing::info!(id = state.id, device = device.id, "is not in the machine any more");
-            }
+        console::resume(&**processes, &id, &console).await;
+        let ports = machine.core.locked().1.slots.ports();
+        let there = plugged(&qmp, ports).await?;
+        for device in machine.core.locked().1.slots.correct(there) {
+            tracing::info!(id, device = device.id, "is not in the machine any more");
         }
-        Ok(Self::assemble(config, state, private, process, helpers, qmp))
-    }
-
-    pub fn locked(&self) -> MutexGuard<'_, (VmState, Private)> {
-        held(&self.state)
-    }
-
-    /// A helper of a device that was plugged in.
-    pub fn add_helper(&self, process: Process) {
-        let process = Arc::new(process);
-        self.locked().0.helpers.push(process.record().clone());
-        let watch = watch_helper(process.clone(), self.events.clone());
-        held(&self.tasks).push(tokio::spawn(watch));
-        held(&self.helpers).push(process);
-    }
-
-    fn helpers(&self) -> Vec<Arc<Process>> {
-        held(&self.helpers).clone()
+        let translated = translate(qmp.events(), machine.core.events.clone());
+        machine.core.keep(tokio::spawn(translated));
+        machine.qmp = Some(qmp);
+        Ok(machine)
     }
 
     pub fn qmp(&self) -> Result<&Qmp> {
         self.qmp.as_ref().ok_or(Error::Gone)
     }
 
-    pub fn require(&self, feature: Feature) -> Result<()> {
-        if self.features().has(feature) { Ok(()) } else { Err(self.cannot(feature)) }
-    }
-
     /// Lets the balloon hold what is more than the memory at boot. The guest's driver takes it
     /// when it starts.
     pub async fn settle_memory(&self) -> Result<()> {
         let (memory, balloon) = {
-            let state = self.locked();
+            let state = self.core.locked();
             (state.0.memory_mib, state.1.balloon)
         };
         if balloon && memory.most > memory.at_boot {
@@ -308,17 +211,10 @@ async fn translate(mut from: broadcast::Receiver<QmpEvent>, to: broadcast::Sende
     }
 }
 
-async fn watch_helper(helper: Arc<Process>, events: broadcast::Sender<Event>) {
-    if let Ok(exit) = helper.wait().await {
-        let name = helper.record().name.clone();
-        let _ = events.send(Event::HelperEnded { name, status: exit.status });
-    }
-}
-
 /// What is plugged into the root ports, by QEMU's own account.
-async fn plugged(qmp: &Qmp, slots: &Slots) -> Result<BTreeMap<u8, Plugged>> {
+async fn plugged(qmp: &Qmp, ports: u8) -> Result<BTreeMap<u8, Plugged>> {
     let mut found = BTreeMap::new();
-    if slots.ports() == 0 {
+    if ports == 0 {
         return Ok(found);
     }
     let list = commands::qom_list { path: "/machine/peripheral".into() };
@@ -338,68 +234,44 @@ async fn plugged(qmp: &Qmp, slots: &Slots) -> Result<BTreeMap<u8, Plugged>> {
 #[async_trait]
 impl Vm for Machine {
     fn name(&self) -> String {
-        format!("qemu {}", self.locked().1.machine.as_str())
+        format!("qemu {}", self.core.locked().1.machine.as_str())
     }
 
     fn features(&self) -> Features {
-        let state = self.locked();
+        let state = self.core.locked();
         of_machine(state.1.machine, state.1.balloon, state.1.accel)
     }
 
     fn pid(&self) -> u32 {
-        self.process.pid()
+        self.core.process.pid()
     }
 
     fn state(&self) -> VmState {
-        let (state, private) = &*self.locked();
-        let driver = serde_json::to_value(private).unwrap_or_default();
-        VmState { driver, ..state.clone() }
+        self.core.vm_state()
     }
 
     fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+        self.core.events.subscribe()
     }
 
     async fn wait(&self) -> Result<Exit> {
-        self.process.wait().await
+        self.core.process.wait().await
     }
 
     async fn stop(&self, grace: Duration) -> Result<Exit> {
-        let mut exit = self.process.wait_for(grace).await?;
-        if exit.is_none()
-            && let Ok(qmp) = self.qmp()
-            && !qmp.is_closed()
-        {
-            // A stopped or busy QEMU must not hold this up.
-            let quit = tokio::time::timeout(QUIT, qmp.execute(&commands::quit {})).await;
-            if matches!(quit, Ok(Ok(_) | Err(Error::Gone))) {
-                exit = self.process.wait_for(QUIT).await?;
+        let ask = async {
+            let qmp = self.qmp()?;
+            if qmp.is_closed() {
+                return Err(Error::State("the monitor's connection is closed".into()));
             }
-        }
-        let exit = match exit {
-            Some(exit) => exit,
-            None => self.process.kill().await?,
+            qmp.execute(&commands::quit {}).await.map(drop)
         };
-        for helper in self.helpers() {
-            helper.kill().await?;
-        }
-        Ok(exit)
+        self.core.stop(grace, ask).await
     }
 
     async fn release(&self) {
-        let (id, dir, channel, processes) = {
-            let state = self.locked();
-            let state = &state.0;
-            (state.id.clone(), state.dir.clone(), state.channel.clone(), self.process.processes())
-        };
-        console::forget(&*processes, &id).await;
-        for process in self.helpers().iter().chain([&self.process]) {
-            process.acknowledge().await;
-        }
-        for socket in channel.sockets().into_iter().chain([dir.join("qmp.sock")]) {
-            // It may be gone already.
-            let _ = std::fs::remove_file(socket);
-        }
+        let monitor = self.core.locked().0.dir.join("qmp.sock");
+        self.core.release(&[monitor]).await;
     }
 
     async fn ping(&self) -> Result<()> {

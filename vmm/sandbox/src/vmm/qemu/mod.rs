@@ -22,6 +22,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::net::UnixStream;
 
+use super::core::{abandon, or_last_words};
 use super::error::{Doing, Error, Result};
 use super::helpers::{self, Helper, HelpersConfig};
 use super::process::{Fds, Launcher, Process, Program};
@@ -128,9 +129,7 @@ impl Qemu {
                 return Err(error);
             }
         };
-        started.forget = None;
-        let helpers = std::mem::take(&mut started.processes);
-        Ok(QemuVm::new(self.config.clone(), spec, process, helpers, qmp))
+        Ok(QemuVm::new(self.config.clone(), spec, process, started.done(), qmp))
     }
 
     /// Starts the helpers, side by side.
@@ -176,18 +175,8 @@ impl Qemu {
     async fn greet(&self, process: &Process, connection: StdStream) -> Result<Qmp> {
         connection.set_nonblocking(true).doing(|| "configure a socket")?;
         let stream = UnixStream::from_std(connection).doing(|| "use a socket")?;
-        tokio::select! {
-            biased;
-            exit = process.wait() => Err(process.ended(exit?)),
-            qmp = Qmp::new(Kind::Qemu, stream, self.config.timeout()) => match qmp {
-                // The connection breaks a moment before the exit is known.
-                Err(Error::Gone) => match process.wait_for(self.config.timeout()).await? {
-                    Some(exit) => Err(process.ended(exit)),
-                    None => Err(Error::Gone),
-                },
-                other => other,
-            },
-        }
+        let limit = self.config.timeout();
+        or_last_words(process, limit, Qmp::new(Kind::Qemu, stream, limit)).await
     }
 
     /// What a jailed QEMU sees.
@@ -242,8 +231,10 @@ impl Vmm for Qemu {
 
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {
         let vm = self.start(spec, false).await?;
-        vm.settle_memory().await?;
-        Ok(Arc::new(vm))
+        match vm.settle_memory().await {
+            Ok(()) => Ok(Arc::new(vm)),
+            Err(error) => Err(abandon(&vm, error).await),
+        }
     }
 
     async fn restore(&self, spec: &VmSpec, snapshot: &Path) -> Result<Arc<dyn Vm>> {

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
+use super::super::core::abandon;
 use super::super::error::{Doing, Error, Result};
 use super::super::qmp::Qmp;
 use super::super::spec::{Channel, Range, ShareKind, VmSpec};
@@ -101,8 +102,8 @@ async fn migrate(qmp: &Qmp, command: &str, file: &File, limit: Duration) -> Resu
 }
 
 pub(super) async fn save(machine: &Machine, dir: &Path) -> Result<()> {
-    let _turn = machine.change.lock().await;
-    let (state, private) = machine.locked().clone();
+    let _turn = machine.core.change.lock().await;
+    let (state, private) = machine.core.locked().clone();
     let hindrance = match private.slots.len() {
         0 => private.unsaveable.clone(),
         n => Some(format!("{n} plugged devices")),
@@ -236,28 +237,19 @@ pub(super) async fn restore(qemu: &Qemu, spec: &VmSpec, dir: &Path) -> Result<Ar
         let vm = qemu.start(&base, true).await?;
         match load(&vm, &file, was.mapped).await {
             Ok(()) => Ok(vm),
-            Err(error) => Err(give_up(vm, error).await),
+            Err(error) => Err(abandon(&vm, error).await),
         }
     };
     let (vm, served) = futures::join!(loaded, qemu.serve(spec));
     let (vm, served) = match (vm, served) {
         (Ok(vm), Ok(served)) => (vm, served),
-        (Ok(vm), Err(error)) => return Err(give_up(vm, error).await),
+        (Ok(vm), Err(error)) => return Err(abandon(&vm, error).await),
         (Err(error), _) => return Err(error),
     };
     match take_over(&vm, spec, &base, served).await {
         Ok(()) => Ok(Arc::new(vm)),
-        Err(error) => Err(give_up(vm, error).await),
+        Err(error) => Err(abandon(&vm, error).await),
     }
-}
-
-/// Ends a machine that was not restored; answers why.
-async fn give_up(vm: Machine, why: Error) -> Error {
-    if let Err(error) = vm.stop(Duration::ZERO).await {
-        tracing::error!(%error, "a machine that was not restored is left");
-    }
-    vm.release().await;
-    why
 }
 
 /// Has QEMU read the state; the machine does not run yet.
@@ -270,8 +262,8 @@ async fn load(vm: &Machine, file: &File, mapped: bool) -> Result<()> {
     match migrate(qmp, "migrate-incoming", file, limit).await {
         // It ends when it cannot make sense of the state, and says why as it goes.
         Err(error @ (Error::Gone | Error::Refused { .. })) => {
-            let exit = vm.process.wait_for(Duration::from_secs(1)).await?;
-            Err(exit.map_or(error, |exit| vm.process.ended(exit)))
+            let exit = vm.core.process.wait_for(Duration::from_secs(1)).await?;
+            Err(exit.map_or(error, |exit| vm.core.process.ended(exit)))
         }
         other => other,
     }
@@ -280,14 +272,16 @@ async fn load(vm: &Machine, file: &File, mapped: bool) -> Result<()> {
 /// Lets the machine run, and plugs in what its snapshot does not have.
 async fn take_over(vm: &Machine, spec: &VmSpec, base: &VmSpec, served: Served) -> Result<()> {
     let Served { mut started, shares, vsock } = served;
-    std::mem::take(&mut started.processes).into_iter().for_each(|helper| vm.add_helper(helper));
+    std::mem::take(&mut started.processes)
+        .into_iter()
+        .for_each(|helper| vm.core.add_helper(helper));
     vm.qmp()?.execute(&commands::cont {}).await?;
     let machine = vm.config.machine;
     // The channel first: the agent dials while the guest finds the rest.
     if let Some(socket) = vsock {
         let device = |id: &str, chardev: &str| argv::vsock_device(machine, id, chardev);
         vm.plug_vhost_user("vsock", socket.as_fd(), device).await?;
-        vm.locked().0.channel = spec.channel.clone();
+        vm.core.locked().0.channel = spec.channel.clone();
     }
     for (n, (share, socket)) in spec.shares.iter().zip(&shares).enumerate() {
         let id = format!("fs{n}");

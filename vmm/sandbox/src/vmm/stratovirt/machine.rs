@@ -8,17 +8,16 @@ use async_trait::async_trait;
 use qapi::qmp::{self as commands, Event as QmpEvent};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::net::UnixStream;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::super::core::{Core, Settling};
+use super::super::core::{Core, need_raw, settle, stays};
 use super::super::disks::Disks;
 use super::super::error::{Error, Result};
 use super::super::files::{fresh_dir, length, take_over};
 use super::super::process::{Exit, Process};
 use super::super::qmp::Qmp;
-use super::super::spec::{Channel, Disk, DiskFormat, Range, Root, VmSpec, check_device_id};
+use super::super::spec::{Channel, Disk, Range, Root, VmSpec, check_device_id};
 use super::super::{Event, Feature, Features, Kind, Processes, Vm, VmState, console};
 use super::{DISKS, StratoVirtConfig, monitor_of, qmp_text};
 
@@ -176,13 +175,7 @@ impl Machine {
             return Ok(machine);
         }
         let limit = machine.config.timeout();
-        let what = || Error::Deadline { what: "stratovirt's monitor to be free".into(), limit };
-        let stream = tokio::time::timeout(limit, UnixStream::connect(monitor_of(&dir)));
-        let qmp = match stream.await.map_err(|_| what())? {
-            Ok(stream) => Qmp::new(Kind::StratoVirt, stream, limit).await,
-            Err(_) => Err(Error::Gone),
-        };
-        match qmp {
+        match Qmp::connect(Kind::StratoVirt, &monitor_of(&dir), limit).await {
             Ok(qmp) => {
                 let translated = translate(qmp.events(), machine.core.events.clone());
                 machine.core.keep(tokio::spawn(translated));
@@ -198,10 +191,6 @@ impl Machine {
 
     fn qmp(&self) -> Result<&Qmp> {
         self.qmp.as_ref().ok_or(Error::Gone)
-    }
-
-    fn require(&self, feature: Feature) -> Result<()> {
-        if self.features().has(feature) { Ok(()) } else { Err(self.cannot(feature)) }
     }
 
     /// Lets the balloon hold what is more than the memory at boot.
@@ -294,13 +283,7 @@ impl Vm for Machine {
     async fn attach_disk(&self, disk: &Disk) -> Result<()> {
         self.require(Feature::DiskHotplug)?;
         check_device_id(&disk.id)?;
-        if disk.format != DiskFormat::Raw {
-            return Err(Error::Unsupported {
-                vmm: self.name(),
-                what: "read qcow2 images".into(),
-                way_out: "use raw images, or another VMM".into(),
-            });
-        }
+        need_raw(self.name(), disk)?;
         let _turn = self.core.change.lock().await;
         let qmp = self.qmp()?;
         let free: Vec<usize> = {
@@ -347,9 +330,7 @@ impl Vm for Machine {
         {
             let state = self.core.locked();
             if id == "root" || state.1.fixed.iter().any(|fixed| fixed == id) {
-                return Err(Error::Invalid(format!(
-                    "device {id} is there from the boot and stays as long as the machine"
-                )));
+                return Err(stays(id));
             }
         }
         match qmp.execute(&commands::device_del { id: id.to_owned() }).await {
@@ -384,16 +365,12 @@ impl Vm for Machine {
             return Err(Error::Invalid(format!("{mib} MiB: this machine has 1 to {most}")));
         }
         qmp.execute(&commands::balloon { value: i64::from(mib) << 20 }).await?;
-        let (still, limit) = (self.config.memory_still(), self.config.snapshot_timeout());
-        let mut settling = Settling::new(mib, still, limit, Instant::now());
-        loop {
+        let limits = (self.config.memory_still(), self.config.snapshot_timeout());
+        settle(mib, LOOK, limits, || async {
             let actual = qmp.execute(&commands::query_balloon {}).await?.actual >> 20;
-            let actual = u32::try_from(actual).unwrap_or(u32::MAX);
-            if settling.is_over(actual, Instant::now()) {
-                return Ok(actual);
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
+        })
+        .await
     }
 
     async fn pause(&self) -> Result<()> {

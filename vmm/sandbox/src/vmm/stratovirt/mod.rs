@@ -20,14 +20,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::net::UnixStream;
 
-use super::core::{or_last_words, work_dir};
+use super::core::{abandon, need_kvm, need_raw, or_last_words, work_dir};
 use super::disks::Disks;
 use super::error::{Doing, Error, Result};
 use super::files::{lend, length};
 use super::helpers::{self, HelpersConfig, Watch};
 use super::process::{Fds, Launcher, Program, text};
 use super::qmp::Qmp;
-use super::spec::{Channel, DiskFormat, Root, ShareKind, VmSpec, Way, check_socket};
+use super::spec::{Channel, ShareKind, VmSpec, Way, check_socket};
 use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vhost};
 use crate::jail::{Role, View};
@@ -49,17 +49,6 @@ pub struct StratoVirt {
     config: Arc<StratoVirtConfig>,
     helpers: HelpersConfig,
     launcher: Launcher,
-}
-
-/// Takes what a start has made on disk away when it fails.
-struct Undo(Option<Disks>);
-
-impl Drop for Undo {
-    fn drop(&mut self) {
-        if let Some(disks) = self.0.take() {
-            disks.release();
-        }
-    }
 }
 
 impl StratoVirt {
@@ -89,12 +78,9 @@ impl StratoVirt {
             }
             _ => {}
         }
-        let root = match &spec.boot.root {
-            Root::Image { disk, .. } => Some(disk),
-            Root::Initrd(_) => None,
-        };
-        if spec.disks.iter().chain(root).any(|disk| disk.format != DiskFormat::Raw) {
-            return Err(unsupported("read qcow2 images", "use raw images, or another VMM"));
+        let root = spec.boot.root.disk();
+        for disk in spec.disks.iter().chain(root) {
+            need_raw(self.name(), disk)?;
         }
         if spec.hugepages {
             return Err(unsupported(
@@ -126,13 +112,7 @@ impl StratoVirt {
                 nic.tap.len()
             )));
         }
-        if !Path::new("/dev/kvm").exists() {
-            return Err(unsupported(
-                "run without KVM",
-                "this host has no /dev/kvm: load the module, or use qemu with accel = \"tcg\"",
-            ));
-        }
-        Ok(())
+        need_kvm(self)
     }
 
     /// Starts helpers and VMM, from a snapshot with `incoming`.
@@ -150,16 +130,10 @@ impl StratoVirt {
         }
         let mut started = Started::default();
         let disks = Disks::new(&spec.dir, owner)?;
-        let mut undo = Undo(Some(disks.clone()));
+        started.disks = Some(disks.clone());
         let mut view = View::new(Role::Vmm);
-        let mut shares = Vec::new();
-        for share in &spec.shares {
-            let socket = work.join(format!("fs-{}.sock", share.tag));
-            let helper =
-                helpers::virtiofsd_at(&self.helpers, &self.launcher, spec, share, &socket).await?;
-            started.processes.push(helper);
-            shares.push(socket);
-        }
+        let (helpers, launcher) = (&self.helpers, &self.launcher);
+        let shares = helpers::virtiofsds_in(helpers, launcher, spec, &work, &mut started).await?;
         let mut placed = Vec::new();
         for disk in &spec.disks {
             placed.push(disks.place(disk)?);
@@ -194,10 +168,7 @@ impl StratoVirt {
                 .doing(|| format!("make {}", socket.display()))?;
         }
         view.readable.push(kernel);
-        match &spec.boot.root {
-            Root::Initrd(path) => view.readable.push(path.clone()),
-            Root::Image { disk, .. } => view.readable.push(disk.path.clone()),
-        }
+        view.readable.push(spec.boot.root.path().to_owned());
         if let Some(dir) = incoming {
             view.readable.extend(Description::FILES.map(|name| dir.join(name)));
         }
@@ -258,9 +229,7 @@ impl StratoVirt {
             }
         }
         drop(placed);
-        started.forget = None;
-        undo.0 = None;
-        let helpers = std::mem::take(&mut started.processes);
+        let helpers = started.done();
         let own = Private::new(spec, self.config.balloon, owner);
         Ok(Machine::new(self.config.clone(), spec, own, process, helpers, qmp, disks))
     }
@@ -290,8 +259,10 @@ impl Vmm for StratoVirt {
 
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {
         let machine = self.start(spec, None).await?;
-        machine.settle_memory().await?;
-        Ok(Arc::new(machine))
+        match machine.settle_memory().await {
+            Ok(()) => Ok(Arc::new(machine)),
+            Err(error) => Err(abandon(&machine, error).await),
+        }
     }
 
     async fn restore(&self, spec: &VmSpec, snapshot: &Path) -> Result<Arc<dyn Vm>> {
@@ -316,13 +287,7 @@ impl Vmm for StratoVirt {
         };
         match more.await {
             Ok(()) => Ok(Arc::new(machine)),
-            Err(error) => {
-                if let Err(error) = machine.stop(std::time::Duration::ZERO).await {
-                    tracing::error!(%error, "a machine that was not restored is left");
-                }
-                machine.release().await;
-                Err(error)
-            }
+            Err(error) => Err(abandon(&machine, error).await),
         }
     }
 
