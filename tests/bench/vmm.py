@@ -2,9 +2,9 @@
 """Pods in machines: where the time of a start goes, and reading of files and disks beside QEMU alone.
 
 Run inside the test bed, which has to be up: tests/bed/bed.sh run $PWD/tests/bench/vmm.py [ROUNDS] [PART…]
-PART is start, read, or both when none is named. Needs `vmm/guest/build.sh distribution`.
+PART is start, read, channel, or all when none is named. Needs `vmm/guest/build.sh distribution`.
 
-start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent has a serial port, and of
+start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent waits for vsock, and of
 the pool, and cold ones on a microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
 the VMM (or the restore) until the agent has said that it serves and has its token.
 
@@ -13,6 +13,10 @@ it the same QEMU with the same machine, kernel, parameters and memory, with the 
 program, a virtiofsd with no options of ours, and the same disk from the boot, of which each reads another half.
 Each file is read once and was read on the host before. Medians. Needs a quiet host: the pod's machine is in a
 cgroup, which has the weight of one process of the host's.
+
+channel: what goes between host and agent over vsock and over a serial port, in turns: exec of `true` by crictl,
+output (random bytes, and zeros) of an exec as dd in the container counts it, input of one without the time of `true`,
+and a connection to a port of the container's.
 """
 import glob, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 
@@ -24,6 +28,7 @@ WORDS = [word for word in sys.argv[1:] if not word.isdigit()]
 ROUNDS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 5)
 MIB = 48
 SIZE = 384
+STREAM = 16
 plain = open(CONFIG).read()
 
 
@@ -121,14 +126,14 @@ def starts(top):
         "microvm, cold": plain,
         "q35, cold": q35(),
         "q35, of a template": q35(kept),
-        "the same, serial": q35(kept).replace("[qemu]", '[qemu]\nchannel = "serial"'),
+        "the same, vsock": q35(kept).replace("[qemu]", '[qemu]\nchannel = "hybrid"'),
         "q35, of the pool": q35(kept + "pool = 1\nrefill = \"0s\"\n"),
     }
     # The templates, by pods that are not counted. Where templates are counts from a daemon's start.
     configure(kinds["q35, of a template"])
     for word in ("stop", "start"):
         run(f"{BED}/../../tests/bed/bed.sh", "daemon", word, env={**os.environ, "KIND": "vmm", "BED": BED})
-    for n, kind in enumerate(("q35, of a template", "the same, serial")):
+    for n, kind in enumerate(("q35, of a template", "the same, vsock")):
         configure(kinds[kind])
         seen = os.path.getsize(LOG)
         Pod(top, f"first{n}").end()
@@ -157,11 +162,13 @@ def starts(top):
         print(kind.ljust(20) + "".join(cell.rjust(15) for cell in cells))
 
 
-def speed(text):
-    """MB/s of busybox' dd."""
+def speed(text, whole=None):
+    """MB/s of busybox' dd, which has to have copied the `whole`."""
     found = re.search(r"(\d+) bytes.*copied, ([0-9.]+) seconds", text)
     if not found:
         sys.exit(f"dd says {text!r}")
+    if whole and int(found[1]) != whole:
+        sys.exit(f"{whole} bytes, and dd says {text!r}")
     return int(found[1]) / float(found[2]) / 1e6
 
 
@@ -256,9 +263,67 @@ def reads(top):
         print(f"{name:12} in a pod {show(ours):>20}   QEMU alone {show(raw):>20}   ratio {mid(ours) / mid(raw):.2f}")
 
 
+def streams(c, netns):
+    """What goes over the channel: exec of `true` in ms, and MB/s of output, input and a forwarded port."""
+    argv = lambda *words: ["crictl", "exec", *words]
+    times = []
+    for _ in range(10):
+        begun = time.monotonic()
+        run(*argv(c, "true"))
+        times.append((time.monotonic() - begun) * 1000)
+    copy = ("bs=64k", f"count={STREAM * 16}")
+    run(*argv(c, "sh", "-c", f"head -c {STREAM << 20} /dev/urandom > /dev/shm/random"))
+
+    def of(words):
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return speed(done.stderr.decode(), STREAM << 20)
+
+    random = of(argv(c, "dd", "if=/dev/shm/random", "bs=64k"))
+    zeros = of(argv(c, "dd", "if=/dev/zero", *copy))
+    begun = time.monotonic()
+    done = subprocess.run(argv("-i", c, "wc", "-c"), input=os.urandom(STREAM << 20), capture_output=True)
+    into = (STREAM << 20) / (time.monotonic() - begun - min(times) / 1000) / 1e6
+    if int(done.stdout) != STREAM << 20:
+        sys.exit(f"{done.stdout} of {STREAM} MiB came")
+    script = f"""
+import socket, time
+for _ in range(100):
+    try: s = socket.create_connection(('localhost', 8080), 5); got = len(s.recv(1))
+    except OSError: got = 0
+    if got: break
+    time.sleep(0.1)
+begun, got = time.monotonic(), 0
+while got < {STREAM << 20} - 1 and (part := s.recv(1 << 16)): got += len(part)
+print(got / (time.monotonic() - begun) / 1e6)"""
+    return {"exec, ms": statistics.median(times), "output": random, "zeros": zeros, "input": into,
+            "port": float(run("nsenter", f"--net={netns}", "python3", "-c", script))}
+
+
+def channels(top):
+    machines = {"microvm": lambda text: text, "q35": lambda _: q35()}
+    ways = {"vsock": "hybrid", "serial": "serial"}
+    rows = {(machine, way): [] for machine in machines for way in ways}
+    for n in range(ROUNDS):
+        for machine, way in rows:
+            configure(machines[machine](plain).replace("[qemu]", f'[qemu]\nchannel = "{ways[way]}"'))
+            pod = Pod(top, f"{machine}-{way}-{n}")
+            serve = f"while :; do dd if=/dev/zero bs=64k count={STREAM * 16} 2>/dev/null | nc -l -p 8080; done"
+            c = pod.container(top, command=["sh", "-c", serve])
+            info = json.loads(run("crictl", "inspectp", pod.id))["info"]
+            rows[machine, way].append(streams(c, info["cniResult"]["Interfaces"]["eth0"]["Sandbox"]))
+            pod.end()
+    print(f"rounds {ROUNDS} of {STREAM} MiB; medians, MB/s where nothing is said (least, most)")
+    for (machine, way), all in rows.items():
+        cells = []
+        for name in all[0]:
+            values = [one[name] for one in all]
+            cells.append(f"{name} {statistics.median(values):.1f} ({min(values):.1f}, {max(values):.1f})".ljust(28))
+        print(f"{machine:8} {way:8}" + "".join(cells))
+
+
 top = tempfile.mkdtemp(prefix="vmm-bench.", dir=f"{BED}/run")
 try:
-    for name, part in (("start", starts), ("read", reads)):
+    for name, part in (("start", starts), ("read", reads), ("channel", channels)):
         if not WORDS or name in WORDS:
             part(top)
 finally:
