@@ -2,7 +2,7 @@
 """Pods in machines: where the time of a start goes, and reading of files and disks beside QEMU alone.
 
 Run inside the test bed, which has to be up: tests/bed/bed.sh run $PWD/tests/bench/vmm.py [ROUNDS] [PART…]
-PART is start, read, channel, or all when none is named. Needs `vmm/guest/build.sh distribution`.
+PART is start, read, channel, share, or all when none is named. Needs `vmm/guest/build.sh distribution`.
 
 start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent waits for vsock, and of
 the pool, and cold ones on a microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
@@ -105,16 +105,18 @@ class Pod:
         run("crictl", "start", container)
         return container
 
-    def qemu(self):
+    def pid(self):
         for path in glob.glob("/proc/[0-9]*/cgroup"):
             try:
                 if f"machine-{self.id}" in open(path).read():
-                    words = open(f"{os.path.dirname(path)}/cmdline").read().split("\0")
-                    if "qemu" in words[0]:
-                        return words
+                    if "qemu" in open(f"{os.path.dirname(path)}/cmdline").read().split("\0")[0]:
+                        return path.split("/")[2]
             except OSError:
                 pass
         sys.exit("no QEMU of the pod")
+
+    def qemu(self):
+        return open(f"/proc/{self.pid()}/cmdline").read().split("\0")
 
     def end(self):
         run("crictl", "rmp", "-f", self.id)
@@ -321,9 +323,71 @@ def channels(top):
         print(f"{machine:8} {way:8}" + "".join(cells))
 
 
+def resident(pod):
+    """The daemon, and the sandbox-parent below which its machines are."""
+    pid = pod.pid()
+    while not open(f"/proc/{pid}/comm").read().startswith("[sandbox-parent"):
+        pid = re.search(r"^PPid:\s+(\d+)", open(f"/proc/{pid}/status").read(), re.M)[1]
+    return [open(f"{BED}/run/daemon-vmm.pid").read().strip(), pid]
+
+
+def memory(pod):
+    """Pages of these two alone, which are no file's, and their PSS; kB."""
+    text = "".join(open(f"/proc/{pid}/smaps_rollup").read() for pid in resident(pod))
+    return " and ".join(str(sum(map(int, re.findall(rf"^{key}:\s+(\d+)", text, re.M)))) for key in ("Anonymous", "Pss"))
+
+
+def ticks(pids):
+    """Processor time in ms."""
+    fields = [open(f"/proc/{pid}/stat").read().rsplit(") ", 1)[1].split() for pid in pids]
+    return sum(int(each[11]) + int(each[12]) for each in fields) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def shares(top):
+    """What is ours of a start, of an exec and of the host's memory, on a microvm."""
+    configure(plain)
+    pods, rows = [], []
+    for n in range(ROUNDS):
+        pod = Pod(top, f"share{n}")
+        one = pod.phases
+        parts = ("vmm_spawn", "guest_boot", "guest_setup")
+        rows.append([one["Create"] + one["Start"] - sum(one.get(part, 0) for part in parts), one["Create"],
+                     one["Start"], *(one.get(part, 0) for part in parts)])
+        pods.append(pod)
+        if n == 0:
+            c = pod.container(top)
+            time.sleep(15)  # a daemon that idles gives pages back
+            first = memory(pods[0])
+    time.sleep(15)
+    print(f"daemon and sandbox-parent, anonymous and PSS, kB: {first} with 1 pod, then "
+          f"{memory(pods[0])} with {ROUNDS}")
+    for pod in pods[1:]:
+        pod.end()
+    time.sleep(15)
+    print(f"with 1 again: {memory(pods[0])}")
+    names = ("ours", "Create", "Start", "vmm_spawn", "guest_boot", "guest_setup")
+    print("start, ms: " + ", ".join(f"{name} {statistics.median(row[n] for row in rows):.1f} "
+                                    f"({min(row[n] for row in rows):.1f})" for n, name in enumerate(names)))
+    times, before = [], ticks(resident(pods[0]))
+    for _ in range(50):
+        begun = time.monotonic()
+        run("crictl", "exec", "-s", c, "true")
+        times.append((time.monotonic() - begun) * 1000)
+    cpu = (ticks(resident(pods[0])) - before) / 50
+    script = "cat /proc/uptime; for i in $(seq 50); do /bin/busybox true; done; cat /proc/uptime"
+    begun, end = (float(line.split()[0]) for line in run("crictl", "exec", c, "sh", "-c", script).splitlines())
+    used = run("crictl", "exec", c, "cat", "/proc/meminfo")
+    of = lambda key: int(re.search(rf"{key}:\s+(\d+)", used)[1])
+    print(f"exec of true by crictl: {statistics.median(times):.1f} ms ({min(times):.1f}); our processor time on the host "
+          f"{cpu:.2f} ms; fork and exec in the guest alone {(end - begun) * 20:.1f} ms")
+    print(f"guest's memory in use, with one idle container: {(of('MemTotal') - of('MemAvailable')) / 1024:.1f} MiB of "
+          f"{of('MemTotal') / 1024:.0f}")
+    pods[0].end()
+
+
 top = tempfile.mkdtemp(prefix="vmm-bench.", dir=f"{BED}/run")
 try:
-    for name, part in (("start", starts), ("read", reads), ("channel", channels)):
+    for name, part in (("start", starts), ("read", reads), ("channel", channels), ("share", shares)):
         if not WORDS or name in WORDS:
             part(top)
 finally:
