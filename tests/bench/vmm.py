@@ -11,8 +11,8 @@ the VMM (or the restore) until the agent has said that it serves and has its tok
 read: a file of a volume (virtiofs), and a block volume (virtio-blk), read by dd in a container; beside
 it the same QEMU with the same machine, kernel, parameters and memory, with the same dd as its only
 program, a virtiofsd with no options of ours, and the same disk from the boot, of which each reads another half.
-Each file is read once and was read on the host before. Medians. Needs a quiet host: the pod's machine is in a
-cgroup, which has the weight of one process of the host's.
+Each file is read once and was read on the host before. Medians. Needs a quiet host, where the pod's
+cgroup gets the weight of twenty processes: with that of one its machine and virtiofsd wait for all others' threads.
 
 channel: what goes between host and agent over vsock and over a serial port, in turns: exec of `true` by crictl,
 output (random bytes, and zeros) of an exec as dd in the container counts it, input of one without the time of `true`,
@@ -247,6 +247,11 @@ def reads(top):
         device = {"container_path": "/dev/xvda", "host_path": loop, "permissions": "rwm"}
         mount = {"container_path": "/files", "host_path": f"{top}/files", "readonly": True}
         c = pod.container(top, mounts=[mount], devices=[device])
+        # What stands beside it is in no group: its threads have a weight each.
+        for weight, value in (("cpu/kuasar-bench/cpu.shares", "20480"), ("kuasar-bench/cpu.weight", "10000")):
+            if os.path.exists(f"/sys/fs/cgroup/{weight}"):
+                with open(f"/sys/fs/cgroup/{weight}", "w") as f:
+                    f.write(value)
         argv, files, disk, raw_files, raw_disk = pod.qemu(), [], [], [], []
         for n in range(ROUNDS):
             sh = lambda line: run("crictl", "exec", c, "sh", "-c", line + " 2>&1")
