@@ -2,17 +2,21 @@
 """Pods in machines: where the time of a start goes, and reading of files and disks beside QEMU alone.
 
 Run inside the test bed, which has to be up: tests/bed/bed.sh run $PWD/tests/bench/vmm.py [ROUNDS] [PART…]
-PART is start, read, or both when none is named. Needs `vmm/guest/build.sh distribution`.
+PART is start, read, channel, share, or all when none is named. Needs `vmm/guest/build.sh distribution`.
 
-start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent has a serial port, and of
+start: pods of QEMU's q35 with Debian's kernel, cold, of a template, of one whose agent waits for vsock, and of
 the pool, and cold ones on a microvm with our kernel, in turns. Phases come from the daemon's metrics; `word` is from the start of
 the VMM (or the restore) until the agent has said that it serves and has its token.
 
 read: a file of a volume (virtiofs), and a block volume (virtio-blk), read by dd in a container; beside
 it the same QEMU with the same machine, kernel, parameters and memory, with the same dd as its only
 program, a virtiofsd with no options of ours, and the same disk from the boot, of which each reads another half.
-Each file is read once and was read on the host before. Medians. Needs a quiet host: the pod's machine is in a
-cgroup, which has the weight of one process of the host's.
+Each file is read once and was read on the host before. Medians. Needs a quiet host, where the pod's
+cgroup gets the weight of twenty processes: with that of one its machine and virtiofsd wait for all others' threads.
+
+channel: what goes between host and agent over vsock and over a serial port, in turns: exec of `true` by crictl,
+output (random bytes, and zeros) of an exec as dd in the container counts it, input of one without the time of `true`,
+and a connection to a port of the container's.
 """
 import glob, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, time
 
@@ -26,6 +30,7 @@ WORDS = [word for word in sys.argv[1:] if not word.isdigit()]
 ROUNDS = next((int(word) for word in sys.argv[1:] if word.isdigit()), 5)
 MIB = 48
 SIZE = 384
+STREAM = 16
 plain = open(CONFIG).read()
 
 
@@ -92,16 +97,18 @@ class Pod:
         run("crictl", "start", container)
         return container
 
-    def qemu(self):
+    def pid(self):
         for path in glob.glob("/proc/[0-9]*/cgroup"):
             try:
                 if f"machine-{self.id}" in open(path).read():
-                    words = open(f"{os.path.dirname(path)}/cmdline").read().split("\0")
-                    if "qemu" in words[0]:
-                        return words
+                    if "qemu" in open(f"{os.path.dirname(path)}/cmdline").read().split("\0")[0]:
+                        return path.split("/")[2]
             except OSError:
                 pass
         sys.exit("no QEMU of the pod")
+
+    def qemu(self):
+        return open(f"/proc/{self.pid()}/cmdline").read().split("\0")
 
     def end(self):
         run("crictl", "rmp", "-f", self.id)
@@ -113,14 +120,14 @@ def starts(top):
         "microvm, cold": plain,
         "q35, cold": q35(),
         "q35, of a template": q35(kept),
-        "the same, serial": q35(kept).replace("[qemu]", '[qemu]\nchannel = "serial"'),
+        "the same, vsock": q35(kept).replace("[qemu]", '[qemu]\nchannel = "hybrid"'),
         "q35, of the pool": q35(kept + "pool = 1\nrefill = \"0s\"\n"),
     }
     # The templates, by pods that are not counted. Where templates are counts from a daemon's start.
     configure(kinds["q35, of a template"])
     for word in ("stop", "start"):
         run(f"{BED}/../../tests/bed/bed.sh", "daemon", word, env={**os.environ, "KIND": "vmm", "BED": BED})
-    for n, kind in enumerate(("q35, of a template", "the same, serial")):
+    for n, kind in enumerate(("q35, of a template", "the same, vsock")):
         configure(kinds[kind])
         seen = os.path.getsize(LOG)
         Pod(top, f"first{n}").end()
@@ -149,11 +156,13 @@ def starts(top):
         print(kind.ljust(20) + "".join(cell.rjust(15) for cell in cells))
 
 
-def speed(text):
-    """MB/s of busybox' dd."""
+def speed(text, whole=None):
+    """MB/s of busybox' dd, which has to have copied the `whole`."""
     found = re.search(r"(\d+) bytes.*copied, ([0-9.]+) seconds", text)
     if not found:
         sys.exit(f"dd says {text!r}")
+    if whole and int(found[1]) != whole:
+        sys.exit(f"{whole} bytes, and dd says {text!r}")
     return int(found[1]) / float(found[2]) / 1e6
 
 
@@ -230,6 +239,11 @@ def reads(top):
         device = {"container_path": "/dev/xvda", "host_path": loop, "permissions": "rwm"}
         mount = {"container_path": "/files", "host_path": f"{top}/files", "readonly": True}
         c = pod.container(top, mounts=[mount], devices=[device])
+        # What stands beside it is in no group: its threads have a weight each.
+        for weight, value in (("cpu/kuasar-bench/cpu.shares", "20480"), ("kuasar-bench/cpu.weight", "10000")):
+            if os.path.exists(f"/sys/fs/cgroup/{weight}"):
+                with open(f"/sys/fs/cgroup/{weight}", "w") as f:
+                    f.write(value)
         argv, files, disk, raw_files, raw_disk = pod.qemu(), [], [], [], []
         for n in range(ROUNDS):
             sh = lambda line: run("crictl", "exec", c, "sh", "-c", line + " 2>&1")
@@ -248,9 +262,129 @@ def reads(top):
         print(f"{name:12} in a pod {show(ours):>20}   QEMU alone {show(raw):>20}   ratio {mid(ours) / mid(raw):.2f}")
 
 
+def streams(c, netns):
+    """What goes over the channel: exec of `true` in ms, and MB/s of output, input and a forwarded port."""
+    argv = lambda *words: ["crictl", "exec", *words]
+    times = []
+    for _ in range(10):
+        begun = time.monotonic()
+        run(*argv(c, "true"))
+        times.append((time.monotonic() - begun) * 1000)
+    copy = ("bs=64k", f"count={STREAM * 16}")
+    run(*argv(c, "sh", "-c", f"head -c {STREAM << 20} /dev/urandom > /dev/shm/random"))
+
+    def of(words):
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return speed(done.stderr.decode(), STREAM << 20)
+
+    random = of(argv(c, "dd", "if=/dev/shm/random", "bs=64k"))
+    zeros = of(argv(c, "dd", "if=/dev/zero", *copy))
+    begun = time.monotonic()
+    done = subprocess.run(argv("-i", c, "wc", "-c"), input=os.urandom(STREAM << 20), capture_output=True)
+    into = (STREAM << 20) / (time.monotonic() - begun - min(times) / 1000) / 1e6
+    if int(done.stdout) != STREAM << 20:
+        sys.exit(f"{done.stdout} of {STREAM} MiB came")
+    script = f"""
+import socket, time
+for _ in range(100):
+    try: s = socket.create_connection(('localhost', 8080), 5); got = len(s.recv(1))
+    except OSError: got = 0
+    if got: break
+    time.sleep(0.1)
+begun, got = time.monotonic(), 0
+while got < {STREAM << 20} - 1 and (part := s.recv(1 << 16)): got += len(part)
+print(got / (time.monotonic() - begun) / 1e6)"""
+    return {"exec, ms": statistics.median(times), "output": random, "zeros": zeros, "input": into,
+            "port": float(run("nsenter", f"--net={netns}", "python3", "-c", script))}
+
+
+def channels(top):
+    machines = {"microvm": lambda text: text, "q35": lambda _: q35()}
+    ways = {"vsock": "hybrid", "serial": "serial"}
+    rows = {(machine, way): [] for machine in machines for way in ways}
+    for n in range(ROUNDS):
+        for machine, way in rows:
+            configure(machines[machine](plain).replace("[qemu]", f'[qemu]\nchannel = "{ways[way]}"'))
+            pod = Pod(top, f"{machine}-{way}-{n}")
+            serve = f"while :; do dd if=/dev/zero bs=64k count={STREAM * 16} 2>/dev/null | nc -l -p 8080; done"
+            c = pod.container(top, command=["sh", "-c", serve])
+            info = json.loads(run("crictl", "inspectp", pod.id))["info"]
+            rows[machine, way].append(streams(c, info["cniResult"]["Interfaces"]["eth0"]["Sandbox"]))
+            pod.end()
+    print(f"rounds {ROUNDS} of {STREAM} MiB; medians, MB/s where nothing is said (least, most)")
+    for (machine, way), all in rows.items():
+        cells = []
+        for name in all[0]:
+            values = [one[name] for one in all]
+            cells.append(f"{name} {statistics.median(values):.1f} ({min(values):.1f}, {max(values):.1f})".ljust(28))
+        print(f"{machine:8} {way:8}" + "".join(cells))
+
+
+def resident(pod):
+    """The daemon, and the sandbox-parent below which its machines are."""
+    pid = pod.pid()
+    while not open(f"/proc/{pid}/comm").read().startswith("[sandbox-parent"):
+        pid = re.search(r"^PPid:\s+(\d+)", open(f"/proc/{pid}/status").read(), re.M)[1]
+    return [open(f"{BED}/run/daemon-vmm.pid").read().strip(), pid]
+
+
+def memory(pod):
+    """Pages of these two alone, which are no file's, and their PSS; kB."""
+    text = "".join(open(f"/proc/{pid}/smaps_rollup").read() for pid in resident(pod))
+    return " and ".join(str(sum(map(int, re.findall(rf"^{key}:\s+(\d+)", text, re.M)))) for key in ("Anonymous", "Pss"))
+
+
+def ticks(pids):
+    """Processor time in ms."""
+    fields = [open(f"/proc/{pid}/stat").read().rsplit(") ", 1)[1].split() for pid in pids]
+    return sum(int(each[11]) + int(each[12]) for each in fields) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def shares(top):
+    """What is ours of a start, of an exec and of the host's memory, on a microvm."""
+    configure(plain)
+    pods, rows = [], []
+    for n in range(ROUNDS):
+        pod = Pod(top, f"share{n}")
+        one = pod.phases
+        parts = ("vmm_spawn", "guest_boot", "guest_setup")
+        rows.append([one["Create"] + one["Start"] - sum(one.get(part, 0) for part in parts), one["Create"],
+                     one["Start"], *(one.get(part, 0) for part in parts)])
+        pods.append(pod)
+        if n == 0:
+            c = pod.container(top)
+            time.sleep(15)  # a daemon that idles gives pages back
+            first = memory(pods[0])
+    time.sleep(15)
+    print(f"daemon and sandbox-parent, anonymous and PSS, kB: {first} with 1 pod, then "
+          f"{memory(pods[0])} with {ROUNDS}")
+    for pod in pods[1:]:
+        pod.end()
+    time.sleep(15)
+    print(f"with 1 again: {memory(pods[0])}")
+    names = ("ours", "Create", "Start", "vmm_spawn", "guest_boot", "guest_setup")
+    print("start, ms: " + ", ".join(f"{name} {statistics.median(row[n] for row in rows):.1f} "
+                                    f"({min(row[n] for row in rows):.1f})" for n, name in enumerate(names)))
+    times, before = [], ticks(resident(pods[0]))
+    for _ in range(50):
+        begun = time.monotonic()
+        run("crictl", "exec", "-s", c, "true")
+        times.append((time.monotonic() - begun) * 1000)
+    cpu = (ticks(resident(pods[0])) - before) / 50
+    script = "cat /proc/uptime; for i in $(seq 50); do /bin/busybox true; done; cat /proc/uptime"
+    begun, end = (float(line.split()[0]) for line in run("crictl", "exec", c, "sh", "-c", script).splitlines())
+    used = run("crictl", "exec", c, "cat", "/proc/meminfo")
+    of = lambda key: int(re.search(rf"{key}:\s+(\d+)", used)[1])
+    print(f"exec of true by crictl: {statistics.median(times):.1f} ms ({min(times):.1f}); our processor time on the host "
+          f"{cpu:.2f} ms; fork and exec in the guest alone {(end - begun) * 20:.1f} ms")
+    print(f"guest's memory in use, with one idle container: {(of('MemTotal') - of('MemAvailable')) / 1024:.1f} MiB of "
+          f"{of('MemTotal') / 1024:.0f}")
+    pods[0].end()
+
+
 top = tempfile.mkdtemp(prefix="vmm-bench.", dir=f"{BED}/run")
 try:
-    for name, part in (("start", starts), ("read", reads)):
+    for name, part in (("start", starts), ("read", reads), ("channel", channels), ("share", shares)):
         if not WORDS or name in WORDS:
             part(top)
 finally:

@@ -75,6 +75,23 @@ fn wait_for_pod(id: &str) -> usize {
     }
 }
 
+/// iSulad restarts a container under its id. The guest may keep what it has read of a root file system: none
+/// of it is seen in the next one, which has the same names in it.
+fn an_id_is_used_again(isulad: &mut Isulad) {
+    for mark in ["first", "other", "third"] {
+        let bundle = Bundle::new(&["sh", "-c", "cat /etc/mark; ls /tmp; echo end"]);
+        std::fs::write(bundle.rootfs().join("etc/mark"), format!("{mark}\n")).unwrap();
+        std::fs::write(bundle.rootfs().join("tmp").join(mark), "").unwrap();
+        let (dir, mut out, err) = isulad.prepare("again", &bundle);
+        assert_ne!(isulad.create("again", &dir, &out, &err), 0);
+        isulad.start("again", "").unwrap();
+        assert_eq!(out.read_until("end\n"), format!("{mark}\n{mark}\nend\n"));
+        assert_eq!(isulad.wait("again", ""), 0);
+        isulad.clean("again");
+        assert_eq!(isulad.state("again", "").unwrap_err().code(), Code::NotFound);
+    }
+}
+
 #[test]
 fn a_machine_with_hot_plug_lives_as_isulad_drives_it_over_kill_9_of_the_daemon() {
     let Some(_settings) = q35("") else { return };
@@ -128,6 +145,7 @@ fn a_machine_without_hot_plug_lives_as_isulad_drives_it_with_its_network_first()
         execs(&mut isulad);
         let text = interfaces(&mut isulad);
         assert!(has_network(&text), "{text}");
+        an_id_is_used_again(&mut isulad);
         isulad.input_and_terminal("c1");
         isulad.ends(out);
     }

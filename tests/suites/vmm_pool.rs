@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const VMM: [(&str, &str); 1] = [("KIND", "vmm")];
-/// Processes of a machine: the VMM, two virtiofsd, the vsock helper.
+/// Processes of a machine: the VMM, two virtiofsd, the relay of the serial port.
 const MACHINE: usize = 4;
 /// A template is made by a boot, and a copy for the pool comes from it.
 const FILLED: Duration = Duration::from_secs(240);

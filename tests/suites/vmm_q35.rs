@@ -5,10 +5,10 @@
 //! `KUASAR_PCI_INITRD`.
 
 use crate::ctl::{code, ctl_on, err, out};
-use crate::vmm::{HANDLER, Settings, log, strangers};
+use crate::vmm::{HANDLER, Settings, log, machine, strangers, vmm_pid};
 use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, inside, skip, top, wait_for, wire};
+use kuasar_tests::{bed, inside, skip, switch, top, wait_for, wire};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
@@ -27,6 +27,11 @@ pub(crate) fn q35(lines: &str) -> Option<Settings> {
 
 /// The same, with these lines above all tables.
 pub(crate) fn q35_and(top: &str, lines: &str) -> Option<Settings> {
+    q35_with(top, "", lines)
+}
+
+/// The same, with lines below `[qemu]`, too.
+fn q35_with(top: &str, qemu: &str, lines: &str) -> Option<Settings> {
     let kernel = path("KUASAR_PCI_KERNEL", "vmlinux-distribution");
     let initrd = path("KUASAR_PCI_INITRD", "initramfs-distribution.cpio");
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else {
@@ -35,9 +40,8 @@ pub(crate) fn q35_and(top: &str, lines: &str) -> Option<Settings> {
     };
     let (kernel, initrd) = (kernel.display(), initrd.display());
     let guest = format!("[guest]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n");
-    Settings::with(|text| {
-        format!("{top}{}\n{guest}{lines}\n", text.replace("[qemu]", "[qemu]\nmachine = \"q35\""))
-    })
+    let below = format!("[qemu]\nmachine = \"q35\"\n{qemu}");
+    Settings::with(|text| format!("{top}{}\n{guest}{lines}\n", text.replace("[qemu]", &below)))
 }
 
 pub(crate) fn pod(name: &str) -> Pod {
@@ -223,14 +227,24 @@ pub(crate) fn with_templates_and(name: &str, lines: &str) -> Option<(PathBuf, Se
 
 /// The same, with lines above all tables, too.
 pub(crate) fn with_templates_on(top: &str, name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
+    with_templates_by(top, "", name, lines)
+}
+
+/// The same, with lines below `[qemu]`, too.
+fn with_templates_by(
+    top: &str,
+    qemu: &str,
+    name: &str,
+    lines: &str,
+) -> Option<(PathBuf, Settings)> {
     let dir = bed().join("run").join(name);
     let _ = std::fs::remove_dir_all(&dir);
     let below = format!("[template]\nenabled = true\ndir = \"{}\"\n{lines}\n", dir.display());
-    let settings = q35_and(top, &below)?;
+    let settings = q35_with(top, qemu, &below)?;
     // Where templates are counts from a daemon's start.
     let vmm = [("KIND", "vmm")];
-    kuasar_tests::switch(&["daemon", "stop"], &vmm);
-    kuasar_tests::switch(&["daemon", "start"], &vmm);
+    switch(&["daemon", "stop"], &vmm);
+    switch(&["daemon", "start"], &vmm);
     Some((dir, settings))
 }
 
@@ -251,6 +265,8 @@ fn pods_of_a_template_start_sooner_and_share_no_identity() {
     assert!(!log()[from..].contains("boots cold"), "{}", &log()[from..]);
     strangers([&one, &two]);
     assert!(copied < cold, "{copied:?} {cold:?}");
+    // Their agents are reached by the port that the template has.
+    assert_eq!([&first, &one, &two].map(channel), ["serial"; 3]);
     drop((first, one, two));
 
     // A damaged one: the pod starts all the same.
@@ -268,6 +284,47 @@ fn pods_of_a_template_start_sooner_and_share_no_identity() {
     drop(pod);
     drop(settings);
     let _ = std::fs::remove_dir_all(&dir);
+}
+
+/// What a pod's machine has for its agent, by its processes and QEMU's command line.
+pub(crate) fn channel(pod: &Pod) -> &'static str {
+    let line = std::fs::read(format!("/proc/{}/cmdline", vmm_pid(pod))).unwrap();
+    let port = String::from_utf8_lossy(&line).contains("virtserialport");
+    let has = |name: &str| machine(pod).iter().any(|(_, comm)| comm.starts_with(name));
+    match (port, has("vmm-sandboxer"), has("vhost-device-v")) {
+        (true, true, false) => "serial",
+        (_, false, true) => "vsock",
+        other => panic!("port, relay, vsock helper: {other:?}"),
+    }
+}
+
+#[test]
+fn a_copy_on_its_templates_port_and_one_whose_vsock_is_plugged_in_go_on_after_kill_9() {
+    let vmm = [("KIND", "vmm")];
+    for (chosen, wanted) in [("auto", "serial"), ("hybrid", "vsock")] {
+        let (below, name) = (format!("channel = \"{chosen}\""), format!("templates-{chosen}"));
+        let Some((dir, settings)) = with_templates_by("", &below, &name, "") else { return };
+        assert_eq!(template(&["make", "--limit", "300"]).1, 0);
+        let from = log().len();
+        let pod = pod(&name);
+        assert!(!log()[from..].contains("boots cold"), "{}", &log()[from..]);
+        assert_eq!(channel(&pod), wanted);
+        let c = pod.start(&["sh", "-c", "sleep 2; seq 1 20000; sleep 1000"]);
+        switch(&["daemon", "kill"], &vmm);
+        switch(&["daemon", "start"], &vmm);
+        assert_eq!(c.sh("hostname"), pod.config.hostname);
+        let numbers: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+        wait_for("all output", Duration::from_secs(60), || {
+            c.logged("stdout").len() >= numbers.len()
+        });
+        assert!(c.logged("stdout") == numbers.as_bytes(), "bytes differ");
+        c.stop(0).unwrap();
+        assert_eq!(c.wait(), 137);
+        pod.remove().unwrap();
+        assert!(machine(&pod).is_empty());
+        drop(settings);
+        let _ = std::fs::remove_dir_all(&dir);
+    }
 }
 
 /// `kuasar-ctl template` on the running daemon: what it answers as JSON, and its exit code.

@@ -238,15 +238,16 @@ fn listen_on_vsock() -> io::Result<(Listener, u32)> {
 mod tests {
     use super::*;
     use crate::vmm::Launcher;
+    use crate::vmm::helpers::HelpersConfig;
     use crate::vmm::process::Local;
-    use crate::vmm::qemu::{Qemu, QemuConfig};
+    use crate::vmm::qemu::{self, Machine, Qemu, QemuConfig};
     use crate::vmm::stratovirt::{Chosen, StratoVirt, StratoVirtConfig};
 
     fn launcher() -> Launcher {
         Launcher::new(Arc::new(Local::new().unwrap()), None)
     }
 
-    fn qemu(channel: Way) -> Qemu {
+    fn qemu(channel: qemu::Chosen) -> Qemu {
         Qemu::new(QemuConfig { channel, ..QemuConfig::default() }, Default::default(), launcher())
     }
 
@@ -258,20 +259,45 @@ mod tests {
     #[tokio::test]
     async fn each_way_is_a_channel_and_an_endpoint() {
         let dir = Path::new("/run/k/vm/a");
-        let hybrid = of(&qemu(Way::Hybrid), dir);
+        let hybrid = of(&qemu(qemu::Chosen::Hybrid), dir);
         assert_eq!(hybrid, Channel::HybridVsock { cid: 3, uds: "/run/k/vm/a/v/s".into() });
-        for (way, is_console) in [(Way::Serial, false), (Way::Console, true)] {
+        for (way, is_console) in [(qemu::Chosen::Serial, false), (qemu::Chosen::Console, true)] {
             let serial = of(&qemu(way), dir);
             assert!(matches!(&serial, Channel::Serial { console, .. } if *console == is_console));
             assert_eq!(serial.uds(), hybrid.uds());
             serves(&qemu(way)).unwrap();
             assert_eq!(endpoint(Some(&serial), dir, 1026), "ttrpc+hvsock:///run/k/vm/a/v/s:1026");
         }
-        assert_eq!(of(&qemu(Way::Vsock), dir), Channel::KernelVsock { cid: 0 });
+        assert_eq!(of(&qemu(qemu::Chosen::Vsock), dir), Channel::KernelVsock { cid: 0 });
         let kernel = Channel::KernelVsock { cid: 70_001 };
         assert_eq!(endpoint(Some(&kernel), dir, 1026), "ttrpc+vsock://70001:1026");
         assert!(format!("{:?}", dial(Some(&kernel), dir)).contains("70001"));
         assert!(format!("{:?}", dial(None, dir)).contains("/run/k/vm/a/v/s"));
+    }
+
+    #[tokio::test]
+    async fn copies_have_the_port_of_their_template_and_so_has_who_has_no_helper_for_vsock() {
+        let way = |machine, copied, vsock: &str, channel| {
+            let config = QemuConfig { machine, copied, channel, ..QemuConfig::default() };
+            let helpers = HelpersConfig { vsock: vsock.into(), ..HelpersConfig::default() };
+            Qemu::new(config, helpers, launcher()).way()
+        };
+        use Machine::{Microvm, Q35};
+        use qemu::Chosen::{Auto, Hybrid, Serial};
+        let (there, nowhere) = ("/proc/self/exe", "/nowhere/vhost-device-vsock");
+        for (machine, copied, vsock, chosen, wanted) in [
+            (Q35, true, there, Auto, Way::Serial),
+            (Q35, false, there, Auto, Way::Hybrid),
+            // It has no templates.
+            (Microvm, true, there, Auto, Way::Hybrid),
+            (Microvm, false, nowhere, Auto, Way::Serial),
+            // What was chosen is not looked into.
+            (Q35, true, nowhere, Hybrid, Way::Hybrid),
+            (Microvm, false, there, Serial, Way::Serial),
+        ] {
+            let is = way(machine, copied, vsock, chosen);
+            assert_eq!(is, wanted, "{machine:?} {copied} {vsock} {chosen:?}");
+        }
     }
 
     #[tokio::test]
@@ -283,7 +309,7 @@ mod tests {
         }
         assert_eq!(stratovirt(Chosen::Auto).way(), Way::Console);
         serves(&stratovirt(Chosen::Auto)).unwrap();
-        for driver in [&qemu(Way::Vsock) as &dyn Vmm, &stratovirt(Chosen::Vsock)] {
+        for driver in [&qemu(qemu::Chosen::Vsock) as &dyn Vmm, &stratovirt(Chosen::Vsock)] {
             let error = serves(driver).unwrap_err().to_string();
             assert!(
                 error.contains("load the module vhost_vsock, or set another channel"),

@@ -14,9 +14,9 @@ use crate::template::TemplateConfig;
 use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
 use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
-use crate::vmm::qemu::QemuConfig;
+use crate::vmm::qemu::{Chosen, QemuConfig};
 use crate::vmm::stratovirt::StratoVirtConfig;
-use crate::vmm::{Kind, Range, ShareKind, Way};
+use crate::vmm::{Kind, Range, ShareKind};
 
 /// Annotation by which a pod chooses its VMM, where the configuration allows it.
 pub const VMM_ANNOTATION: &str = "io.kuasar.vmm";
@@ -543,11 +543,12 @@ impl Config {
                         \"virtiofs\", or template.enabled = false"
                 .into());
         }
-        if t.enabled && matches!(self.qemu.channel, Way::Console | Way::Vsock) {
+        if t.enabled && matches!(self.qemu.channel, Chosen::Console | Chosen::Vsock) {
             return Err(format!(
                 "template.enabled = true: QEMU copies no machine with qemu.channel = \"{}\": set \
-                 channel to \"hybrid\" or \"serial\" below [qemu], or template.enabled = false",
-                if self.qemu.channel == Way::Vsock { "vsock" } else { "console" }
+                 channel to \"auto\", \"hybrid\" or \"serial\" below [qemu], or template.enabled = \
+                 false",
+                if self.qemu.channel == Chosen::Vsock { "vsock" } else { "console" }
             ));
         }
         if t.refill > Duration::from_secs(3600) {

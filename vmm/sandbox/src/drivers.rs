@@ -14,7 +14,7 @@ use crate::template::Templates;
 use crate::vmm::cloud_hypervisor::CloudHypervisor;
 use crate::vmm::firecracker::Firecracker;
 use crate::vmm::helpers::HelpersConfig;
-use crate::vmm::qemu::Qemu;
+use crate::vmm::qemu::{Qemu, QemuConfig};
 use crate::vmm::stratovirt::StratoVirt;
 use crate::vmm::{self, Launcher, Vmm};
 
@@ -96,7 +96,8 @@ impl Machinery {
         let helpers = HelpersConfig { own: self.exe.clone(), ..config.helpers.clone() };
         match kind {
             vmm::Kind::Qemu => {
-                let qemu = Qemu::new(config.qemu.clone(), helpers, launcher.clone());
+                let qemu = QemuConfig { copied: config.template.enabled, ..config.qemu.clone() };
+                let qemu = Qemu::new(qemu, helpers, launcher.clone());
                 Ok((Arc::new(qemu), launcher))
             }
             vmm::Kind::CloudHypervisor => {

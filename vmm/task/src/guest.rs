@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
@@ -101,6 +101,7 @@ impl GuestService {
         if request.sysctls.len() > limits::ENTRIES {
             return Err(Error::ResourceExhausted("too many sysctls".into()));
         }
+        let begun = Instant::now();
         files(&request)?;
         if !request.hostname.is_empty() {
             let name = request.hostname.as_bytes();
@@ -112,9 +113,11 @@ impl GuestService {
         }
         let bytes = if request.shm_bytes == 0 { limits::SHM } else { request.shm_bytes };
         resize_shm(bytes)?;
+        let files = begun.elapsed();
         for share in &request.shares {
             self.storages.add(share).await?;
         }
+        let shares = begun.elapsed();
         if let Some(network) = request.network.as_ref() {
             let _one = self.network.lock().await;
             network::set(network).await?;
@@ -133,6 +136,8 @@ impl GuestService {
         let init = if request.shared_pid { Some(self.init().await?) } else { None };
         let init_pid = init.as_ref().map_or(0, |(_, pid)| *pid);
         self.containers.set_pod(&request.sandbox_id, init)?;
+        // From the beginning until each was done.
+        tracing::debug!(?files, ?shares, all = ?begun.elapsed(), "the pod is set up");
         // Last: nobody is to call before there is a pod.
         let task_port = self.engine.listen(&request).await?;
         self.pod_ready.store(true, Ordering::Release);

@@ -12,6 +12,7 @@
 //! * Routes without a gateway come first, because those with one need them.
 
 use std::net::IpAddr;
+use std::time::Instant;
 
 use containerd_task::error::{Error, Result};
 use kuasar_host::netlink::{Address, Link, Neighbour, Netlink, Route};
@@ -290,14 +291,18 @@ pub async fn set(network: &guest::Network) -> Result<()> {
     if plan == Plan::default() {
         return Ok(());
     }
+    let begun = Instant::now();
     crate::uevent::wait_for("a network interface", limits::DEVICE_TIME, || {
         let links = Netlink::open().and_then(|n| n.links()).map_err(failed("list interfaces"))?;
         Ok(plan.interfaces.iter().all(|i| find(&links, &i.mac).is_ok()).then_some(()))
     })
     .await?;
-    tokio::task::spawn_blocking(move || plan.apply())
+    let there = begun.elapsed();
+    let applied = tokio::task::spawn_blocking(move || plan.apply())
         .await
-        .map_err(|error| Error::internal("worker", error))?
+        .map_err(|error| Error::internal("worker", error))?;
+    tracing::debug!(?there, all = ?begun.elapsed(), "the network is set");
+    applied
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ use super::{Role, VERSION};
 
 /// Bytes that may be on their way in one direction of a stream.
 pub const WINDOW: usize = 64 * 1024;
+/// Bytes that were read before they are granted anew: each time costs a guest an interrupt.
+const GRANT: usize = WINDOW / 2;
 /// Bytes of a stream that wait to be sent.
 pub const WAITING: usize = 32 * 1024;
 /// Streams at the same time.
@@ -108,7 +110,7 @@ impl Entry {
             || self.open.is_some()
             || self.accept
             || (self.stop && self.accepted)
-            || (self.read >= WINDOW / 4 && !self.stop_sent)
+            || (self.read >= GRANT && !self.stop_sent)
             || self.has_data()
             || (self.end == End::Due && self.waiting.is_empty() && self.accepted)
     }
@@ -531,7 +533,7 @@ impl State {
             if std::mem::take(&mut entry.accept) {
                 say(to, session, id, Kind::Accept, 0);
             }
-            if entry.read >= WINDOW / 4 && !entry.stop_sent {
+            if entry.read >= GRANT && !entry.stop_sent {
                 say(to, session, id, Kind::Window, entry.read as u32);
                 entry.window += std::mem::take(&mut entry.read);
             }

@@ -1,6 +1,6 @@
 //! How QEMU is run: the keys of the configuration file's `[qemu]`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -29,8 +29,8 @@ pub struct QemuConfig {
     pub hotplug: Hotplug,
     /// A balloon: memory can be resized, and free pages are given back to the host by themselves.
     pub balloon: bool,
-    /// How agents are reached. `console` is what StratoVirt's microvm has in place of `serial`.
-    pub channel: Way,
+    /// How agents are reached.
+    pub channel: Chosen,
     /// Deadline for QEMU's start and for each command, in milliseconds.
     pub timeout_ms: u64,
     /// How long a guest may take to let go of a device, in milliseconds.
@@ -43,6 +43,27 @@ pub struct QemuConfig {
     /// [`super::clock`].
     #[serde(skip)]
     pub clock_khz: Option<u64>,
+    /// Machines may be copies of a template. Set by the daemon, which is told so elsewhere.
+    #[serde(skip)]
+    pub copied: bool,
+}
+
+/// The ways that QEMU has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Chosen {
+    /// The serial port for machines that may be copies of a template, which has one already: its agent
+    /// need not wait for another device. It is also for hosts without `vhost-device-vsock`. Else vsock.
+    #[default]
+    Auto,
+    /// vsock by `vhost-device-vsock`.
+    Hybrid,
+    /// A virtio-serial port.
+    Serial,
+    /// The same as a console, which is what StratoVirt's microvm has.
+    Console,
+    /// vsock of the host's kernel.
+    Vsock,
 }
 
 impl Default for QemuConfig {
@@ -56,12 +77,13 @@ impl Default for QemuConfig {
             root_ports: 8,
             hotplug: Hotplug::Acpi,
             balloon: true,
-            channel: Way::Hybrid,
+            channel: Chosen::Auto,
             timeout_ms: 10_000,
             unplug_timeout_ms: 15_000,
             snapshot_timeout_ms: 60_000,
             data_dirs: vec!["/usr/share/qemu".into(), "/usr/share/seabios".into()],
             clock_khz: None,
+            copied: false,
         }
     }
 }
@@ -69,6 +91,18 @@ impl Default for QemuConfig {
 impl QemuConfig {
     pub(super) fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)
+    }
+
+    /// By which way agents are reached, when `vsock` is the helper for it.
+    pub(super) fn way(&self, vsock: &Path) -> Way {
+        match self.channel {
+            Chosen::Auto if self.copied && self.machine.pci() => Way::Serial,
+            Chosen::Auto if kuasar_host::process::find_program(vsock).is_none() => Way::Serial,
+            Chosen::Auto | Chosen::Hybrid => Way::Hybrid,
+            Chosen::Serial => Way::Serial,
+            Chosen::Console => Way::Console,
+            Chosen::Vsock => Way::Vsock,
+        }
     }
 
     pub(super) fn cpu(&self) -> &str {

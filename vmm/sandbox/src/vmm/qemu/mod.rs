@@ -34,12 +34,13 @@ use crate::jail::{Role, View};
 use argv::Sockets;
 use machine::Machine as QemuVm;
 
-pub use config::{Accel, Hotplug, Machine, QemuConfig};
+pub use config::{Accel, Chosen, Hotplug, Machine, QemuConfig};
 
 /// QEMU with its configuration.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     config: Arc<QemuConfig>,
+    way: Way,
     helpers: HelpersConfig,
     launcher: Launcher,
 }
@@ -59,7 +60,8 @@ impl Qemu {
         if config.accel == Accel::Tcg {
             config.clock_khz = clock::host_khz();
         }
-        Self { config: Arc::new(config), helpers, launcher }
+        let way = config.way(&helpers.vsock);
+        Self { config: Arc::new(config), way, helpers, launcher }
     }
 
     fn check(&self, spec: &VmSpec) -> Result<()> {
@@ -210,7 +212,7 @@ impl Vmm for Qemu {
     }
 
     fn way(&self) -> Way {
-        self.config.channel
+        self.way
     }
 
     fn features(&self) -> Features {
