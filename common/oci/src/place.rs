@@ -110,6 +110,17 @@ impl Place {
     }
 }
 
+/// The same for one that may not be there.
+///
+/// # Errors
+/// As [`Place::made`].
+pub async fn made(place: Option<Place>) -> Result<(), String> {
+    match place {
+        Some(place) => place.made().await,
+        None => Ok(()),
+    }
+}
+
 /// Makes a group as the built-in engine does.
 #[cfg(feature = "builtin")]
 fn make(group: &Cgroup, resources: &Value) -> Result<(), String> {

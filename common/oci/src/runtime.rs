@@ -22,7 +22,7 @@ use futures::future::BoxFuture;
 use kuasar_host::cgroup::Layout;
 use kuasar_host::mount::IdMap;
 use kuasar_host::spec::set_terminal;
-use kuasar_host::{process, record};
+use kuasar_host::{inside, process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -32,7 +32,7 @@ use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
 use crate::observer::Observer;
 use crate::payloads::{Candidate, Payloads};
-use crate::place::Place;
+use crate::place::{self, Place};
 use crate::pod::Pod;
 use crate::processes::{Processes, new_cookie};
 use crate::spec;
@@ -354,21 +354,13 @@ impl Containers {
             };
             Ok((prepared, engine, more))
         };
-        let (prepared, engine, more, place) = match (chosen.await, place) {
-            (Ok((prepared, engine, more)), place) if place.is_none() || engine.wants_place() => {
-                (prepared, engine, more, place)
-            }
-            (chosen, place) => {
-                // Who undoes it, or goes on with it, finds the whole group.
-                let made = match place {
-                    Some(place) => place.made().await,
-                    None => Ok(()),
-                };
-                let (prepared, engine, more) = chosen?;
-                made.map_err(|error| Error::internal("the container's cgroup", error))?;
-                (prepared, engine, more, None)
-            }
-        };
+        let chosen = chosen.await;
+        let makes_it = chosen.as_ref().is_ok_and(|(_, engine, _)| engine.wants_place());
+        let (place, unused) = if makes_it { (place, None) } else { (None, place) };
+        // Who undoes it, or goes on without the place, finds the whole group.
+        let made = place::made(unused).await;
+        let (prepared, engine, more) = chosen?;
+        made.map_err(|error| Error::internal("the container's cgroup", error))?;
         self.run_created(request, &io, prepared, (&engine, &more, place)).await
     }
 
@@ -462,30 +454,13 @@ fn cgroup_path(spec: &mut Value, pod: &Pod, id: &str, engine: &Engine) -> Result
     Ok(path)
 }
 
-/// runc makes a missing working directory, libcontainer does not. Resolved inside the rootfs.
+/// runc makes a missing working directory, libcontainer does not. One that cannot be made is explained
+/// by who goes there.
 fn make_cwd(spec: &Value, rootfs: &Path) {
-    use std::os::fd::AsRawFd;
     let Some(cwd) = spec.pointer("/process/cwd").and_then(Value::as_str) else { return };
     let Ok(root) = std::fs::File::open(rootfs) else { return };
-    let flags = libc::O_PATH | libc::O_DIRECTORY;
-    if kuasar_host::safe_path::open_in_root(root.as_fd(), Path::new(cwd), flags).is_ok() {
-        return;
-    }
-    let mut at = PathBuf::from("/");
-    for part in Path::new(cwd).components() {
-        let std::path::Component::Normal(name) = part else { continue };
-        let Ok(parent) = kuasar_host::safe_path::open_in_root(root.as_fd(), &at, flags) else {
-            return;
-        };
-        // The parent is resolved inside the rootfs; mkdirat follows no link in the last name.
-        let mode = nix::sys::stat::Mode::from_bits_truncate(0o755);
-        match nix::sys::stat::mkdirat(parent.as_fd(), name, mode) {
-            Ok(()) | Err(nix::errno::Errno::EEXIST) => at.push(name),
-            Err(error) => {
-                tracing::debug!(fd = parent.as_raw_fd(), %error, "cannot make the working directory");
-                return;
-            }
-        }
+    if let Err(error) = inside::target(&root, Path::new(cwd), inside::Want::Directory) {
+        tracing::debug!(error, "cannot make the working directory");
     }
 }
 

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use kuasar_host::live::Live;
 use kuasar_host::process;
-use kuasar_oci::place::{Place, Way};
+use kuasar_oci::place::{self, Place, Way};
 use kuasar_oci::processes::{Command, Exit, Failure, Processes, Spawned, new_cookie};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use sandbox_parent::client::{Parent, Spawn};
@@ -215,7 +215,7 @@ impl Workers {
             Ok(asked) => asked,
             Err(error) => {
                 // What was made is removed with the container, whatever came of it.
-                let _ = made(place).await;
+                let _ = place::made(place).await;
                 return Err(error);
             }
         };
@@ -227,7 +227,7 @@ impl Workers {
         tokio::spawn(async move {
             let (status, grouped, followed) = tokio::join!(
                 status(reader, own),
-                made(place),
+                place::made(place),
                 // It is asked for before the process can have ended well, and nobody has to wait for it.
                 async {
                     match watched {
@@ -296,14 +296,6 @@ async fn ask(
         .map_err(|_| format!("the worker has made no process within {limit:?}"))?
         .map_err(|error| format!("the worker could not make a process: {error}"))?;
     Ok((u32::from_le_bytes(pid), reader))
-}
-
-/// Comes back when the group of a place is made, if there is one, or nothing is made any more.
-async fn made(place: Option<Place>) -> Result<(), String> {
-    match place {
-        Some(place) => place.made().await,
-        None => Ok(()),
-    }
 }
 
 /// How a maker has ended: what it says, or 255 when it was killed.

@@ -348,12 +348,9 @@ pub fn make_group(group: &Cgroup, resources: &Value) -> Result<()> {
     limit(group, &devices, &resources)
 }
 
-/// An error of the host with its cause.
+/// An error of the host with its causes.
 fn explain(what: &str, error: &kuasar_host::Error) -> Error {
-    match std::error::Error::source(error) {
-        Some(cause) => Error::Other(format!("{what}: {error}: {cause}")),
-        None => Error::Other(format!("{what}: {error}")),
-    }
+    Error::Other(format!("{what}: {}", kuasar_host::chain(error)))
 }
 
 /// Writes what later commands read.
