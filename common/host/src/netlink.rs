@@ -17,8 +17,12 @@ use nix::sys::socket::{
 };
 
 use crate::{Context, Error, Result};
+use configure::{ACK, link_body, named};
 pub use configure::{Neighbour, Route};
 pub use inspect::{NeighbourEntry, RouteEntry};
+
+/// Index of `lo`: the first interface of each namespace (`LOOPBACK_IFINDEX` of net/flow.h in the kernel).
+const LOOPBACK: u32 = 1;
 
 /// A network interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -130,13 +134,25 @@ impl Netlink {
     /// The interface of that name.
     ///
     /// # Errors
-    /// [`Error::Io`] `ENODEV` when there is none.
+    /// [`Error::Io`] `ENODEV` when there is none; [`Error::Invalid`] for no name.
     pub fn link(&self, name: &str) -> Result<Link> {
-        self.links()?
-            .into_iter()
-            .find(|l| l.name == name)
+        // Asked for by its name, not looked for among all: a host has one for each of its pods.
+        let mut found = None;
+        let none = || format!("no network interface {name:?}");
+        let answer = self.ask(libc::RTM_GETLINK, ACK, &named(0, name)?.0, |kind, body| {
+            if kind == libc::RTM_NEWLINK {
+                found = parse_link(body);
+            }
+        });
+        answer.map_err(|error| match error {
+            Error::Io { source, .. } => Error::Io { context: none(), source },
+            other => other,
+        })?;
+        // The kernel answers to alternative names, too.
+        found
+            .filter(|link| link.name == name)
             .ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENODEV))
-            .context(|| format!("no network interface {name:?}"))
+            .context(none)
     }
 
     /// All addresses of all interfaces.
@@ -161,14 +177,7 @@ impl Netlink {
     /// [`Error::Io`].
     pub fn set_up(&self, index: u32) -> Result<()> {
         let up = libc::IFF_UP as u32;
-        let mut body = [0u8; 16];
-        for (at, word) in [(4, index), (8, up), (12, up)] {
-            if let Some(b) = body.get_mut(at..at + 4) {
-                b.copy_from_slice(&word.to_ne_bytes());
-            }
-        }
-        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
-        self.ask(libc::RTM_NEWLINK, flags, &body, |_, _| {})
+        self.ask(libc::RTM_NEWLINK, ACK, &link_body(index, up, up).0, |_, _| {})
     }
 
     /// Sets `lo` up.
@@ -176,7 +185,7 @@ impl Netlink {
     /// # Errors
     /// [`Error::Io`].
     pub fn set_lo_up(&self) -> Result<()> {
-        self.set_up(self.link("lo")?.index)
+        self.set_up(LOOPBACK)
     }
 
     fn ask(
@@ -318,6 +327,10 @@ mod tests {
         let ns = ns.join().unwrap();
         let netlink = Netlink::open_in(std::os::fd::AsFd::as_fd(&ns)).unwrap();
         let lo = netlink.link("lo").unwrap();
+        assert!(netlink.links().unwrap().contains(&lo));
+        let none = netlink.link("nothing").unwrap_err().to_string();
+        assert!(none.contains("no network interface \"nothing\""), "{none}");
+        assert!(matches!(netlink.link("a name that is too long"), Err(Error::Invalid(_))));
         assert!(!lo.is_up() && lo.mtu == 65536 && lo.mac == [0; 6]);
         assert!(netlink.addresses().unwrap().is_empty());
         netlink.set_lo_up().unwrap();

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::{Address, Netlink, attributes, u32_at};
 use crate::{Error, Result};
 
-const ACK: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+pub(super) const ACK: u16 = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
 const REPLACE: u16 = ACK | (libc::NLM_F_CREATE | libc::NLM_F_REPLACE) as u16;
 /// Bytes of an interface's name with its null byte (`IFNAMSIZ`).
 const NAME: usize = 16;
@@ -63,7 +63,7 @@ pub struct Neighbour {
 }
 
 /// A request's body: a fixed header and attributes behind it.
-struct Body(Vec<u8>);
+pub(super) struct Body(pub(super) Vec<u8>);
 
 impl Body {
     fn attribute(&mut self, kind: u16, value: &[u8]) -> &mut Self {
@@ -87,12 +87,25 @@ fn family(v6: bool) -> u8 {
     (if v6 { libc::AF_INET6 } else { libc::AF_INET }) as u8
 }
 
-fn link_body(index: u32, flags: u32, change: u32) -> Body {
+pub(super) fn link_body(index: u32, flags: u32, change: u32) -> Body {
     let mut body = vec![0; 4];
     for word in [index, flags, change] {
         body.extend_from_slice(&word.to_ne_bytes());
     }
     Body(body)
+}
+
+/// What is said of, or asked for, an interface of that name.
+///
+/// # Errors
+/// [`Error::Invalid`] for no name.
+pub(super) fn named(index: u32, name: &str) -> Result<Body> {
+    if name.is_empty() || name.len() >= NAME || name.contains(['/', '\0']) {
+        return Err(Error::Invalid(format!("{name:.40?} is no name of a network interface")));
+    }
+    let mut body = link_body(index, 0, 0);
+    body.attribute(libc::IFLA_IFNAME, format!("{name}\0").as_bytes());
+    Ok(body)
 }
 
 fn address_body(a: &Address, nodad: bool) -> Body {
@@ -173,12 +186,7 @@ impl Netlink {
     /// # Errors
     /// [`Error::Io`] `EEXIST` when the name is taken; [`Error::Invalid`] for no name.
     pub fn rename(&self, index: u32, name: &str) -> Result<()> {
-        if name.is_empty() || name.len() >= NAME || name.contains(['/', '\0']) {
-            return Err(Error::Invalid(format!("{name:.40?} is no name of a network interface")));
-        }
-        let mut body = link_body(index, 0, 0);
-        body.attribute(libc::IFLA_IFNAME, format!("{name}\0").as_bytes());
-        self.ask(libc::RTM_NEWLINK, ACK, &body.0, |_, _| {})
+        self.ask(libc::RTM_NEWLINK, ACK, &named(index, name)?.0, |_, _| {})
     }
 
     /// Sets the largest packet, in bytes.
