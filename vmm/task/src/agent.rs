@@ -76,8 +76,8 @@ fn run(
         tracing::warn!(option, "the kernel's command line has an option that is not known");
     }
     steps.end_of("log and options");
-    boot::settings(options.debug);
-    steps.end_of("limits, lo and cgroups");
+    boot::limits(options.debug);
+    steps.end_of("limits");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(limits::STACK)
@@ -136,6 +136,7 @@ async fn serve(
         started_ns,
         serving_ns: Default::default(),
         steps: Default::default(),
+        settled: Default::default(),
         pod: Default::default(),
         pod_ready: Default::default(),
         ending: Default::default(),
@@ -155,14 +156,20 @@ async fn serve(
     }
     steps.end_of("channel");
     service.serving_ns.store(boot::now_ns(), Ordering::Relaxed);
-    let _ = service.steps.set(std::mem::take(&mut steps.done));
+    if let Ok(mut kept) = service.steps.lock() {
+        *kept = std::mem::take(steps);
+    }
+    if !vsock || !channel::has_vsock() {
+        // A machine that waits for its host may become a template, which is to have it done.
+        service.settle();
+    }
     let port = serial.then(|| tokio::spawn(serve_port(service.clone())));
     if vsock {
         // A machine of a template has no vsock device before it is restored: it is a copy then,
         // and the one that plugs the device in is its host.
         channel::wait_for_vsock().await?;
         let dial = || channel::dial_host(options.ready);
-        channel::welcome(dial, |welcome| service.welcomed(welcome)).await;
+        channel::welcome(dial, || service.settle(), |welcome| service.welcomed(welcome)).await;
         // One that is there is served on; none is waited for any more.
         port.iter().for_each(tokio::task::JoinHandle::abort);
     }
@@ -178,6 +185,7 @@ async fn serve_port(service: Arc<GuestService>) {
     };
     let path = port.display().to_string();
     let (gate, engine) = (service.gate.clone(), service.engine.clone());
+    service.settle();
     if let Err(error) = serial::serve(port, gate, engine, move |w| service.welcomed(w)) {
         tracing::error!(path, %error, "the serial port cannot be served");
     }

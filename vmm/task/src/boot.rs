@@ -114,8 +114,8 @@ fn standard_streams() {
     }
 }
 
-/// Everything that is not a mount: limits, `lo`, controllers, mask.
-pub fn settings(debug: bool) {
+/// Mask and limits of our own process.
+pub fn limits(debug: bool) {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let files = 1 << 20;
     for (limit, value) in [
@@ -131,6 +131,11 @@ pub fn settings(debug: bool) {
         // The kernel otherwise drops lines of a program that writes many.
         let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
     }
+}
+
+/// What containers need and the agent does not: `lo`, memory that may be reserved, controllers.
+/// Nearly all of it is code of the kernel that runs for the first time.
+pub fn settings() {
     if let Err(error) = kuasar_host::netlink::Netlink::open().and_then(|n| n.set_lo_up()) {
         tracing::warn!(%error, "lo is not up");
     }

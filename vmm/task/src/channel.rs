@@ -286,15 +286,18 @@ pub fn ready() -> Ready {
     }
 }
 
-/// Says that we serve, on a connection that can only be the host's, and takes its welcome.
+/// Says that we serve, on a connection that can only be the host's, and takes its welcome; does
+/// `meanwhile` what need not be done before, since the host takes its time to answer.
 ///
 /// # Errors
 /// [`HandshakeError`].
 pub async fn announce(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    meanwhile: impl FnOnce(),
 ) -> Result<Welcome, HandshakeError> {
     let talk = async {
         handshake::write_json(stream, &ready()).await?;
+        meanwhile();
         let welcome: Welcome = handshake::read_json(stream).await?;
         check_token(&welcome.token)?;
         Ok(welcome)
@@ -324,8 +327,9 @@ pub async fn acknowledge(
 }
 
 /// Dials the host until it answers, and answers its welcome; `taken` is called in between, so
-/// that everything is in force when the host hears that it is.
-pub async fn welcome<S, F>(dial: impl Fn() -> F, taken: impl Fn(&Welcome))
+/// that everything is in force when the host hears that it is. `meanwhile` is called whenever we
+/// are about to wait for a host that we have reached.
+pub async fn welcome<S, F>(dial: impl Fn() -> F, meanwhile: impl Fn(), taken: impl Fn(&Welcome))
 where
     S: AsyncRead + AsyncWrite + Unpin,
     F: Future<Output = io::Result<S>>,
@@ -337,7 +341,7 @@ where
         let attempt = async {
             let mut stream = dial().await?;
             reached.store(true, Ordering::Relaxed);
-            let welcome = announce(&mut stream).await?;
+            let welcome = announce(&mut stream, &meanwhile).await?;
             taken(&welcome);
             acknowledge(&mut stream).await
         };
@@ -524,7 +528,7 @@ mod tests {
     #[tokio::test]
     async fn the_welcome_is_taken_before_it_is_acknowledged() {
         let (mut guest, mut host) = UnixStream::pair().unwrap();
-        let guest = tokio::spawn(async move { announce(&mut guest).await });
+        let guest = tokio::spawn(async move { announce(&mut guest, || {}).await });
         let ready: Ready = handshake::read_json(&mut host).await.unwrap();
         assert_eq!(ready.protocol, PROTOCOL);
         let weak = Welcome {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -17,6 +17,7 @@ use vmm_common::guest::{self as api, SetupRequest};
 use vmm_common::guest_ttrpc::{Guest, create_guest};
 use vmm_common::handshake::{PROTOCOL, Welcome};
 
+use crate::boot::{self, Steps};
 use crate::channel::{self, Gate};
 use crate::cmdline::PowerOff;
 use crate::containers::{GuestContainers, POD_DIR};
@@ -55,8 +56,11 @@ pub struct GuestService {
     pub started_ns: u64,
     /// The same at which we served; 0 before.
     pub serving_ns: AtomicU64,
-    /// What was done in between: name, processor time, time.
-    pub steps: OnceLock<Vec<(&'static str, u64, u64)>>,
+    /// What was done in between, and [after](Self::settle).
+    pub steps: Mutex<Steps>,
+    /// Whether the machine is ready for containers; nobody takes long to find out, since all is
+    /// done on one thread.
+    pub settled: AtomicBool,
     /// Whether Setup has been done; held while it is done.
     pub pod: tokio::sync::Mutex<bool>,
     /// The same, for who does not want to wait.
@@ -71,6 +75,18 @@ impl GuestService {
     /// As a ttrpc service.
     pub fn services(self: &Arc<Self>) -> HashMap<String, ttrpc::r#async::Service> {
         create_guest(self.clone())
+    }
+
+    /// Makes the machine ready for containers, once: before the host can ask for anything, and before
+    /// the machine waits to become a template.
+    pub fn settle(&self) {
+        if self.settled.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        steps.end_of("word to the host");
+        boot::settings();
+        steps.end_of("lo and cgroups");
     }
 
     /// Takes what the host says at its welcome: token, clock, entropy.
@@ -222,11 +238,7 @@ impl Guest for GuestService {
             started_ns: self.started_ns,
             serving_ns: self.serving_ns.load(Ordering::Relaxed),
             pod_ready: self.pod_ready.load(Ordering::Acquire),
-            steps: self
-                .steps
-                .get()
-                .into_iter()
-                .flatten()
+            steps: (self.steps.lock().unwrap_or_else(PoisonError::into_inner).done.iter())
                 .map(|(name, cpu_ns, wall_ns)| api::Step {
                     name: (*name).to_owned(),
                     cpu_ns: *cpu_ns,

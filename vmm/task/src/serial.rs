@@ -144,7 +144,7 @@ async fn greet(mux: Mux, gate: Arc<Gate>, welcomed: impl Fn(&Welcome)) {
             async move { mux.open(port::READY).await }
         };
         tokio::select! {
-            () = channel::welcome(dial, &welcomed) => return,
+            () = channel::welcome(dial, || {}, &welcomed) => return,
             // Whoever we have dialled is not there any more.
             changed = sessions.changed() => if changed.is_err() { return },
         }

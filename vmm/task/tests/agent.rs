@@ -186,13 +186,16 @@ async fn a_guest_boots_and_runs_containers() {
         let tenths = |ns: u64| format!("{}.{}", ns / 1_000_000, ns / 100_000 % 10);
         format!("{} {} ({})", step.name, tenths(step.cpu_ns), tenths(step.wall_ns))
     });
-    let cpu: u64 = info.steps.iter().map(|step| step.cpu_ns).sum();
     let steps: Vec<String> = steps.collect();
+    // What comes after it is done while the host answers.
+    let serving = 1 + info.steps.iter().position(|step| step.name == "channel").unwrap();
+    let cpu: u64 = info.steps[..serving].iter().map(|step| step.cpu_ns).sum();
     println!(
-        "figure: vmm-task's start, ms of CPU (of all): {}; {} ms",
+        "figure: vmm-task's start, ms of CPU (of all): {}; {} ms until it serves",
         steps.join("; "),
         cpu / 1_000_000
     );
+    assert!(info.steps[serving..].iter().any(|step| step.name == "lo and cgroups"));
     let again = guest.setup(soon(), &setup(false)).await.unwrap_err();
     assert!(again.to_string().contains("already"), "{again}");
     // The host tells what is not there from what has failed by the code alone.
