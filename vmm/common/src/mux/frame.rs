@@ -22,7 +22,7 @@ const CHECKED: usize = 20;
 /// Most bytes of a payload.
 pub const PAYLOAD: usize = 8 * 1024;
 /// Most bytes between two zeros.
-const MOST: usize = HEADER + PAYLOAD + (HEADER + PAYLOAD) / 254 + 1;
+pub const MOST: usize = HEADER + PAYLOAD + (HEADER + PAYLOAD) / 254 + 1;
 
 /// What a frame says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +51,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    /// All of them.
+    pub const ALL: [Self; 10] = [
         Self::Hello,
         Self::Sync,
         Self::Begun,
@@ -274,7 +275,6 @@ impl Finder {
     }
 
     /// Bytes that are kept of a frame that has not ended.
-    #[cfg(test)]
     pub fn kept(&self) -> usize {
         self.kept.len()
     }

@@ -33,8 +33,9 @@
 //! Who may speak is not decided here: each stream begins with the lines of [`crate::handshake`], as
 //! a connection over vsock does.
 
-mod frame;
-mod state;
+// Open for the fuzz targets; whoever speaks takes a `Mux`.
+pub mod frame;
+pub mod state;
 
 use std::future::poll_fn;
 use std::io;

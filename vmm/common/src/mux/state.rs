@@ -230,14 +230,13 @@ impl State {
         self.sync = self.asks();
     }
 
-    #[cfg(test)]
+    /// What is kept: streams, bytes of the stream that has most, and streams that wait.
     pub fn held(&self) -> (usize, usize, usize) {
         let longest = self.streams.values().map(|entry| entry.received.len()).max();
         (self.streams.len(), longest.unwrap_or_default(), self.refused.len() + self.arrived.len())
     }
 
     /// What the next bytes of a stream have as their place.
-    #[cfg(test)]
     pub fn place(&self, id: u32) -> u32 {
         self.streams.get(&id).map_or(0, |entry| entry.got)
     }
