@@ -129,9 +129,13 @@ fn a_user_namespace_maps_root_away() {
         gid_mappings: map(100_000),
         ..Default::default()
     };
-    let c = pod.start_with(SLEEP, |c| c.mounts = vec![mount]);
-    assert_eq!(c.sh("stat -c %u /volume/roots /bin/busybox"), "0\n0");
-    c.sh("touch /volume/made /made");
+    let c = pod.start_with(SLEEP, |c| {
+        c.mounts = vec![mount];
+        // No image has it.
+        c.working_dir = "/new/dir".into();
+    });
+    assert_eq!(c.sh("stat -c %u /volume/roots /bin/busybox /new /new/dir"), "0\n0\n0\n0");
+    c.sh("touch /volume/made /made made");
     assert_eq!(std::os::unix::fs::MetadataExt::uid(&volume.join("made").metadata().unwrap()), 0);
     assert!(c.sh("cat /proc/self/uid_map").split_whitespace().eq(["0", "100000", "65536"]));
     assert_eq!(c.sh("id -u"), "0");

@@ -207,7 +207,7 @@ impl Containers {
                 root.display()
             )));
         }
-        make_cwd(&value, &rootfs);
+        make_cwd(&value, &rootfs, pod.namespaces.user.is_some());
         Ok(Prepared { meta, passed, spec: value })
     }
 
@@ -454,12 +454,22 @@ fn cgroup_path(spec: &mut Value, pod: &Pod, id: &str, engine: &Engine) -> Result
     Ok(path)
 }
 
-/// runc makes a missing working directory, libcontainer does not. One that cannot be made is explained
-/// by who goes there.
-fn make_cwd(spec: &Value, rootfs: &Path) {
+/// runc makes a missing working directory, libcontainer does not. It is the container's root's, whom
+/// the spec of a pod with a user namespace names where we are the ones to make it. One that cannot be made
+/// is explained by who goes there.
+fn make_cwd(spec: &Value, rootfs: &Path, user: bool) {
     let Some(cwd) = spec.pointer("/process/cwd").and_then(Value::as_str) else { return };
+    let root = |mappings: &str| {
+        let mut all = spec.pointer(mappings)?.as_array()?.iter();
+        let map = all.find(|map| map.get("containerID").and_then(Value::as_u64) == Some(0))?;
+        u32::try_from(map.get("hostID")?.as_u64()?).ok()
+    };
+    let owner = root("/linux/uidMappings").zip(root("/linux/gidMappings"));
+    if user && owner.is_none() {
+        return;
+    }
     let Ok(root) = std::fs::File::open(rootfs) else { return };
-    if let Err(error) = inside::target(&root, Path::new(cwd), inside::Want::Directory) {
+    if let Err(error) = inside::target_of(&root, Path::new(cwd), inside::Want::Directory, owner) {
         tracing::debug!(error, "cannot make the working directory");
     }
 }
