@@ -150,6 +150,7 @@ fn a_container_runs_under_its_own_kernel_and_says_so() {
     if !able() {
         return;
     }
+    let begun = log().len();
     let pod = pod("vm-hello");
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let c = pod.start(&["sh", "-c", "echo hello; uname -r; exit 7"]);
@@ -171,6 +172,11 @@ fn a_container_runs_under_its_own_kernel_and_says_so() {
     assert_eq!(machine(&pod), []);
     pod.remove().unwrap();
     assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+    // Nothing of this is to trouble anybody.
+    let log = log();
+    let grave = |line: &&str| line.contains(" ERROR ") || line.contains(" WARN ");
+    let grave = log[begun..].lines().filter(grave).filter(|line| line.contains(&pod.id));
+    assert_eq!(grave.collect::<Vec<_>>(), Vec::<&str>::new());
 }
 
 #[test]

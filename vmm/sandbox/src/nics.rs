@@ -24,6 +24,7 @@ use crate::errors::chain;
 use crate::guest::{Guest, GuestError, service};
 use crate::network::{self, Interface, Plan};
 use crate::vmm::{Feature, Nic, Vm};
+use crate::watch::is_ending;
 
 /// `RTMGRP_LINK`, `RTMGRP_NEIGH`, and addresses and routes of IPv4 and IPv6 (linux/rtnetlink.h).
 const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
@@ -122,6 +123,7 @@ pub(crate) async fn follow(
         match look(&netns, &vm, &guest, &mut told).await {
             Ok(()) => {}
             Err(Failure::Guest(GuestError::Gone)) => return,
+            Err(_) if is_ending(&*vm).await => return,
             Err(Failure::Guest(error)) => {
                 tracing::warn!(sandbox = id, %error, "the guest does not take its network");
             }
@@ -159,6 +161,10 @@ async fn look(
     .await?;
     let Plan { mut network, .. } = plan;
     if !new.is_empty() && !vm.features().has(Feature::NicHotplug) {
+        if is_ending(&**vm).await {
+            // An interface has lost its tap with it.
+            return Err(Failure::Guest(GuestError::Gone));
+        }
         let names: Vec<&str> = new.iter().map(|one| one.name.as_str()).collect();
         let error = vm.cannot(Feature::NicHotplug);
         tracing::warn!("interface {} comes too late: {error}", names.join(", "));

@@ -17,6 +17,8 @@ const POLL: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(500);
 /// A helper that ends in good order may have seen the machine's end before us: how long that is waited for.
 const WITH_IT: Duration = Duration::from_secs(2);
+/// For how long the end of a machine may be on its way to us when what depends on it is gone already.
+const ON_ITS_WAY: Duration = Duration::from_millis(50);
 
 /// Tells the end of a machine: first its containers, then the Controller.
 pub(crate) async fn watch_end(
@@ -37,19 +39,30 @@ pub(crate) async fn watch_end(
     }
 }
 
+/// Whether a machine has ended, or does within `patience`.
+async fn is_over(vm: &dyn Vm, patience: Duration) -> bool {
+    tokio::time::timeout(patience, vm.wait()).await.is_ok()
+}
+
+/// Whether a machine has ended, of which something is gone that ends with it.
+pub(crate) async fn is_ending(vm: &dyn Vm) -> bool {
+    is_over(vm, ON_ITS_WAY).await
+}
+
 /// A machine without one of its helpers is no machine any more: it is ended.
 pub(crate) async fn watch_helpers(id: String, vm: Arc<dyn Vm>) {
     use tokio::sync::broadcast::error::RecvError;
     let mut events = vm.events();
     loop {
         match events.recv().await {
-            // virtiofsd ends when the VMM hangs up, which some do well before they end.
-            Ok(vmm::Event::HelperEnded { name, status: 0 })
-                if tokio::time::timeout(WITH_IT, vm.wait()).await.is_ok() =>
-            {
-                tracing::debug!(sandbox = id, helper = name, "it has ended with its machine");
-            }
             Ok(vmm::Event::HelperEnded { name, status }) => {
+                // virtiofsd ends when the VMM hangs up, which some do well before they end; and after
+                // a machine's end we kill what is left.
+                let patience = if status == 0 { WITH_IT } else { ON_ITS_WAY };
+                if is_over(&*vm, patience).await {
+                    tracing::debug!(sandbox = id, helper = name, "it has ended with its machine");
+                    continue;
+                }
                 tracing::error!(
                     sandbox = id,
                     helper = name,
