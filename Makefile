@@ -39,10 +39,11 @@ FAKES ?=
 
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
-	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p vmm-task -p kuasar-ctl \
+	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p kuasar-ctl \
 	  $(addprefix -p ,$(FAKES)) --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
+	$(STATIC) cargo build --profile agent --target $(HOST) -p vmm-task --target-dir target/static
 	$(STATIC) $(WORKER) cargo build --release --target $(HOST) -p wasm-worker --target-dir target/static
 	@# It loads libwasmedge, which a static program cannot.
 	$(WORKER) cargo build --release --target $(HOST) -p wasm-worker-wasmedge --target-dir target/static
@@ -50,7 +51,7 @@ build: deps ## all programs, optimised, into target/release
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
 	  $(BUILT)/release/wasm-sandboxer $(BUILT)/release/wasm-worker $(BUILT)/release/wasm-worker-wasmedge \
-	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/release/vmm-task \
+	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/agent/vmm-task \
 	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
 	for kind in $(KINDS) wasmedge; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done
