@@ -26,6 +26,7 @@ use kuasar_host::{inside, process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::builtin::{Mapping, host_id};
 use crate::checkpoint;
 use crate::console::Console;
 use crate::control::{CGROUP_DEADLINE, Control, Target};
@@ -459,11 +460,7 @@ fn cgroup_path(spec: &mut Value, pod: &Pod, id: &str, engine: &Engine) -> Result
 /// is explained by who goes there.
 fn make_cwd(spec: &Value, rootfs: &Path, user: bool) {
     let Some(cwd) = spec.pointer("/process/cwd").and_then(Value::as_str) else { return };
-    let root = |mappings: &str| {
-        let mut all = spec.pointer(mappings)?.as_array()?.iter();
-        let map = all.find(|map| map.get("containerID").and_then(Value::as_u64) == Some(0))?;
-        u32::try_from(map.get("hostID")?.as_u64()?).ok()
-    };
+    let root = |at: &str| host_id(&Vec::<Mapping>::deserialize(spec.pointer(at)?).ok()?, 0);
     let owner = root("/linux/uidMappings").zip(root("/linux/gidMappings"));
     if user && owner.is_none() {
         return;

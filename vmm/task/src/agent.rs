@@ -156,9 +156,7 @@ async fn serve(
     }
     steps.end_of("channel");
     service.serving_ns.store(boot::now_ns(), Ordering::Relaxed);
-    if let Ok(mut kept) = service.steps.lock() {
-        *kept = std::mem::take(steps);
-    }
+    *service.steps() = std::mem::take(steps);
     if !vsock || !channel::has_vsock() {
         // A machine that waits for its host may become a template, which is to have it done.
         service.settle();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -77,13 +77,18 @@ impl GuestService {
         create_guest(self.clone())
     }
 
+    /// What was done so far.
+    pub fn steps(&self) -> MutexGuard<'_, Steps> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes the machine ready for containers, once: before the host can ask for anything, and before
     /// the machine waits to become a template.
     pub fn settle(&self) {
         if self.settled.swap(true, Ordering::Relaxed) {
             return;
         }
-        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut steps = self.steps();
         steps.end_of("word to the host");
         boot::settings();
         steps.end_of("lo and cgroups");
@@ -238,7 +243,7 @@ impl Guest for GuestService {
             started_ns: self.started_ns,
             serving_ns: self.serving_ns.load(Ordering::Relaxed),
             pod_ready: self.pod_ready.load(Ordering::Acquire),
-            steps: (self.steps.lock().unwrap_or_else(PoisonError::into_inner).done.iter())
+            steps: (self.steps().done.iter())
                 .map(|(name, cpu_ns, wall_ns)| api::Step {
                     name: (*name).to_owned(),
                     cpu_ns: *cpu_ns,

@@ -71,7 +71,8 @@ impl User {
     }
 }
 
-fn host_id(mappings: &[Mapping], id: u32) -> Option<u32> {
+/// The host's number of the user or group `id`.
+pub fn host_id(mappings: &[Mapping], id: u32) -> Option<u32> {
     mappings.iter().find_map(|map| {
         let offset = id.checked_sub(map.container).filter(|offset| *offset < map.size)?;
         map.host.checked_add(offset)
