@@ -126,6 +126,10 @@ bench: build bed ## figures beside stock runc, under target/bench/
 check: deps ## format, lints, licences, documentation, shell scripts
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features kuasar-tests/e2e -- -D warnings
+	@# What a workspace's build hides, since features add up there.
+	cargo check -q -p kuasar-oci --no-default-features
+	cargo check -q -p sandbox-parent --no-default-features
+	cargo check -q -p vmm-sandboxer
 	RUSTDOCFLAGS=-Dwarnings cargo doc --workspace --no-deps --document-private-items
 	@command -v shellcheck >/dev/null || apt-get install -y -qq --no-install-recommends shellcheck >/dev/null
 	shellcheck -x tests/*.sh tests/bed/*.sh tests/node/*.sh vmm/guest/build.sh packaging/*.sh .ci/run

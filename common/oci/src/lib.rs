@@ -22,6 +22,7 @@ pub mod command;
 pub mod console;
 pub mod control;
 pub mod engine;
+mod mapping;
 pub mod observer;
 pub mod payloads;
 pub mod place;

@@ -26,11 +26,11 @@ use kuasar_host::{inside, process, record};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::builtin::{Mapping, host_id};
 use crate::checkpoint;
 use crate::console::Console;
 use crate::control::{CGROUP_DEADLINE, Control, Target};
 use crate::engine::{Engine, Engines, FIRST_FD, Left, Streams};
+use crate::mapping::{Mapping, host_id};
 use crate::observer::Observer;
 use crate::payloads::{Candidate, Payloads};
 use crate::place::{self, Place};

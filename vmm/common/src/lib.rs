@@ -6,6 +6,7 @@
 //! [`port::TASK`] is for engines that call the guest themselves, and only there when the host has
 //! asked for it. [`handshake`] has the lines with which every other connection begins.
 
+pub mod clock;
 pub mod handshake;
 pub mod mux;
 

@@ -60,17 +60,6 @@ fn probe() -> PathBuf {
     Path::new(TOP).join("target/static").join(target).join("release/examples/probe")
 }
 
-/// How fast the processor's time stamp counter runs, in kHz.
-#[cfg(target_arch = "x86_64")]
-fn tsc_khz() -> u64 {
-    // SAFETY: reads a counter that every x86_64 processor has.
-    let now = || (Instant::now(), unsafe { std::arch::x86_64::_rdtsc() });
-    let (start, first) = now();
-    thread::sleep(Duration::from_millis(100));
-    let (end, last) = now();
-    u64::try_from(u128::from(last - first) * 1_000_000 / (end - start).as_nanos()).unwrap()
-}
-
 /// Waits for a path to appear: a helper that makes its socket is ready then.
 fn appears(path: &Path) {
     let end = Instant::now() + DEADLINE;
@@ -127,11 +116,8 @@ fn boot(kernel: &Path, initramfs: &Path, tools: &Path) -> Boot {
     };
     append += " console=ttyS0 quiet panic=-1 ";
     if var("GUEST_CLOCK", "1") == "1" {
-        #[cfg(target_arch = "x86_64")]
-        {
-            append +=
-                &format!("tsc_early_khz={} tsc=reliable no_timer_check lpj=5000000 ", tsc_khz());
-        }
+        append += &vmm_common::clock::parameters(vmm_common::clock::host_khz()).join(" ");
+        append += " ";
     }
     append += &var("GUEST_APPEND", "");
     let start = Instant::now();

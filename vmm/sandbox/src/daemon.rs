@@ -31,7 +31,7 @@ pub async fn run(
     }
     if config.qemu.accel == crate::vmm::qemu::Accel::Tcg {
         // Once, before anybody waits for a pod.
-        crate::vmm::qemu::clock::host_khz();
+        vmm_common::clock::host_khz();
     }
     let shared = Arc::new(RwLock::new(Arc::new(config)));
     let config = shared.clone();

@@ -12,6 +12,7 @@ use super::args::{Args, Create};
 use super::payload::Payload;
 use super::workload::Workload;
 use super::{Error, Result};
+use crate::mapping::{Mapping, host_id};
 
 /// The parts of the spec that are looked at here.
 #[derive(Deserialize)]
@@ -36,34 +37,18 @@ struct User {
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase")]
 struct Linux {
-    #[serde(default)]
-    uid_mappings: Vec<Mapping>,
+    /// Go writes an empty list as `null` at times.
+    uid_mappings: Option<Vec<Mapping>>,
     cgroups_path: Option<String>,
     resources: Option<Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Mapping {
-    #[serde(rename = "containerID")]
-    container: u32,
-    #[serde(rename = "hostID")]
-    host: u32,
-    size: u32,
 }
 
 impl Bundle {
     /// The uid of the process as the host sees it.
     fn host_uid(&self) -> u32 {
         let uid = self.process.user.uid;
-        self.linux
-            .uid_mappings
-            .iter()
-            .find_map(|map| {
-                let offset = uid.checked_sub(map.container).filter(|offset| *offset < map.size)?;
-                map.host.checked_add(offset)
-            })
-            .unwrap_or(uid)
+        let mappings = self.linux.uid_mappings.as_deref().unwrap_or_default();
+        host_id(mappings, uid).unwrap_or(uid)
     }
 }
 
@@ -149,5 +134,21 @@ pub fn explain(error: &libcontainer::error::LibcontainerError) -> Error {
             Error::Process(words.trim_end_matches(['"', ')', ' ']).replace("\\\"", "\""))
         }
         None => Error::Other(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_terminal_is_of_the_user_as_the_host_sees_it() {
+        let uid = |mappings: Value| {
+            let text = json!({"process": {"user": {"uid": 7}}, "linux": {"uidMappings": mappings}});
+            serde_json::from_value::<Bundle>(text).map(|bundle| bundle.host_uid()).unwrap()
+        };
+        assert_eq!(uid(Value::Null), 7);
+        assert_eq!(uid(json!([{"containerID": 5, "hostID": 100, "size": 9, "other": 1}])), 102);
+        assert_eq!(uid(json!([{"containerID": 0, "hostID": 100, "size": 7}])), 7);
     }
 }

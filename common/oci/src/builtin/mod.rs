@@ -40,7 +40,6 @@ use args::{Args, Command};
 use nix::sched::CloneFlags;
 
 pub use direct::{Entered, make_group, make_room};
-pub(crate) use direct::{Mapping, host_id};
 use workload::Workload;
 
 /// What went wrong, in words for the person who reads `kubectl describe pod`.

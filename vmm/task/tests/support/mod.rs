@@ -133,22 +133,6 @@ pub fn log(dir: &Path) -> String {
     std::fs::read_to_string(dir.join("console")).unwrap_or_default()
 }
 
-/// What the daemon tells a guest under TCG of its clock, which otherwise goes by 4 ms.
-#[cfg(target_arch = "x86_64")]
-fn clock() -> String {
-    // SAFETY: reads a counter that every x86_64 processor has.
-    let ticks = || unsafe { std::arch::x86_64::_rdtsc() };
-    let (began, first) = (Instant::now(), ticks());
-    std::thread::sleep(Duration::from_millis(50));
-    let khz = u128::from(ticks() - first) * 1_000_000 / began.elapsed().as_nanos();
-    format!("tsc_early_khz={khz} tsc=reliable no_timer_check lpj={}", khz * 4)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn clock() -> String {
-    String::new()
-}
-
 impl Vm {
     /// Boots with a share of `share` (below the VM's directory).
     pub async fn boot(tools: &Tools, options: &str) -> Self {
@@ -186,7 +170,7 @@ impl Vm {
         wait_for_socket(&at("vhost-vsock")).await;
         wait_for_socket(&at("vhost-fs")).await;
 
-        let clock = clock();
+        let clock = vmm_common::clock::parameters(vmm_common::clock::host_khz()).join(" ");
         let started = Instant::now();
         let text = |name: &str| at(name).display().to_string();
         let (root, boot) = match &tools.image {

@@ -66,10 +66,8 @@ pub use entered::{Entered, own_pid, run as run_entered};
 pub use plan::{Plan, Reason};
 pub use rehearsal::rehearse;
 pub use room::make as make_room;
-pub(crate) use spec::Mapping;
 pub use sys::clone_sibling;
 use user::User;
-pub(crate) use user::host_id;
 
 /// The device rules of `linux.resources`, completed as [`mod@plan`] completes them.
 pub fn device_rules(resources: Option<&serde_json::Value>) -> serde_json::Value {

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::mapping::Mapping;
+
 /// `config.json`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -108,17 +110,6 @@ pub struct Mount {
     pub options: Option<Vec<String>>,
     pub uid_mappings: Option<Vec<Mapping>>,
     pub gid_mappings: Option<Vec<Mapping>>,
-}
-
-/// One of the mappings of a user namespace, or of a mount.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Mapping {
-    #[serde(rename = "containerID")]
-    pub container: u32,
-    #[serde(rename = "hostID")]
-    pub host: u32,
-    pub size: u32,
 }
 
 /// `linux`.

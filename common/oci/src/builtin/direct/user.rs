@@ -16,7 +16,8 @@ use std::path::PathBuf;
 use nix::sched::CloneFlags;
 
 use super::plan::{Mount, Reason, What, leave};
-use super::spec::{self, Mapping};
+use super::spec;
+use crate::mapping::{Mapping, host_id};
 
 /// A user namespace that exists.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,14 +70,6 @@ impl User {
     pub fn open(&self) -> kuasar_host::Result<OwnedFd> {
         kuasar_host::namespace::open_kind(&self.path, CloneFlags::CLONE_NEWUSER)
     }
-}
-
-/// The host's number of the user or group `id`.
-pub fn host_id(mappings: &[Mapping], id: u32) -> Option<u32> {
-    mappings.iter().find_map(|map| {
-        let offset = id.checked_sub(map.container).filter(|offset| *offset < map.size)?;
-        map.host.checked_add(offset)
-    })
 }
 
 /// Says whose the files of a mount are, by what the spec has of it.

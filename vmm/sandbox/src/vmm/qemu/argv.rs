@@ -4,10 +4,11 @@
 //! can influence (disk images) and sockets reach it as descriptors only; no image format is ever
 //! probed and no backing file followed.
 
+use vmm_common::clock;
+
 use super::super::error::{Error, Result};
 use super::super::process::{Fds, text};
 use super::super::spec::{Channel, Disk, DiskFormat, Nic, Root, SERIAL_PORT, ShareKind, VmSpec};
-use super::clock;
 use super::config::{Accel, Hotplug, Machine, QemuConfig};
 
 /// virtio-mmio transports of a microvm without ACPI (hw/i386/microvm.c).

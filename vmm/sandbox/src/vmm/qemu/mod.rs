@@ -7,7 +7,6 @@
 //! A guest without ACPI powers off by resetting, which `-no-reboot` makes QEMU's exit.
 
 mod argv;
-pub mod clock;
 mod config;
 mod hotplug;
 mod machine;
@@ -58,7 +57,7 @@ impl Qemu {
     /// QEMU, run by `launcher`. The first one with TCG measures the host's clock.
     pub fn new(mut config: QemuConfig, helpers: HelpersConfig, launcher: Launcher) -> Self {
         if config.accel == Accel::Tcg {
-            config.clock_khz = clock::host_khz();
+            config.clock_khz = vmm_common::clock::host_khz();
         }
         let way = config.way(&helpers.vsock);
         Self { config: Arc::new(config), way, helpers, launcher }

@@ -14,7 +14,7 @@ const HZ: u64 = 250;
 /// Kernel parameters (kernel-parameters.txt of Linux): rate of the time stamp counter in kHz, that
 /// it can be trusted, that timer interrupts need no test, loops of the delay loop in a tick.
 /// Nothing where the rate is not known.
-pub(super) fn parameters(khz: Option<u64>) -> Vec<String> {
+pub fn parameters(khz: Option<u64>) -> Vec<String> {
     let Some(khz) = khz else { return Vec::new() };
     vec![
         format!("tsc_early_khz={khz}"),
