@@ -28,7 +28,7 @@ use crate::forward::Forwards;
 use crate::reaper::Reaper;
 use crate::spans::Spans;
 use crate::storage::Storages;
-use crate::{clock, hotplug, init, limits, network, power};
+use crate::{clock, hotplug, init, limits, network, power, trim};
 
 /// Everything that the API touches.
 pub struct GuestService {
@@ -92,6 +92,8 @@ impl GuestService {
         steps.end_of("word to the host");
         boot::settings();
         steps.end_of("lo and cgroups");
+        trim::program();
+        steps.end_of("pages of the start let go");
     }
 
     /// Takes what the host says at its welcome: token, clock, entropy.

@@ -44,6 +44,7 @@ pub mod reaper;
 pub mod serial;
 pub mod spans;
 pub mod storage;
+pub mod trim;
 pub mod uevent;
 
 #[cfg(test)]
