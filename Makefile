@@ -172,7 +172,7 @@ install: build ## programs, manual pages, completions, units and (unless there i
 	@if [ -e target/guest/vmlinux ] && [ -e target/guest/initramfs.cpio ]; then \
 	  install -d $(DESTDIR)$(PREFIX)/share/kuasar; \
 	  install -m 0644 target/guest/vmlinux target/guest/initramfs.cpio $(DESTDIR)$(PREFIX)/share/kuasar/; \
-	  for f in vmlinux-distribution initramfs-distribution.cpio; do \
+	  for f in vmlinux-pci vmlinux-distribution initramfs-distribution.cpio; do \
 	    [ ! -e target/guest/$$f ] || install -m 0644 target/guest/$$f $(DESTDIR)$(PREFIX)/share/kuasar/; \
 	  done; \
 	else echo "install: no guest for microVM pods: run \`make guest\` first"; fi

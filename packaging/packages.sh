@@ -105,6 +105,11 @@ stage() {
     kuasar-guest)
       install -d "$root/usr/share/kuasar"
       for p in vmlinux initramfs.cpio guest.erofs; do install -m 0644 "$GUEST/$p" "$root/usr/share/kuasar/$p"; done
+      # Where it was built, too (FLAVOURS): the one for machines with PCI.
+      if [ -e "$GUEST/vmlinux-pci" ]; then
+        install -m 0644 "$GUEST/vmlinux-pci" "$root/usr/share/kuasar/"
+        install -m 0644 "$GUEST/vmlinux-pci.config" "$doc/kernel-pci.config"
+      fi
       # What the kernel's licence asks for: which source, and how it was configured.
       install -m 0644 "$GUEST/vmlinux.config" "$doc/kernel.config"
       install -m 0644 "$GUEST/vmlinux.stamp" "$doc/kernel.source"

@@ -82,14 +82,15 @@ pub(crate) fn serves_pods(driver: &dyn Vmm, configured: ShareBy) -> Result<()> {
 /// A machine of this size, with a share and its agent's channel, and nothing yet of a pod's.
 pub(crate) fn plain(
     config: &Config,
-    features: Features,
+    driver: &dyn Vmm,
     (id, dir): (String, &Path),
     (cpus, memory): (u32, u32),
     share: PathBuf,
     console: PathBuf,
     cgroups: Vec<PathBuf>,
 ) -> Result<VmSpec> {
-    let images = config.guest.find().map_err(Error::FailedPrecondition)?;
+    let features = driver.features();
+    let images = config.images(driver.kind()).map_err(Error::FailedPrecondition)?;
     let root = match images.root {
         RootImage::Initrd(path) => Root::Initrd(path),
         RootImage::Erofs(path) => Root::Image {
@@ -165,7 +166,7 @@ impl VmmSandboxer {
         &self,
         ctx: &SandboxContext,
         config: &Config,
-        features: Features,
+        driver: &dyn Vmm,
         dir: &Path,
         netns: Option<Arc<OwnedFd>>,
         nics: Vec<Nic>,
@@ -181,7 +182,7 @@ impl VmmSandboxer {
         let (share, console) = (ShareTree::new(&ctx.dir).served(), ctx.dir.join(CONSOLE));
         let name = (ctx.spec.id.clone(), dir);
         let entrances = cgroup.entrances();
-        let plain = plain(config, features, name, size, share, console, entrances)?;
+        let plain = plain(config, driver, name, size, share, console, entrances)?;
         Ok(VmSpec { nics, netns, ..plain })
     }
 
@@ -203,7 +204,7 @@ impl VmmSandboxer {
         blocking(move || made.create().map(drop).map_err(host("make the machine's cgroup")))
             .await?;
         let dir = state.machine_dir.clone().unwrap_or_default();
-        let spec = self.vm_spec(ctx, config, driver.features(), &dir, netns, nics, &cgroup)?;
+        let spec = self.vm_spec(ctx, config, &*driver, &dir, netns, nics, &cgroup)?;
         let spec = channel::give(&*driver, spec);
         let template = self.template(config, &driver, &spec).await;
         let pooled = match &template {

@@ -14,7 +14,7 @@ use crate::template::TemplateConfig;
 use crate::vmm::cloud_hypervisor::CloudHypervisorConfig;
 use crate::vmm::firecracker::FirecrackerConfig;
 use crate::vmm::helpers::HelpersConfig;
-use crate::vmm::qemu::{Chosen, QemuConfig};
+use crate::vmm::qemu::{Chosen, Machine, QemuConfig};
 use crate::vmm::stratovirt::StratoVirtConfig;
 use crate::vmm::{Kind, Range, ShareKind};
 
@@ -216,9 +216,9 @@ pub enum TaskEndpoint {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct GuestConfig {
-    /// Kernel. Unset: see [`GuestConfig::find`].
+    /// Kernel. Unset: see [`Config::images`].
     pub kernel: Option<PathBuf>,
-    /// initramfs with vmm-task. Unset: see [`GuestConfig::find`].
+    /// initramfs with vmm-task. Unset: see [`Config::images`].
     pub initrd: Option<PathBuf>,
     /// EROFS image with vmm-task, from which guests boot in place of the initramfs: for kernels
     /// without one, and for less memory.
@@ -270,17 +270,15 @@ impl GuestConfig {
     const INITRDS: [&'static str; 4] =
         ["initramfs.cpio", "initramfs.cpio.gz", "initramfs.cpio.zst", "initramfs.cpio.lz4"];
 
-    /// The images: as configured, else as installed in `/usr/share/kuasar` or
-    /// `/usr/local/share/kuasar`, else, for a program that runs in a checkout's `target/…`, as
-    /// `make guest` has left them in `target/guest`.
-    ///
-    /// # Errors
-    /// A text that says what is missing and what to do.
-    pub fn find(&self) -> Result<Images, String> {
+    /// [`Config::images`], of kernels with these names.
+    fn find(&self, kernels: &[&str]) -> Result<Images, String> {
         let installed = ["/usr/share/kuasar", "/usr/local/share/kuasar"].map(PathBuf::from);
         let exe = std::env::current_exe().unwrap_or_default();
         let checkout = exe.parent().and_then(Path::parent).map(|target| target.join("guest"));
-        let dirs: Vec<PathBuf> = installed.into_iter().chain(checkout).collect();
+        self.find_in(&installed.into_iter().chain(checkout).collect::<Vec<_>>(), kernels)
+    }
+
+    fn find_in(&self, dirs: &[PathBuf], kernels: &[&str]) -> Result<Images, String> {
         let search = |given: &Option<PathBuf>, key: &str, names: &[&str]| {
             if let Some(path) = given {
                 if !path.is_file() {
@@ -300,7 +298,7 @@ impl GuestConfig {
             })?;
             readable(key, found)
         };
-        let kernel = search(&self.kernel, "kernel", &["vmlinux"])?;
+        let kernel = search(&self.kernel, "kernel", kernels)?;
         is_kernel(&kernel)?;
         let root = match &self.image {
             Some(_) => RootImage::Erofs(search(&self.image, "image", &[])?),
@@ -471,6 +469,26 @@ impl Config {
             own.heeds_annotation = common.heeds(VMM_ANNOTATION);
         };
         kuasar_daemon::config::load_checked(file, adopt, Self::check)
+    }
+
+    /// What a guest of this VMM boots: as configured, else as installed in `/usr/share/kuasar` or
+    /// `/usr/local/share/kuasar`, else, for a program that runs in a checkout's `target/…`, as
+    /// `make guest` has left it in `target/guest`. For a machine whose devices are all on PCI that is the
+    /// kernel with PCI, where there is one.
+    ///
+    /// # Errors
+    /// A text that says what is missing and what to do.
+    pub fn images(&self, kind: Kind) -> Result<Images, String> {
+        self.guest.find(self.kernels(kind))
+    }
+
+    /// Names of kernels for this VMM, the best first.
+    fn kernels(&self, kind: Kind) -> &'static [&'static str] {
+        match kind {
+            Kind::Qemu if self.qemu.machine != Machine::Q35 => &["vmlinux"],
+            Kind::StratoVirt | Kind::Firecracker => &["vmlinux"],
+            Kind::Qemu | Kind::CloudHypervisor => &["vmlinux-pci", "vmlinux"],
+        }
     }
 
     /// What is wrong with it, in words that name the key.
@@ -668,13 +686,13 @@ mod tests {
     #[test]
     fn a_missing_guest_says_what_to_do() {
         let config = GuestConfig { kernel: Some("/nowhere/vmlinux".into()), ..Default::default() };
-        assert!(config.find().unwrap_err().contains("/nowhere/vmlinux"));
+        assert!(config.find(&["vmlinux"]).unwrap_err().contains("/nowhere/vmlinux"));
         // What is no kernel is told before a pod is.
         let dir = tempfile::tempdir().unwrap();
         let kernel = dir.path().join("vmlinux");
         std::fs::write(&kernel, "404: not found").unwrap();
         let config = GuestConfig { kernel: Some(kernel.clone()), ..Default::default() };
-        let said = config.find().unwrap_err();
+        let said = config.find(&["vmlinux"]).unwrap_err();
         assert!(said.contains("is neither vmlinux, bzImage nor Image: set it"), "{said}");
         for (place, magic) in [(0, &b"\x7fELF"[..]), (0x202, b"HdrS"), (0x38, b"ARM\x64")] {
             let mut image = vec![0; 2048];
@@ -682,5 +700,26 @@ mod tests {
             std::fs::write(&kernel, image).unwrap();
             is_kernel(&kernel).unwrap();
         }
+    }
+
+    #[test]
+    fn a_machine_with_pci_boots_the_kernel_with_pci_where_there_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str| std::fs::write(dir.path().join(name), b"\x7fELF").unwrap();
+        write("initramfs.cpio");
+        write("vmlinux");
+        let dirs = [dir.path().to_owned()];
+        let found = |kernels: &[&str]| {
+            let images = GuestConfig::default().find_in(&dirs, kernels).unwrap();
+            images.kernel.file_name().unwrap().to_owned()
+        };
+        let mut config = Config::default();
+        assert_eq!(config.kernels(Kind::Qemu), ["vmlinux"]);
+        config.qemu.machine = Machine::Q35;
+        assert_eq!(found(config.kernels(Kind::Qemu)), "vmlinux");
+        write("vmlinux-pci");
+        assert_eq!(found(config.kernels(Kind::Qemu)), "vmlinux-pci");
+        assert_eq!(found(config.kernels(Kind::CloudHypervisor)), "vmlinux-pci");
+        assert_eq!(found(config.kernels(Kind::Firecracker)), "vmlinux");
     }
 }

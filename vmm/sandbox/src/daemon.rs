@@ -25,7 +25,7 @@ pub async fn run(
     let exe: PathBuf = std::env::current_exe()?;
     let cgroups = Layout::detect()?;
     let dir = setup.dir.clone();
-    if let Err(missing) = config.guest.find() {
+    if let Err(missing) = config.images(config.vmm.kind()) {
         // Pods say so, too; whoever starts the daemon is told at once.
         tracing::warn!("{missing}");
     }

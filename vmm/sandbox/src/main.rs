@@ -44,7 +44,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         return Ok(command.run(&setup)?);
     }
     if given.check_config
-        && let Err(missing) = config.guest.find()
+        && let Err(missing) = config.images(config.vmm.kind())
     {
         // The configuration is good all the same: a guest may be installed later.
         eprintln!("vmm-sandboxer: warning: {missing}");

@@ -290,7 +290,7 @@ impl Pool {
         let group =
             self.machinery.cgroups.group(&self.cgroup()).map_err(host("the pool's cgroup"))?;
         let name = (name.to_owned(), dir);
-        let plain = plain(config, driver.features(), name, size, share, console, group.entrances());
+        let plain = plain(config, driver, name, size, share, console, group.entrances());
         Ok(channel::give(driver, plain?))
     }
 

@@ -416,8 +416,9 @@ impl Sandboxer for VmmSandboxer {
         let config = self.config();
         let modes = Modes::of(&spec.config, &spec.netns_path);
         drop(self.open_network(ctx, &config)?);
-        crate::boot::serves_pods(&*self.driver_of(ctx, &config, None)?.0, config.share)?;
-        config.guest.find().map_err(Error::FailedPrecondition)?;
+        let (driver, _) = self.driver_of(ctx, &config, None)?;
+        crate::boot::serves_pods(&*driver, config.share)?;
+        config.images(driver.kind()).map_err(Error::FailedPrecondition)?;
         files::sysctls(&spec.config, modes, false)?;
         if files::has_userns(&spec.config) {
             return Err(Error::FailedPrecondition(
