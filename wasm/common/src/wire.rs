@@ -20,6 +20,9 @@ use serde::{Deserialize, Serialize};
 pub const MAX: usize = 128 << 10;
 /// Most descriptors with one packet.
 pub const MAX_FDS: usize = 32;
+/// Variable of the warm process's environment: milliseconds without a request before it makes a spare
+/// process. Not an argument: workers of another build start all the same.
+pub const SPARE_AFTER: &str = "KUASAR_SPARE_AFTER";
 
 /// What both ends have to be of: the two programs are installed together.
 pub const PROTOCOL: u32 = 2;

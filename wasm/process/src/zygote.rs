@@ -9,7 +9,8 @@
 //! request itself, at the same socket. What a fork costs is over then. The request may want what the
 //! spare is not (other namespaces, a cgroup from its first moment): then the spare hands it on, and ends.
 //! One of the two reads the socket at a time: this process waits until the spare has had its request,
-//! and makes another when no request has come for a moment (`QUIET`).
+//! and makes another when no request has come for a moment (`spare_after`): not while one container's
+//! process is about to be ready and another is asked for.
 //!
 //! The new process has the layout of memory that all of them have. It is the price of not starting
 //! a program: addresses learned in one container are those of all. What holds a container is the
@@ -46,14 +47,14 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWUTS);
 /// What a spare may be made for.
 const SPARE: CloneFlags = CloneFlags::CLONE_NEWNS.union(CloneFlags::CLONE_NEWPID);
-/// For how many milliseconds no request has come when a spare is made: not while one container's
-/// process is about to be ready and another is asked for.
-const QUIET: u8 = 5;
+/// Milliseconds before a spare is made, of a sandboxer that does not say.
+const QUIET: u16 = 5;
 /// Above every number that a new process's descriptors get.
 const ASIDE: RawFd = 128;
 
 /// Sets the engine up by `make`, and serves requests until the sandboxer's end is closed. `program`
-/// is what messages call it.
+/// is what messages call it. [`wire::SPARE_AFTER`] in the environment is for how many milliseconds no request
+/// has come when a spare is made; none is for 0.
 ///
 /// # Errors
 /// When the engine cannot be set up (the sandboxer is told, too), or the sandboxer not be told.
@@ -61,6 +62,8 @@ pub fn run<E: Engine + 'static>(
     program: &'static str,
     make: impl FnOnce() -> Result<E, String>,
 ) -> Result<(), String> {
+    let quiet = std::env::var(wire::SPARE_AFTER).ok().and_then(|ms| ms.parse().ok());
+    let quiet: u16 = quiet.unwrap_or(QUIET);
     // SAFETY: sandbox-parent has put the socket there; it is open as long as this process.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     name("wasm-zygote");
@@ -87,7 +90,8 @@ pub fn run<E: Engine + 'static>(
     let warm = Warm { program, engine, filter, room };
     builtin::warm();
     wire::send(socket, &wire::Greeting::Ok(hello), &[]).map_err(send)?;
-    let mut zygote = Zygote { warm, socket, buffer: vec![0; wire::MAX], spare: None, wanted: None };
+    let buffer = vec![0; wire::MAX];
+    let mut zygote = Zygote { warm, socket, buffer, quiet, spare: None, wanted: None };
     while zygote.turn() {}
     Ok(())
 }
@@ -106,6 +110,8 @@ struct Zygote<E: 'static> {
     warm: Warm<E>,
     socket: BorrowedFd<'static>,
     buffer: Vec<u8>,
+    /// Milliseconds without a request before a spare is made; 0 for none.
+    quiet: u16,
     /// The connection to the spare.
     spare: Option<OwnedFd>,
     /// New namespaces of the next spare.
@@ -140,11 +146,12 @@ impl<E: Engine> Zygote<E> {
     }
 
     fn is_quiet(&self) -> bool {
-        poll(&mut [PollFd::new(self.socket, PollFlags::POLLIN)], PollTimeout::from(QUIET)) == Ok(0)
+        poll(&mut [PollFd::new(self.socket, PollFlags::POLLIN)], PollTimeout::from(self.quiet))
+            == Ok(0)
     }
 
     fn make(&mut self, request: Request, fds: Vec<OwnedFd>) {
-        self.wanted = spare_for(&request);
+        self.wanted = spare_for(&request).filter(|_| self.quiet > 0);
         match fork(&request, &fds) {
             Ok(0) => child(&self.warm, request, fds),
             Ok(_) => {}

@@ -43,6 +43,10 @@ pub struct Config {
     /// How long a worker may take to be warm.
     #[serde(with = "kuasar_host::duration")]
     pub worker_timeout: Duration,
+    /// For how long no container has been asked for when the next one's process is made beforehand, in
+    /// milliseconds; nothing for never. Counts from the worker's next start on.
+    #[serde(with = "kuasar_host::duration")]
+    pub spare_after: Duration,
     /// Runs containers whose entrypoint is no WebAssembly with the built-in OCI engine.
     pub native_containers: bool,
     /// Compiled code.
@@ -205,6 +209,7 @@ impl Default for Config {
             runtimes: BTreeMap::new(),
             worker: "wasm-worker".into(),
             worker_timeout: Duration::from_secs(10),
+            spare_after: Duration::from_millis(5),
             native_containers: true,
             cache: CacheConfig::default(),
             compiler: CompilerConfig::default(),
@@ -256,6 +261,11 @@ impl Config {
             if !ENGINES.contains(&engine.as_str()) {
                 return Err(format!("{key} = {engine:?}: one of {}", ENGINES.join(", ")));
             }
+        }
+        if self.spare_after > Duration::from_secs(60)
+            || !self.spare_after.subsec_nanos().is_multiple_of(1_000_000)
+        {
+            return Err("spare_after: whole milliseconds, at most 1m".into());
         }
         if self.max_threads > 4096 {
             return Err("max_threads: at most 4096".into());
@@ -365,6 +375,7 @@ mod tests {
         let text = include_str!("../../../packaging/wasm-sandboxer.toml");
         for key in [
             "worker",
+            "spare_after",
             "native_containers",
             "max_module",
             "port_env",
@@ -413,6 +424,9 @@ mod tests {
         assert!(check("[runtimes]\nx = 'v8'").contains("runtimes.x"));
         assert!(check("[wasmedge]\nplugins = 'x'").contains("wasmedge.plugins"));
         assert!(check("worker_timeout = '0s'").contains("worker_timeout"));
+        assert!(check("spare_after = '61s'").contains("spare_after"));
+        assert!(check("spare_after = '1500us'").contains("spare_after"));
+        assert!(toml::from_str::<Config>("spare_after = '0s'").unwrap().check().is_ok());
         assert!(toml::from_str::<Config>("wurker = 1").is_err());
     }
 }

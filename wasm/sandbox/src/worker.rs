@@ -113,7 +113,7 @@ impl Worker {
         let stderr = std::io::stderr();
         let command = Spawn {
             argv,
-            env: Vec::new(),
+            env: vec![format!("{}={}", wire::SPARE_AFTER, config.spare_after.as_millis())],
             fds: vec![None, None, Some(stderr.as_fd()), Some(theirs.as_fd())],
             cookie,
         };
