@@ -14,9 +14,10 @@ use tokio::sync::watch;
 use vmm_common::guest as wire;
 
 use crate::channel;
-use crate::config::{Config, RootImage, ShareBy};
+use crate::config::{Config, ShareBy};
 use crate::errors::machine;
 use crate::guest::service;
+use crate::images::RootImage;
 use crate::making::Template;
 use crate::network::{Plan, Taps};
 use crate::sandboxer::{PodState, VmmSandboxer};

@@ -13,6 +13,7 @@ mod errors;
 pub mod forward;
 mod growth;
 pub mod guest;
+pub mod images;
 pub mod jail;
 mod making;
 pub mod network;

@@ -23,6 +23,8 @@ pub const MAX_FDS: usize = 32;
 /// Variable of the warm process's environment: milliseconds without a request before it makes a spare
 /// process. Not an argument: workers of another build start all the same.
 pub const SPARE_AFTER: &str = "KUASAR_SPARE_AFTER";
+/// The milliseconds, where nobody says.
+pub const SPARE_AFTER_MS: u16 = 5;
 
 /// What both ends have to be of: the two programs are installed together.
 pub const PROTOCOL: u32 = 2;

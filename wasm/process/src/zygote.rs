@@ -47,8 +47,6 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWUTS);
 /// What a spare may be made for.
 const SPARE: CloneFlags = CloneFlags::CLONE_NEWNS.union(CloneFlags::CLONE_NEWPID);
-/// Milliseconds before a spare is made, of a sandboxer that does not say.
-const QUIET: u16 = 5;
 /// Above every number that a new process's descriptors get.
 const ASIDE: RawFd = 128;
 
@@ -63,7 +61,7 @@ pub fn run<E: Engine + 'static>(
     make: impl FnOnce() -> Result<E, String>,
 ) -> Result<(), String> {
     let quiet = std::env::var(wire::SPARE_AFTER).ok().and_then(|ms| ms.parse().ok());
-    let quiet: u16 = quiet.unwrap_or(QUIET);
+    let quiet: u16 = quiet.unwrap_or(wire::SPARE_AFTER_MS);
     // SAFETY: sandbox-parent has put the socket there; it is open as long as this process.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     name("wasm-zygote");

@@ -9,6 +9,7 @@ use kuasar_oci::engine::{Limits, Settings};
 use serde::Deserialize;
 use wasm_common::job::Budget;
 use wasm_common::kind::Kind;
+use wasm_common::wire;
 
 /// Annotation by which a pod or a container names the port of a component that answers requests;
 /// it counts where the configuration allows it.
@@ -209,7 +210,7 @@ impl Default for Config {
             runtimes: BTreeMap::new(),
             worker: "wasm-worker".into(),
             worker_timeout: Duration::from_secs(10),
-            spare_after: Duration::from_millis(5),
+            spare_after: Duration::from_millis(wire::SPARE_AFTER_MS.into()),
             native_containers: true,
             cache: CacheConfig::default(),
             compiler: CompilerConfig::default(),

@@ -40,7 +40,7 @@ pub struct QemuConfig {
     /// Directories with QEMU's firmware (`-L`), in order. Shown in the jail, read-only.
     pub data_dirs: Vec<PathBuf>,
     /// Rate of the host's time stamp counter in kHz, for guests under TCG. Never configured: see
-    /// [`super::clock`].
+    /// [`vmm_common::clock`].
     #[serde(skip)]
     pub clock_khz: Option<u64>,
     /// Machines may be copies of a template. Set by the daemon, which is told so elsewhere.
