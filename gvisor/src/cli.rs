@@ -1,13 +1,13 @@
 //! Commands of `runsc`: they are run by sandbox-parent, which becomes the parent of the sentries
 //! and gofers that they leave behind.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use kuasar_host::live::Live;
-use kuasar_host::process::{Identity, find_program};
+use kuasar_host::process::{self, Identity, find_program};
 use kuasar_oci::command::{self, Unfinished};
 use kuasar_oci::engine::Limits;
 use kuasar_oci::processes::{self, Processes};
@@ -260,6 +260,50 @@ impl Runsc {
         }
     }
 
+    /// Removes gVisor's records of sandboxes that have ended and that no pod of `known` has. Nobody
+    /// else uses our root of its state.
+    pub fn forget_lost(&self, known: &[String]) {
+        let entries = std::fs::read_dir(&self.root).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let mut lost: Vec<String> = names.filter_map(|name| sandbox_of(&name)).collect();
+        lost.sort();
+        lost.dedup();
+        for sandbox in lost.iter().filter(|sandbox| !known.contains(sandbox)) {
+            if std::os::unix::net::UnixStream::connect(self.socket(sandbox)).is_err() {
+                tracing::info!(sandbox, "gVisor's records of a lost sandbox are removed");
+                self.forget(sandbox, None);
+            }
+        }
+    }
+
+    /// Kills whatever sandbox-parent has of a pod: commands that an earlier daemon has started and
+    /// that are still at work, and what they have made so far. All of them name a path below the
+    /// pod's directory `dir`. Answers whether they have ended in time.
+    ///
+    /// # Errors
+    /// When its processes cannot be listed.
+    pub fn end_all(&self, dir: &Path, limit: Duration) -> kuasar_host::Result<bool> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let children = process::children(self.parent.pid())?;
+            let mine = children.into_iter().filter(|child| process::names_dir(child.pid, dir));
+            let mine: Vec<_> = mine.filter_map(Identity::open).collect();
+            if mine.is_empty() {
+                return Ok(true);
+            }
+            // What a killed one has made is sandbox-parent's then, and found by the next turn.
+            for pidfd in &mine {
+                let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+            }
+            for pidfd in &mine {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if !process::pidfd_ended(pidfd.as_fd(), left)? {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
     /// The gofer of a container, from gVisor's record of it.
     pub fn gofer(&self, sandbox: &str, container: &str) -> Option<Identity> {
         let value = self.state(sandbox, container)?;
@@ -397,6 +441,14 @@ impl Runsc {
     }
 }
 
+/// The sandbox that a file in gVisor's root belongs to: `<container>_sandbox:<sandbox>.state` and
+/// `.lock`.
+fn sandbox_of(name: &str) -> Option<String> {
+    let (_, tail) = name.rsplit_once("_sandbox:")?;
+    let sandbox = tail.strip_suffix(".state").or_else(|| tail.strip_suffix(".lock"))?;
+    Some(sandbox.to_owned())
+}
+
 fn text(path: &Path) -> Result<String, Failure> {
     let text = path.to_str().map(str::to_owned);
     text.ok_or_else(|| Failure::Other(format!("path {} is not UTF-8", path.display())))
@@ -419,6 +471,13 @@ pub fn date(version: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_names_its_sandbox() {
+        assert_eq!(sandbox_of("web.d07c_sandbox:d07c.state").as_deref(), Some("d07c"));
+        assert_eq!(sandbox_of("d07c_sandbox:d07c.lock").as_deref(), Some("d07c"));
+        assert_eq!(sandbox_of("runsc-d07c.sock"), None);
+    }
 
     #[test]
     fn a_version_has_a_date() {

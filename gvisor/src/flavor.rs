@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use containerd_sandbox::error::{Error, Result};
+use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{SandboxContext, SandboxSpec};
 use containerd_task::runtime::Runtime;
 use kuasar_host::cgroup::{Layout, Warmer};
@@ -115,6 +115,18 @@ impl Gvisor {
     }
 }
 
+/// Ends commands of a pod that an earlier daemon has left at work: one that goes on would bring the
+/// sandbox up again, or write a record of it, after it was removed.
+fn end_all(runsc: &Runsc, dir: &Path) -> Result<()> {
+    let ended = runsc.end_all(dir, END);
+    if ended.map_err(host("end what runs of the pod"))? {
+        return Ok(());
+    }
+    Err(Error::DeadlineExceeded(format!(
+        "processes of the sandbox have not ended within {END:?}: they hang in the kernel"
+    )))
+}
+
 fn own(value: &Value) -> Own {
     serde_json::from_value(value.clone()).unwrap_or_default()
 }
@@ -219,8 +231,8 @@ impl Flavor for Gvisor {
         let own = own(value);
         self.close_gate(&ctx.spec.id);
         let sentry = own.sentry.and_then(Identity::open);
-        let runsc = self.runsc.clone();
-        let work = move || {
+        let (runsc, dir) = (self.runsc.clone(), ctx.dir.clone());
+        blocking(move || {
             if let Some(pidfd) = sentry {
                 let _ = process::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
                 if !process::pidfd_ended(pidfd.as_fd(), END).map_err(host("wait for the sentry"))? {
@@ -229,12 +241,19 @@ impl Flavor for Gvisor {
                     )));
                 }
             }
+            end_all(&runsc, &dir)?;
             if !own.id.is_empty() {
                 runsc.forget(&own.id, None);
             }
             Ok(())
-        };
-        tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("worker", error))?
+        })
+        .await
+    }
+
+    async fn swept(&self, known: &[String]) {
+        let runsc = self.runsc.clone();
+        let known: Vec<String> = known.iter().map(|id| kernel::short_id(id)).collect();
+        let _ = tokio::task::spawn_blocking(move || runsc.forget_lost(&known)).await;
     }
 
     async fn recovered(
@@ -246,6 +265,8 @@ impl Flavor for Gvisor {
     ) -> Result<bool> {
         let own = own(value);
         let Some(pidfd) = own.sentry.filter(|_| whole).and_then(Identity::open) else {
+            let (runsc, dir) = (self.runsc.clone(), ctx.dir.clone());
+            blocking(move || end_all(&runsc, &dir)).await?;
             return Ok(false);
         };
         let gate = self.runsc.parent().fetch(&Self::kept(&pod.id, "gate")).await;

@@ -107,14 +107,17 @@ fn it_may_die_at_every_failpoint() {
 }
 
 /// Of the daemon under test.
+/// How many pods the daemon under test has records of.
+pub(crate) fn sandboxes() -> usize {
+    let kept = bed().join(format!("run/kuasar-{}/sandboxes", kind()));
+    std::fs::read_dir(kuasar_tests::root().join(kept.strip_prefix("/").unwrap())).unwrap().count()
+}
+
 pub(crate) fn dies_at_every_failpoint() {
     let before = leaks::snapshot();
     let bystander = Pod::run(pod_config("bystander"));
     let witness = Counter::new(&bystander, 99);
     let created = bystander.create_with(&["sh", "-c", "exit 8"], |_| {}).unwrap();
-    let kept = bed().join(format!("run/kuasar-{}/sandboxes", kind()));
-    let kept = kuasar_tests::root().join(kept.strip_prefix("/").unwrap());
-    let sandboxes = || std::fs::read_dir(&kept).unwrap().count();
     let usual = sandboxes();
     let names =
         POINTS.iter().flat_map(|point| ["before", "after"].map(|side| format!("{point}.{side}")));

@@ -392,7 +392,7 @@ fn a_missing_runsc_is_told_with_the_remedy() {
 }
 
 /// The configuration with another `runsc.path`.
-fn with_path(text: &str, program: &str) -> String {
+pub(crate) fn with_path(text: &str, program: &str) -> String {
     let line = |line: &str| match line.starts_with("path = ") {
         true => format!("path = {program:?}"),
         false => line.to_owned(),
@@ -401,7 +401,7 @@ fn with_path(text: &str, program: &str) -> String {
 }
 
 /// A program in runsc's place, which answers `--version` with this and does `line` else.
-fn fake_runsc(version: &str, line: &str) -> PathBuf {
+pub(crate) fn fake_runsc(version: &str, line: &str) -> PathBuf {
     let file = bed().join(format!("run/fake-runsc-{}", unique()));
     let script = format!(
         "#!/bin/sh\ncase \"$*\" in --version) echo runsc version {version} ;; *) {line} ;; esac\n"

@@ -2,8 +2,9 @@
 //! point of each operation, and nothing is lost or left behind: what is tried of runc's, on gVisor.
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{cri, leaks, on, wait_for};
+use kuasar_tests::{bed, cri, leaks, on, switch, wait_for};
 
+use crate::gvisor::{fake_runsc, with_path};
 use crate::own_kernel::*;
 use crate::{failpoints, kill9};
 
@@ -31,6 +32,43 @@ fn it_may_die_at_every_failpoint() {
 fn a_failure_at_any_point_leaves_nothing() {
     let Some(_on) = on(HANDLER) else { return };
     failpoints::fails_at_any_point();
+}
+
+/// `runsc run` is still at work when the daemon is killed, and when the pod is removed: it must not
+/// bring the sandbox up afterwards.
+#[test]
+fn a_sandbox_that_is_being_started_goes_with_its_pod() {
+    let Some(_on) = on(HANDLER) else { return };
+    let (before, usual) = (leaks::snapshot(), failpoints::sandboxes());
+    let configuration = Configuration::read("gvisor");
+    let real = configuration.text.lines().find_map(|line| line.strip_prefix("path = ")).unwrap();
+    let held = bed().join(format!("run/held-{}", unique()));
+    let go = held.with_extension("go");
+    // The pid is there when the file has its name.
+    let wait = format!(
+        "case \" $* \" in *\" run \"*) echo $$ > {held}.new && mv {held}.new {held}; \
+         while [ ! -e {go} ]; do sleep 0.05; done ;; esac; exec {real} \"$@\"",
+        held = held.display(),
+        go = go.display()
+    );
+    let fake = fake_runsc("release-20240729.0", &wait);
+    configuration.set(&with_path(&configuration.text, &fake.to_string_lossy()));
+    let worker = std::thread::spawn(|| Pod::try_run(pod_config("gv-held"), HANDLER).map(drop));
+    wait_for("runsc run is at work", SOON, || held.exists());
+    let pid = std::fs::read_to_string(&held).unwrap();
+    let command = std::path::PathBuf::from("/proc").join(pid.trim());
+    switch(&["daemon", "kill"], &[]);
+    assert!(command.exists(), "it ends with the daemon");
+    assert!(worker.join().unwrap().is_err());
+    switch(&["daemon", "start"], &[]);
+    wait_for("the command has ended", SOON, || !command.exists());
+    std::fs::write(&go, "").unwrap();
+    // containerd has given the pod up when nobody answered: it goes after a time.
+    wait_for("the pod is removed", 2 * SOON, || failpoints::sandboxes() == usual);
+    leaks::assert_none(&before);
+    for file in [held, go, fake] {
+        let _ = std::fs::remove_file(file);
+    }
 }
 
 /// Not an end but worse: the sentry is there and does not answer.

@@ -107,10 +107,58 @@ pub fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// Children of process `pid` that live, those that it has adopted as a subreaper included.
+///
+/// # Errors
+/// When there is no such process, or its kernel does not list children (`CONFIG_PROC_CHILDREN`).
+pub fn children(pid: u32) -> Result<Vec<Identity>> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut found = Vec::new();
+    for task in std::fs::read_dir(&tasks).context(|| format!("cannot list {tasks}"))?.flatten() {
+        let file = task.path().join("children");
+        let text =
+            std::fs::read_to_string(&file).context(|| format!("cannot read {}", file.display()))?;
+        let pids = text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
+        found.extend(pids.filter_map(Identity::of));
+    }
+    Ok(found)
+}
+
+/// Whether a word of the command line of process `pid` is `dir`, or a path below it, also behind the
+/// `=` of an option.
+pub fn names_dir(pid: u32, dir: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    text.split(|byte| *byte == 0).any(|word| {
+        let value = word.splitn(2, |byte| *byte == b'=').last().unwrap_or_default();
+        [word, value]
+            .iter()
+            .any(|path| Path::new(std::ffi::OsStr::from_bytes(path)).starts_with(dir))
+    })
+}
+
 #[cfg(test)]
 mod tests {
 
     use super::*;
+
+    #[test]
+    fn a_child_is_found_by_the_directory_that_it_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "read never";
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", script, "sh"]).stdin(std::process::Stdio::piped());
+        let inside = dir.path().join("a/log");
+        let mut child = command.arg(format!("--log={}", inside.display())).spawn().unwrap();
+        let found = children(std::process::id()).unwrap();
+        assert!(found.iter().any(|found| found.pid == child.id()));
+        let other = dir.path().with_extension("x");
+        assert!(names_dir(child.id(), dir.path()) && names_dir(child.id(), &dir.path().join("a")));
+        assert!(!names_dir(child.id(), &dir.path().join("b")) && !names_dir(child.id(), &other));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!names_dir(child.id(), dir.path()));
+    }
 
     #[test]
     fn we_exist() {

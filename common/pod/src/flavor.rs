@@ -116,6 +116,12 @@ pub trait Flavor: Send + Sync + 'static {
         let _ = id;
     }
 
+    /// The daemon has taken up the pods `known`, and cleared what others have left that it can see:
+    /// what is the flavor's of pods that have gone may go.
+    async fn swept(&self, known: &[String]) {
+        let _ = known;
+    }
+
     /// More members for the entry in Status' `info`.
     fn info(&self, own: &Value) -> Map<String, Value> {
         let _ = own;

@@ -474,6 +474,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
                 && std::fs::read_dir(journal).is_ok_and(|mut entries| entries.next().is_some())
         });
         self.servers.sweep(UNFINISHED, others).await?;
+        self.flavor.swept(known).await;
         let (dir, known) = (self.dir.clone(), known.to_vec());
         blocking(move || files::unmount_lost(&dir, &known)).await
     }

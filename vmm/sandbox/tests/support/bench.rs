@@ -53,6 +53,13 @@ pub struct Bench {
     _turn: tokio::sync::MutexGuard<'static, ()>,
 }
 
+impl Drop for Bench {
+    /// A test that fails in the midst of a machine's life has not removed it.
+    fn drop(&mut self) {
+        let _ = kuasar_host::mount::unmount_below(self.dir.path());
+    }
+}
+
 macro_rules! need {
     ($what:expr, $($reason:tt)*) => {
         match $what {
