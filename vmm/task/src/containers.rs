@@ -41,6 +41,9 @@ use crate::storage::{Plan, take_away};
 /// Files of the pod that containers see below `/etc`.
 pub const POD_DIR: &str = "/run/kuasar/pod";
 
+/// Where compiled seccomp profiles are kept: containers and execs of a pod mostly share one.
+const FILTERS: &str = "/run/kuasar/filters";
+
 /// The containers of this guest; there are none before [`GuestContainers::set_pod`].
 pub struct GuestContainers {
     inner: OnceLock<Containers>,
@@ -60,7 +63,8 @@ impl GuestContainers {
         let exe = SelfExe::open("vmm-task")?;
         let mut backend = Backend::new(Arc::new(reaper), Live::new(Settings::default()));
         backend.observer = Arc::new(crate::spans::Phases);
-        backend.builtin = Some(vec![exe.path(), "oci".into()]);
+        backend.builtin =
+            Some(vec![exe.path(), "oci".into(), "--seccomp-cache".into(), FILTERS.into()]);
         let engines = Arc::new(Engines::new(backend));
         Ok(Self { inner: OnceLock::new(), engines, exe, mounted: Mutex::default() })
     }

@@ -70,6 +70,8 @@ pub struct Exec {
     pub pid_file: Option<PathBuf>,
     /// Socket that gets the pty master.
     pub console_socket: Option<PathBuf>,
+    /// Directory in which compiled seccomp profiles are kept.
+    pub cache: Option<PathBuf>,
 }
 
 const USAGE: &str = "usage: [oci] --root DIR [--log FILE] [--libcontainer] [--seccomp-cache DIR] \
@@ -100,8 +102,8 @@ impl Args {
                 _ => break word,
             }
         };
+        let mut exec = Exec { cache: cache.clone(), ..Exec::default() };
         let mut create = Create { systemd, libcontainer, cache, ..Create::default() };
-        let mut exec = Exec::default();
         let (mut all, mut force) = (false, false);
         let mut rest = Vec::new();
         while let Some((word, inline)) = words.next() {

@@ -4,20 +4,24 @@
 //! label when a process joins. The order below is runc's, and each step has its place:
 //!
 //! 1. Outside: everything that belongs to the host is opened (log, pid file, console socket,
-//!    `/proc`), because paths mean something else once the mount namespace is joined. Limits, OOM
-//!    score and cgroup are set while we still may.
-//! 2. All namespaces that differ from ours are joined at once through a pidfd of the container's
-//!    init: no path of the container is followed. We are not dumpable, so nobody in there can
-//!    trace us or look at our descriptors.
-//! 3. A sibling is forked (a pid namespace takes only children). It makes its session and
-//!    terminal, goes to its directory, loads seccomp (before capabilities are dropped, unless
-//!    `noNewPrivileges` lets it wait until the end), takes on its user and its five capability
-//!    sets, closes everything, and becomes the payload.
+//!    `/proc`), because paths mean something else once the mount namespace is joined. Limits and OOM
+//!    score are set while we still may; the seccomp profile is compiled, or found compiled
+//!    ([`super::direct::seccomp`]). We are not dumpable from then on, nor is what is forked.
+//! 2. The PID namespace is joined, which takes only children, and a sibling is forked. On cgroup v2
+//!    it is made in the container's group (`CLONE_INTO_CGROUP`): a process that moves waits for an RCU
+//!    grace period, some ten milliseconds. Before it joins the others: what may be moved where is
+//!    looked at in the cgroup namespace of who asks. On v1 we have moved before, by `tasks`.
+//! 3. The sibling joins all other namespaces that differ from ours at once, through a pidfd of the
+//!    container's init: no path of the container is followed, and nobody in there can trace it
+//!    or look at its descriptors. It makes its session and terminal, goes to its directory, loads
+//!    seccomp (before capabilities are dropped, unless `noNewPrivileges` lets it wait until the end),
+//!    takes on its user and its five capability sets, closes everything, and becomes the payload.
 //! 4. We wait on a close-on-exec pipe: end of file is success, text is the reason of failure.
 //!    Only then is the pid file written.
 
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -28,8 +32,11 @@ use libcontainer::syscall::syscall::SyscallType;
 use nix::sched::CloneFlags;
 use nix::unistd::{Gid, Uid};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::args::{Args, Exec};
+use super::direct::seccomp::Filter;
+use super::direct::{clone_sibling, seccomp};
 use super::{Error, Result, console, payload};
 
 /// The parts of the container's spec that an exec needs.
@@ -41,7 +48,15 @@ struct Container {
 
 #[derive(Deserialize, Default)]
 struct Linux {
-    seccomp: Option<LinuxSeccomp>,
+    seccomp: Option<Value>,
+}
+
+/// The container's seccomp profile.
+enum Profile {
+    /// One that we compile ourselves.
+    Ours(Filter),
+    /// One with parts that only libcontainer knows.
+    Libcontainers(Box<LinuxSeccomp>),
 }
 
 /// The parts of libcontainer's state file that an exec needs.
@@ -54,10 +69,13 @@ struct State {
 /// Everything the child needs, made before the namespaces are joined.
 struct Plan {
     process: Process,
-    seccomp: Option<LinuxSeccomp>,
+    seccomp: Option<Profile>,
     console: Option<UnixStream>,
     /// The host's procfs.
     proc: OwnedFd,
+    /// The container's init, and the namespaces of it that are still to be joined.
+    init: OwnedFd,
+    namespaces: CloneFlags,
 }
 
 /// Runs the process.
@@ -93,21 +111,21 @@ pub fn run(args: &Args, exec: &Exec) -> Result<()> {
         return Err(Error::os("PR_SET_DUMPABLE"));
     }
     limits(&process)?;
-    join_cgroup(pid, &args.id)?;
+    let group = join_cgroup(pid, &args.id)?;
+    let seccomp = container.linux.seccomp.map(|profile| compile(&profile, exec.cache.as_deref()));
+    let seccomp = seccomp.transpose()?;
     if console.is_none() {
         console::own_streams(host_uid(pid, process.user().uid()));
     }
-    // SAFETY: plain system call; the pidfd lives.
-    if unsafe { libc::setns(pidfd.as_raw_fd(), namespaces.bits()) } != 0 {
-        return Err(Error::os("cannot join the container's namespaces"));
-    }
+    join(&pidfd, namespaces & CloneFlags::CLONE_NEWPID).map_err(Error::Other)?;
     let (mut read_end, write_end) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
-    let plan = Plan { process, seccomp: container.linux.seccomp, console, proc };
-    let child = fork_sibling()?;
+    let others = namespaces - CloneFlags::CLONE_NEWPID;
+    let plan = Plan { process, seccomp, console, proc, init: pidfd, namespaces: others };
+    let child = fork_into(group, &args.id)?;
     if child == 0 {
         drop(read_end);
         let mut write_end = write_end;
-        let reason = become_process(&plan, namespaces);
+        let reason = become_process(&plan);
         // Either exec has closed this end, or the reader gets the reason.
         let _ = write_end.write_all(reason.as_bytes());
         // SAFETY: ends this process without running anything of the parent's.
@@ -203,9 +221,49 @@ fn resource(kind: PosixRlimitType) -> libc::__rlimit_resource_t {
     }
 }
 
-/// Joins every cgroup that the container's init is in. On cgroup v2 that also works where init
-/// has moved itself into a leaf, which the container's own top must then leave empty.
-fn join_cgroup(pid: i32, id: &str) -> Result<()> {
+/// Joins namespaces of the process that the pidfd stands for.
+fn join(init: &OwnedFd, namespaces: CloneFlags) -> std::result::Result<(), String> {
+    // SAFETY: plain system call; the pidfd lives.
+    if !namespaces.is_empty() && unsafe { libc::setns(init.as_raw_fd(), namespaces.bits()) } != 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(format!("cannot join the container's namespaces: {error}"));
+    }
+    Ok(())
+}
+
+/// Before anything is joined: what is wrong with a profile is told, and what is kept of it is the
+/// host's.
+fn compile(profile: &Value, cache: Option<&Path>) -> Result<Profile> {
+    let ours = seccomp::Seccomp::deserialize(profile).ok();
+    if let Some(ours) = ours.filter(|ours| seccomp::check(ours).is_ok()) {
+        return Filter::of(&ours, cache).map(Profile::Ours).map_err(Error::Process);
+    }
+    let profile = LinuxSeccomp::deserialize(profile).map_err(|e| Error::io("linux.seccomp", e))?;
+    if libcontainer::seccomp::is_notify(&profile) {
+        return Err(Error::Process(
+            "seccomp notification is not supported for exec by the built-in engine".into(),
+        ));
+    }
+    Ok(Profile::Libcontainers(Box::new(profile)))
+}
+
+/// A cgroup of v2.
+struct Group {
+    dir: PathBuf,
+    fd: OwnedFd,
+}
+
+fn entered<T>(result: std::io::Result<T>, id: &str, file: &Path) -> Result<T> {
+    result.map_err(|error| {
+        Error::io(format!("cannot join the cgroup of container {id} ({})", file.display()), error)
+    })
+}
+
+/// Joins every cgroup of v1 that the container's init is in, and answers the one of v2, where that is
+/// another than ours. It may be a leaf into which init has moved itself, because the container's own
+/// top must be empty then.
+fn join_cgroup(pid: i32, id: &str) -> Result<Option<Group>> {
+    let mut group = None;
     let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
         .map_err(|error| Error::io("the container is gone", error))?;
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
@@ -218,17 +276,17 @@ fn join_cgroup(pid: i32, id: &str) -> Result<()> {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
         let Some(mount) = cgroup_mount(&mounts, controllers) else { continue };
-        // This process has one thread, which on v1 need not wait when it moves itself.
-        let entrance = if controllers.is_empty() { "cgroup.procs" } else { "tasks" };
-        let file = mount.join(path.trim_start_matches('/')).join(entrance);
-        std::fs::write(&file, "0").map_err(|error| {
-            Error::io(
-                format!("cannot join the cgroup of container {id} ({})", file.display()),
-                error,
-            )
-        })?;
+        let dir = mount.join(path.trim_start_matches('/'));
+        if controllers.is_empty() {
+            let fd = entered(File::open(&dir), id, &dir)?.into();
+            group = Some(Group { dir, fd });
+            continue;
+        }
+        // This process has one thread, which need not wait when it moves itself.
+        let file = dir.join("tasks");
+        entered(std::fs::write(&file, "0"), id, &file)?;
     }
-    Ok(())
+    Ok(group)
 }
 
 /// Where a hierarchy is mounted, from its controllers as `/proc/PID/cgroup` writes them (empty
@@ -276,20 +334,37 @@ fn fork_sibling() -> Result<i32> {
     }
 }
 
+/// The same in a group. Kernels before 5.7, and groups of threads, want the process to move.
+fn fork_into(group: Option<Group>, id: &str) -> Result<i32> {
+    let Some(Group { dir, fd }) = group else { return fork_sibling() };
+    match clone_sibling(0, Some(fd.as_fd())) {
+        Ok(child) => return Ok(child),
+        // The group has as many processes as it may have.
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            return Err(Error::io("clone", error));
+        }
+        Err(_) => {}
+    }
+    let file = dir.join("cgroup.procs");
+    entered(std::fs::write(&file, "0"), id, &file)?;
+    fork_sibling()
+}
+
 /// Steps 3 of the module text. Returns only the reason of failure.
-fn become_process(plan: &Plan, joined: CloneFlags) -> String {
-    match take_on(plan, joined) {
+fn become_process(plan: &Plan) -> String {
+    match take_on(plan) {
         Ok(()) => payload::execute(&plan.process),
         Err(reason) => reason,
     }
 }
 
-fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
+fn take_on(plan: &Plan) -> std::result::Result<(), String> {
     let process = &plan.process;
     let user = process.user();
     let os = |what: &str| format!("{what}: {}", std::io::Error::last_os_error());
+    join(&plan.init, plan.namespaces)?;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
-    if joined.contains(CloneFlags::CLONE_NEWUSER) {
+    if plan.namespaces.contains(CloneFlags::CLONE_NEWUSER) {
         // Root of the container's user namespace, before its own user is taken on.
         nix::unistd::setgid(Gid::from_raw(0)).map_err(|error| format!("setgid 0: {error}"))?;
         nix::unistd::setuid(Uid::from_raw(0)).map_err(|error| format!("setuid 0: {error}"))?;
@@ -312,7 +387,7 @@ fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
     }
     let late_chdir = chdir(process.cwd())?;
     if !no_new_privileges {
-        seccomp(plan)?;
+        filter(plan)?;
     }
     identity(process)?;
     if late_chdir {
@@ -325,7 +400,7 @@ fn take_on(plan: &Plan, joined: CloneFlags) -> std::result::Result<(), String> {
         "current working directory is outside of container mount namespace root".to_owned()
     })?;
     if no_new_privileges {
-        seccomp(plan)?;
+        filter(plan)?;
     }
     // SAFETY: marks everything but the standard streams close-on-exec; nothing is closed yet.
     if unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) }
@@ -380,14 +455,14 @@ fn labels(plan: &Plan) -> std::result::Result<(), String> {
     Ok(())
 }
 
-fn seccomp(plan: &Plan) -> std::result::Result<(), String> {
-    let Some(profile) = &plan.seccomp else { return Ok(()) };
-    if libcontainer::seccomp::is_notify(profile) {
-        return Err("seccomp notification is not supported for exec by the built-in engine".into());
+fn filter(plan: &Plan) -> std::result::Result<(), String> {
+    match &plan.seccomp {
+        None => Ok(()),
+        Some(Profile::Ours(filter)) => filter.load(),
+        Some(Profile::Libcontainers(profile)) => libcontainer::seccomp::initialize_seccomp(profile)
+            .map(drop)
+            .map_err(|error| format!("cannot load the seccomp profile: {error}")),
     }
-    libcontainer::seccomp::initialize_seccomp(profile)
-        .map(drop)
-        .map_err(|error| format!("cannot load the seccomp profile: {error}"))
 }
 
 /// Groups, ids and the five capability sets, each of them set, also when the spec leaves it out

@@ -17,7 +17,8 @@ use libseccomp::{
 
 use serde::Deserialize;
 
-use super::spec::{Argument, Seccomp};
+use super::spec::Argument;
+pub use super::spec::Seccomp;
 use super::sys;
 
 /// First bytes of a kept program; changed whenever what a profile means here changes.
