@@ -109,18 +109,37 @@ pub fn start_time(pid: u32) -> Option<u64> {
 
 /// Children of process `pid` that live, those that it has adopted as a subreaper included.
 ///
+/// The kernel passes over some while others end (proc(5), `/proc/PID/task/TID/children`): so it is asked
+/// until it says the same twice.
+///
 /// # Errors
 /// When there is no such process, or its kernel does not list children (`CONFIG_PROC_CHILDREN`).
 pub fn children(pid: u32) -> Result<Vec<Identity>> {
+    const TURNS: usize = 100;
+    let mut last = listed_children(pid)?;
+    for _ in 0..TURNS {
+        let now = listed_children(pid)?;
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    Ok(last.into_iter().filter_map(Identity::of).collect())
+}
+
+fn listed_children(pid: u32) -> Result<Vec<u32>> {
     let tasks = format!("/proc/{pid}/task");
     let mut found = Vec::new();
     for task in std::fs::read_dir(&tasks).context(|| format!("cannot list {tasks}"))?.flatten() {
         let file = task.path().join("children");
-        let text =
-            std::fs::read_to_string(&file).context(|| format!("cannot read {}", file.display()))?;
-        let pids = text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok());
-        found.extend(pids.filter_map(Identity::of));
+        match std::fs::read_to_string(&file) {
+            Ok(text) => found.extend(text.split_ascii_whitespace().flat_map(str::parse::<u32>)),
+            // A thread that has ended.
+            Err(_) if !task.path().exists() => {}
+            Err(error) => return Err(error).context(|| format!("cannot read {}", file.display())),
+        }
     }
+    found.sort_unstable();
     Ok(found)
 }
 
