@@ -159,11 +159,16 @@ fn a_container_runs_under_its_own_kernel_and_says_so() {
     let mut lines = said.lines();
     assert_eq!(lines.next(), Some("hello"), "{said:?}");
     assert_ne!(lines.next(), Some(host.trim()));
-    let c = pod.start(&["sleep", "1000"]);
+    // With the engine's default profile, which an exec is held by, too.
+    let c = pod.start_with(&["sleep", "1000"], |c| {
+        let security = c.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+        security.seccomp = Some(SecurityProfile { profile_type: 0, localhost_ref: String::new() });
+    });
     assert_eq!(
         c.exec(&["sh", "-c", "echo out; echo err >&2; exit 3"]),
         (3, "out\n".into(), "err\n".into())
     );
+    assert_eq!(c.sh("grep Seccomp: /proc/self/status | tr -dc 0-9"), "2");
     assert_eq!(c.sh("hostname"), pod.config.hostname);
     c.stop(0).unwrap();
     assert_eq!(c.wait(), 137);

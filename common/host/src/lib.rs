@@ -12,6 +12,7 @@ pub mod loopback;
 pub mod mount;
 pub mod namespace;
 pub mod netlink;
+pub mod packet;
 pub mod process;
 pub mod record;
 pub mod safe_path;

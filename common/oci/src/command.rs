@@ -112,7 +112,7 @@ fn last_error(log: &Path) -> Option<String> {
 }
 
 /// What may be a container's words, in part: bounded, and in one line.
-pub(crate) fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(2000).collect()
 }
 

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
 use kuasar_host::cgroup::{Layout, Warmer};
 use kuasar_host::live::Live;
@@ -101,6 +102,8 @@ pub struct Backend {
     /// Engines by name that have the built-in one's command line and files, but run something else
     /// in the containers that they make: program and first words, as [`Backend::builtin`].
     pub relatives: BTreeMap<String, Vec<String>>,
+    /// Runs execs of the built-in engine in place of a command for each.
+    pub execs: Option<Arc<dyn Execs>>,
     /// Is told how long commands took and what ended.
     pub observer: Arc<dyn Observer>,
     /// How running containers are handled.
@@ -115,10 +118,28 @@ impl Backend {
             settings,
             builtin: None,
             relatives: BTreeMap::new(),
+            execs: None,
             observer: Arc::new(()),
             control: Arc::new(OnHost),
         }
     }
+}
+
+/// Who makes processes of execs from memory: the built-in engine in a process that stays
+/// ([`crate::builtin::serve`]).
+#[async_trait]
+pub trait Execs: Send + Sync {
+    /// Does what the built-in engine does with these words, `--root DIR exec …`, and these streams.
+    /// Whoever reaps the process is asked for its exit by the cookie [`Left::watched`].
+    ///
+    /// # Errors
+    /// As those of a command.
+    async fn exec(
+        &self,
+        words: Vec<String>,
+        streams: [Option<BorrowedFd<'_>>; 3],
+        limit: Duration,
+    ) -> std::result::Result<Left, Unfinished>;
 }
 
 /// All engines of a daemon.
@@ -277,6 +298,20 @@ impl Engine {
     ) -> Result<Left> {
         let mut words =
             vec!["exec".to_owned(), "--detach".into(), "--process".into(), text(process)?];
+        if let Some(execs) = self.all.backend.execs.as_ref().filter(|_| self.name == BUILTIN) {
+            let root = text(&dir.join("engine"))?;
+            words.splice(0..0, ["--root".to_owned(), root]);
+            let given = match streams {
+                Streams::Plain(plain) => *plain,
+                Streams::Console(socket) => {
+                    words.extend(["--console-socket".into(), text(socket)?]);
+                    [None; 3]
+                }
+            };
+            words.push(id.into());
+            let left = execs.exec(words, given, self.all.limits().create).await;
+            return left.map_err(|unfinished| self.unfinished("exec", unfinished));
+        }
         let pid_file = process.with_extension("pid");
         self.process(&mut words, streams, &pid_file)?;
         words.push(id.into());
@@ -403,23 +438,21 @@ impl Engine {
         argv.extend(words);
         let fds = if fds.is_empty() { vec![None, None, None] } else { fds };
         let processes = &self.all.backend.processes;
-        let reason = match command::run_in(processes, argv, fds, place, &log, limit).await {
-            Ok(done) => return Ok(done),
-            Err(Unfinished::Failed(reason)) => reason,
-            Err(Unfinished::Spawn(error)) => {
-                return Err(Error::internal(format!("run engine {}", self.name), error));
-            }
-            Err(Unfinished::Wait(error)) => {
-                return Err(Error::internal("wait for the engine", error));
-            }
-            Err(Unfinished::Late(limit)) => {
-                return Err(Error::DeadlineExceeded(format!(
-                    "engine {} did not finish {verb} within {limit:?}",
-                    self.name
-                )));
-            }
-        };
-        Err(self.failed(&verb, &reason))
+        command::run_in(processes, argv, fds, place, &log, limit)
+            .await
+            .map_err(|unfinished| self.unfinished(&verb, unfinished))
+    }
+
+    fn unfinished(&self, verb: &str, unfinished: Unfinished) -> Error {
+        match unfinished {
+            Unfinished::Failed(reason) => self.failed(verb, &reason),
+            Unfinished::Spawn(error) => Error::internal(format!("run engine {}", self.name), error),
+            Unfinished::Wait(error) => Error::internal("wait for the engine", error),
+            Unfinished::Late(limit) => Error::DeadlineExceeded(format!(
+                "engine {} did not finish {verb} within {limit:?}",
+                self.name
+            )),
+        }
     }
 
     /// What `verb` could not be done for, in the engine's words.

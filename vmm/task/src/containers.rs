@@ -34,6 +34,7 @@ use vmm_common::{CONTAINER_TYPE, guest};
 
 use crate::boot::{DIR, POD_NAME};
 use crate::devices;
+use crate::execs::ExecServer;
 use crate::limits;
 use crate::reaper::Reaper;
 use crate::storage::{Plan, take_away};
@@ -61,10 +62,14 @@ impl GuestContainers {
     /// When our own program cannot be held.
     pub fn new(reaper: Reaper) -> std::io::Result<Self> {
         let exe = SelfExe::open("vmm-task")?;
-        let mut backend = Backend::new(Arc::new(reaper), Live::new(Settings::default()));
+        let mut backend = Backend::new(Arc::new(reaper.clone()), Live::new(Settings::default()));
         backend.observer = Arc::new(crate::spans::Phases);
-        backend.builtin =
-            Some(vec![exe.path(), "oci".into(), "--seccomp-cache".into(), FILTERS.into()]);
+        let options = vec!["--seccomp-cache".to_owned(), FILTERS.into()];
+        let mut builtin = vec![exe.path(), "oci".into()];
+        builtin.extend(options.iter().cloned());
+        backend.builtin = Some(builtin);
+        let server = vec![exe.path(), crate::execs::WORD.into()];
+        backend.execs = Some(Arc::new(ExecServer::new(reaper, server, options)));
         let engines = Arc::new(Engines::new(backend));
         Ok(Self { inner: OnceLock::new(), engines, exe, mounted: Mutex::default() })
     }

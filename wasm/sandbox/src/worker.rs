@@ -17,6 +17,7 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use kuasar_host::live::Live;
 use kuasar_host::process;
+use kuasar_oci::packets;
 use kuasar_oci::place::{self, Place, Way};
 use kuasar_oci::processes::{Command, Exit, Failure, Processes, Spawned, new_cookie};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -131,15 +132,18 @@ impl Worker {
         });
         // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
         let socket = unsafe { AsyncFd::register(ours) }?;
-        let hello = tokio::time::timeout(limit, receive(&socket)).await;
+        let hello = packets::receive::<wire::Greeting>(&socket);
+        let hello = tokio::time::timeout(limit, hello).await;
         match hello {
-            Ok(Ok(Ok(hello))) if hello.protocol == PROTOCOL => {
+            Ok(Ok((Ok(hello), _))) if hello.protocol == PROTOCOL => {
                 Ok((Running { socket, ended }, hello))
             }
-            Ok(Ok(Ok(_))) => Err("the worker is of another version of Kuasar than this program: \
+            Ok(Ok((Ok(_), _))) => {
+                Err("the worker is of another version of Kuasar than this program: \
                                   install both of one version"
-                .into()),
-            Ok(Ok(Err(reason))) => Err(reason.into()),
+                    .into())
+            }
+            Ok(Ok((Err(reason), _))) => Err(reason.into()),
             Ok(Err(error)) => Err(format!("the worker has ended at once: {error}").into()),
             Err(_) => {
                 let _ = process::pidfd_signal(spawned.pidfd.as_fd(), libc::SIGKILL);
@@ -152,30 +156,13 @@ impl Worker {
     async fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
         for last in [false, true] {
             let running = self.running().await?;
-            loop {
-                let mut ready = running.socket.writable().await?;
-                match wire::send(running.socket.get_ref().as_fd(), request, fds) {
-                    Ok(()) => return Ok(()),
-                    Err(wire::Error::Os(nix::Error::EAGAIN)) => ready.clear_ready(),
-                    Err(wire::Error::Closed) if !last => break,
-                    Err(error) => return Err(error.into()),
-                }
+            match packets::send(&running.socket, request, fds).await {
+                Err(wire::Error::Closed) if !last => {}
+                sent => return Ok(sent?),
             }
             running.ended.store(true, Ordering::Release);
         }
         Err("the worker ends again and again".into())
-    }
-}
-
-async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<wire::Greeting, wire::Error> {
-    let mut buffer = Vec::new();
-    loop {
-        let mut ready = socket.readable().await.map_err(|_| wire::Error::Closed)?;
-        match wire::receive(socket.get_ref().as_fd(), &mut buffer) {
-            Ok((greeting, _)) => return Ok(greeting),
-            Err(wire::Error::Os(nix::Error::EAGAIN)) => ready.clear_ready(),
-            Err(error) => return Err(error),
-        }
     }
 }
 

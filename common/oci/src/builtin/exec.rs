@@ -4,23 +4,27 @@
 //! label when a process joins. The order below is runc's, and each step has its place:
 //!
 //! 1. Outside: everything that belongs to the host is opened (log, pid file, console socket,
-//!    `/proc`), because paths mean something else once the mount namespace is joined. Limits and OOM
-//!    score are set while we still may; the seccomp profile is compiled, or found compiled
-//!    ([`super::direct::seccomp`]). We are not dumpable from then on, nor is what is forked.
+//!    `/proc`), because paths mean something else once the mount namespace is joined. The seccomp
+//!    profile is compiled, or found compiled ([`super::direct::seccomp`]). We are not dumpable, nor is
+//!    what is forked.
 //! 2. The PID namespace is joined, which takes only children, and a sibling is forked. On cgroup v2
 //!    it is made in the container's group (`CLONE_INTO_CGROUP`): a process that moves waits for an RCU
-//!    grace period, some ten milliseconds. Before it joins the others: what may be moved where is
-//!    looked at in the cgroup namespace of who asks. On v1 we have moved before, by `tasks`.
-//! 3. The sibling joins all other namespaces that differ from ours at once, through a pidfd of the
+//!    grace period, some ten milliseconds. Before it joins other namespaces: what may be moved where
+//!    is looked at in the cgroup namespace of who asks.
+//! 3. The sibling takes on its limits and OOM score while it still may, enters groups of v1 by `tasks`,
+//!    and joins all other namespaces that differ from ours at once, through a pidfd of the
 //!    container's init: no path of the container is followed, and nobody in there can trace it
 //!    or look at its descriptors. It makes its session and terminal, goes to its directory, loads
 //!    seccomp (before capabilities are dropped, unless `noNewPrivileges` lets it wait until the end),
 //!    takes on its user and its five capability sets, closes everything, and becomes the payload.
-//! 4. We wait on a close-on-exec pipe: end of file is success, text is the reason of failure.
+//! 4. A close-on-exec pipe tells: end of file is success, text is the reason of failure.
 //!    Only then is the pid file written.
+//!
+//! The first two steps are over in a moment and wait for nobody. So one process can do them for one
+//! exec after another ([`super::serve`]): it goes back to its own PID namespace each time.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -68,9 +72,16 @@ struct State {
 
 /// Everything the child needs, made before the namespaces are joined.
 struct Plan {
+    id: String,
     process: Process,
     seccomp: Option<Profile>,
     console: Option<UnixStream>,
+    /// Its standard streams, where they are not ours.
+    streams: Option<[OwnedFd; 3]>,
+    /// The host's uid of its user.
+    uid: u32,
+    /// Files by which it enters its groups.
+    entrances: Vec<PathBuf>,
     /// The host's procfs.
     proc: OwnedFd,
     /// The container's init, and the namespaces of it that are still to be joined.
@@ -78,8 +89,142 @@ struct Plan {
     namespaces: CloneFlags,
 }
 
+/// A process that is becoming its program.
+pub struct Made {
+    /// Its pid.
+    pub pid: i32,
+    /// Ends when it has become that, or says why it cannot.
+    pub answer: PipeReader,
+}
+
+/// Where a process is that makes others in containers: looked at once.
+pub struct Home {
+    /// Its PID namespace, to which it goes back.
+    pid: OwnedFd,
+    /// Its namespaces: names, flags, and what the kernel calls them.
+    namespaces: Vec<(&'static str, CloneFlags, PathBuf)>,
+    /// Its cgroups, as the kernel lists them.
+    cgroups: String,
+    /// Its mounts, likewise: where the hierarchies are.
+    mounts: String,
+}
+
+impl Home {
+    /// That of this process.
+    ///
+    /// # Errors
+    /// When there is no procfs.
+    pub fn open() -> Result<Self> {
+        let pid = File::open("/proc/self/ns/pid").map_err(|e| Error::io("own PID namespace", e))?;
+        let namespaces = NAMESPACES.iter().filter_map(|(name, flag)| {
+            // A kernel without this kind has it nowhere.
+            let ours = std::fs::read_link(format!("/proc/self/ns/{name}")).ok()?;
+            Some((*name, *flag, ours))
+        });
+        Ok(Self {
+            pid: pid.into(),
+            namespaces: namespaces.collect(),
+            cgroups: std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default(),
+            mounts: std::fs::read_to_string("/proc/self/mountinfo")
+                .map_err(|error| Error::io("mountinfo", error))?,
+        })
+    }
+
+    /// New processes are made here again.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn back(&self) -> Result<()> {
+        // SAFETY: plain system call; the descriptor lives.
+        match unsafe { libc::setns(self.pid.as_raw_fd(), libc::CLONE_NEWPID) } {
+            0 => Ok(()),
+            _ => Err(Error::os("back to the own PID namespace")),
+        }
+    }
+
+    /// The namespaces of the container that are not ours already: joining one's own user namespace
+    /// is an error, the others would be work for nothing.
+    fn others(&self, pid: i32) -> Result<CloneFlags> {
+        self.namespaces.iter().try_fold(CloneFlags::empty(), |flags, (name, flag, ours)| {
+            let theirs = std::fs::read_link(format!("/proc/{pid}/ns/{name}"))
+                .map_err(|error| Error::io("the container is gone", error))?;
+            Ok(if theirs == *ours { flags } else { flags | *flag })
+        })
+    }
+
+    /// The cgroups that the container's init is in and we are not: the one of v2, and how those of v1
+    /// are entered. The former may be a leaf into which init has moved itself, because the container's
+    /// own top must be empty then.
+    fn groups(&self, pid: i32, id: &str) -> Result<(Option<Group>, Vec<PathBuf>)> {
+        let (mut group, mut entrances) = (None, Vec::new());
+        let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+            .map_err(|error| Error::io("the container is gone", error))?;
+        for line in membership.lines() {
+            if self.cgroups.lines().any(|mine| mine == line) {
+                continue;
+            }
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+            let Some(mount) = cgroup_mount(&self.mounts, controllers) else { continue };
+            let dir = mount.join(path.trim_start_matches('/'));
+            if controllers.is_empty() {
+                let fd = File::open(&dir).map_err(|e| Error::Other(no_group(id, &dir, &e)))?;
+                group = Some(Group { dir, fd: fd.into() });
+            } else {
+                // A process of one thread need not wait when it moves itself.
+                entrances.push(dir.join("tasks"));
+            }
+        }
+        Ok((group, entrances))
+    }
+}
+
+/// All kinds of namespaces.
+const NAMESPACES: [(&str, CloneFlags); 8] = [
+    ("user", CloneFlags::CLONE_NEWUSER),
+    ("mnt", CloneFlags::CLONE_NEWNS),
+    ("pid", CloneFlags::CLONE_NEWPID),
+    ("net", CloneFlags::CLONE_NEWNET),
+    ("ipc", CloneFlags::CLONE_NEWIPC),
+    ("uts", CloneFlags::CLONE_NEWUTS),
+    ("cgroup", CloneFlags::CLONE_NEWCGROUP),
+    ("time", CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)),
+];
+
+/// Before anything of a container may see this process, or one that it forks.
+///
+/// # Errors
+/// The kernel's.
+pub fn hide() -> Result<()> {
+    // SAFETY: plain system call.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
+        return Err(Error::os("PR_SET_DUMPABLE"));
+    }
+    Ok(())
+}
+
 /// Runs the process.
 pub fn run(args: &Args, exec: &Exec) -> Result<()> {
+    let mut pid_file = match &exec.pid_file {
+        Some(path) => Some(File::create(path).map_err(|error| Error::io(path.display(), error))?),
+        None => None,
+    };
+    hide()?;
+    let Made { pid, mut answer } = make(args, exec, None, &Home::open()?)?;
+    let mut reason = String::new();
+    answer.read_to_string(&mut reason).map_err(|error| Error::io("exec", error))?;
+    if !reason.is_empty() {
+        return Err(Error::Process(reason));
+    }
+    if let Some(file) = &mut pid_file {
+        write!(file, "{pid}").map_err(|error| Error::io("pid file", error))?;
+    }
+    Ok(())
+}
+
+/// Makes the process, a sibling of this one, with these streams or ours. What is forked next
+/// would be in the container's PID namespace, too: see [`Home::back`].
+pub fn make(args: &Args, exec: &Exec, streams: Option<[OwnedFd; 3]>, home: &Home) -> Result<Made> {
     let state: State = read(&args.root.join(&args.id).join("state.json"))?;
     let container: Container = read(&state.bundle.join("config.json"))?;
     let process: Process = read(&exec.process)?;
@@ -87,14 +232,8 @@ pub fn run(args: &Args, exec: &Exec) -> Result<()> {
         .pid
         .filter(|pid| *pid > 0)
         .ok_or_else(|| Error::Other(format!("container {} has no process", args.id)))?;
-    let pidfd = pidfd_open(pid)
+    let init = pidfd_open(pid)
         .map_err(|_| Error::Other(format!("container {} is not running", args.id)))?;
-    let mut pid_file = match &exec.pid_file {
-        Some(path) => {
-            Some(std::fs::File::create(path).map_err(|error| Error::io(path.display(), error))?)
-        }
-        None => None,
-    };
     let console = match (&exec.console_socket, process.terminal()) {
         (Some(path), Some(true)) => {
             Some(UnixStream::connect(path).map_err(|error| Error::io(path.display(), error))?)
@@ -104,43 +243,39 @@ pub fn run(args: &Args, exec: &Exec) -> Result<()> {
         }
         _ => None,
     };
-    let proc = std::fs::File::open("/proc").map_err(|error| Error::io("/proc", error))?.into();
-    let namespaces = namespaces(pid)?;
-    // SAFETY: plain system call. Before anything of the container may see this process.
-    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
-        return Err(Error::os("PR_SET_DUMPABLE"));
-    }
-    limits(&process)?;
-    let group = join_cgroup(pid, &args.id)?;
+    let proc = File::open("/proc").map_err(|error| Error::io("/proc", error))?.into();
+    let namespaces = home.others(pid)?;
+    let (group, entrances) = home.groups(pid, &args.id)?;
     let seccomp = container.linux.seccomp.map(|profile| compile(&profile, exec.cache.as_deref()));
-    let seccomp = seccomp.transpose()?;
-    if console.is_none() {
-        console::own_streams(host_uid(pid, process.user().uid()));
-    }
-    join(&pidfd, namespaces & CloneFlags::CLONE_NEWPID).map_err(Error::Other)?;
-    let (mut read_end, write_end) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
-    let others = namespaces - CloneFlags::CLONE_NEWPID;
-    let plan = Plan { process, seccomp, console, proc, init: pidfd, namespaces: others };
-    let child = fork_into(group, &args.id)?;
+    let mut plan = Plan {
+        id: args.id.clone(),
+        seccomp: seccomp.transpose()?,
+        uid: host_uid(pid, process.user().uid()),
+        process,
+        console,
+        streams,
+        entrances,
+        proc,
+        init,
+        namespaces: namespaces - CloneFlags::CLONE_NEWPID,
+    };
+    join(&plan.init, namespaces & CloneFlags::CLONE_NEWPID).map_err(Error::Other)?;
+    let (answer, mut tell) = std::io::pipe().map_err(|error| Error::io("pipe", error))?;
+    let child = fork_into(group, &mut plan)?;
     if child == 0 {
-        drop(read_end);
-        let mut write_end = write_end;
+        drop(answer);
+        if plan.streams.is_some() {
+            // Requests of others: not in a process that is about to be the container's.
+            // SAFETY: nothing here uses the number any more.
+            unsafe { libc::close(super::serve::SOCKET) };
+        }
         let reason = become_process(&plan);
         // Either exec has closed this end, or the reader gets the reason.
-        let _ = write_end.write_all(reason.as_bytes());
+        let _ = tell.write_all(reason.as_bytes());
         // SAFETY: ends this process without running anything of the parent's.
         unsafe { libc::_exit(255) };
     }
-    drop(write_end);
-    let mut reason = String::new();
-    read_end.read_to_string(&mut reason).map_err(|error| Error::io("exec", error))?;
-    if !reason.is_empty() {
-        return Err(Error::Process(reason));
-    }
-    if let Some(file) = &mut pid_file {
-        write!(file, "{child}").map_err(|error| Error::io("pid file", error))?;
-    }
-    Ok(())
+    Ok(Made { pid: child, answer })
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
@@ -158,43 +293,18 @@ fn pidfd_open(pid: i32) -> std::io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// The namespaces of the container that are not ours already: joining one's own user namespace
-/// is an error, the others would be work for nothing.
-fn namespaces(pid: i32) -> Result<CloneFlags> {
-    const TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
-    let mut flags = CloneFlags::empty();
-    for (name, flag) in [
-        ("user", CloneFlags::CLONE_NEWUSER),
-        ("mnt", CloneFlags::CLONE_NEWNS),
-        ("pid", CloneFlags::CLONE_NEWPID),
-        ("net", CloneFlags::CLONE_NEWNET),
-        ("ipc", CloneFlags::CLONE_NEWIPC),
-        ("uts", CloneFlags::CLONE_NEWUTS),
-        ("cgroup", CloneFlags::CLONE_NEWCGROUP),
-        ("time", TIME),
-    ] {
-        let theirs = std::fs::read_link(format!("/proc/{pid}/ns/{name}"));
-        let ours = std::fs::read_link(format!("/proc/self/ns/{name}"));
-        match (theirs, ours) {
-            (Ok(theirs), Ok(ours)) if theirs != ours => flags |= flag,
-            (Err(error), Ok(_)) => return Err(Error::io("the container is gone", error)),
-            _ => {}
-        }
-    }
-    Ok(flags)
-}
-
-fn limits(process: &Process) -> Result<()> {
+fn limits(process: &Process) -> std::result::Result<(), String> {
     if let Some(score) = process.oom_score_adj() {
         // Lowering it needs a capability that a nested host may not have; runc fails here, too.
         std::fs::write("/proc/self/oom_score_adj", score.to_string())
-            .map_err(|error| Error::io("oom_score_adj", error))?;
+            .map_err(|error| format!("oom_score_adj: {error}"))?;
     }
     for limit in process.rlimits().iter().flatten() {
         let value = libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() };
         // SAFETY: a valid resource and a valid structure.
         if unsafe { libc::setrlimit(resource(limit.typ()), &raw const value) } != 0 {
-            return Err(Error::os(format!("rlimit {:?}", limit.typ())));
+            let error = std::io::Error::last_os_error();
+            return Err(format!("rlimit {:?}: {error}", limit.typ()));
         }
     }
     Ok(())
@@ -253,40 +363,8 @@ struct Group {
     fd: OwnedFd,
 }
 
-fn entered<T>(result: std::io::Result<T>, id: &str, file: &Path) -> Result<T> {
-    result.map_err(|error| {
-        Error::io(format!("cannot join the cgroup of container {id} ({})", file.display()), error)
-    })
-}
-
-/// Joins every cgroup of v1 that the container's init is in, and answers the one of v2, where that is
-/// another than ours. It may be a leaf into which init has moved itself, because the container's own
-/// top must be empty then.
-fn join_cgroup(pid: i32, id: &str) -> Result<Option<Group>> {
-    let mut group = None;
-    let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
-        .map_err(|error| Error::io("the container is gone", error))?;
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|error| Error::io("mountinfo", error))?;
-    for line in membership.lines() {
-        if own.lines().any(|mine| mine == line) {
-            continue;
-        }
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
-        let Some(mount) = cgroup_mount(&mounts, controllers) else { continue };
-        let dir = mount.join(path.trim_start_matches('/'));
-        if controllers.is_empty() {
-            let fd = entered(File::open(&dir), id, &dir)?.into();
-            group = Some(Group { dir, fd });
-            continue;
-        }
-        // This process has one thread, which need not wait when it moves itself.
-        let file = dir.join("tasks");
-        entered(std::fs::write(&file, "0"), id, &file)?;
-    }
-    Ok(group)
+fn no_group(id: &str, file: &Path, error: &std::io::Error) -> String {
+    format!("cannot join the cgroup of container {id} ({}): {error}", file.display())
 }
 
 /// Where a hierarchy is mounted, from its controllers as `/proc/PID/cgroup` writes them (empty
@@ -334,23 +412,21 @@ fn fork_sibling() -> Result<i32> {
     }
 }
 
-/// The same in a group. Kernels before 5.7, and groups of threads, want the process to move.
-fn fork_into(group: Option<Group>, id: &str) -> Result<i32> {
+/// The same in a group. On kernels before 5.7, and in groups of threads, the process has to move.
+fn fork_into(group: Option<Group>, plan: &mut Plan) -> Result<i32> {
     let Some(Group { dir, fd }) = group else { return fork_sibling() };
     match clone_sibling(0, Some(fd.as_fd())) {
-        Ok(child) => return Ok(child),
         // The group has as many processes as it may have.
-        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
-            return Err(Error::io("clone", error));
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Err(Error::io("clone", error)),
+        Err(_) => {
+            plan.entrances.push(dir.join("cgroup.procs"));
+            fork_sibling()
         }
-        Err(_) => {}
+        made => made.map_err(|error| Error::io("clone", error)),
     }
-    let file = dir.join("cgroup.procs");
-    entered(std::fs::write(&file, "0"), id, &file)?;
-    fork_sibling()
 }
 
-/// Steps 3 of the module text. Returns only the reason of failure.
+/// Step 3 of the module text. Returns only the reason of failure.
 fn become_process(plan: &Plan) -> String {
     match take_on(plan) {
         Ok(()) => payload::execute(&plan.process),
@@ -362,6 +438,14 @@ fn take_on(plan: &Plan) -> std::result::Result<(), String> {
     let process = &plan.process;
     let user = process.user();
     let os = |what: &str| format!("{what}: {}", std::io::Error::last_os_error());
+    place(plan)?;
+    limits(process)?;
+    for file in &plan.entrances {
+        std::fs::write(file, "0").map_err(|error| no_group(&plan.id, file, &error))?;
+    }
+    if plan.console.is_none() {
+        console::own_streams(plan.uid);
+    }
     join(&plan.init, plan.namespaces)?;
     nix::unistd::setsid().map_err(|error| format!("setsid: {error}"))?;
     if plan.namespaces.contains(CloneFlags::CLONE_NEWUSER) {
@@ -407,6 +491,17 @@ fn take_on(plan: &Plan) -> std::result::Result<(), String> {
         != 0
     {
         return Err(os("close_range"));
+    }
+    Ok(())
+}
+
+/// Puts the standard streams where they belong.
+fn place(plan: &Plan) -> std::result::Result<(), String> {
+    for (number, fd) in (0..).zip(plan.streams.iter().flatten()) {
+        // SAFETY: onto the standard streams of this process, which has one thread.
+        if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
+            return Err(format!("dup2: {}", std::io::Error::last_os_error()));
+        }
     }
     Ok(())
 }

@@ -12,6 +12,8 @@
 //! * **exec** is ours (`exec`), because libcontainer 0.7 builds the joining process from a spec
 //!   without the container's seccomp section: its execs run unfiltered.
 //!
+//! [`serve`] is exec for one container's process after another, without a program for each.
+//!
 //! Command line and files are runc's as far as they go: `--root`, `--log`, `--bundle`,
 //! `--pid-file`, `--console-socket`. Errors are one JSON line in the log file, as runc and crun
 //! write it, and one plain line on standard error; the exit status is 1.
@@ -30,6 +32,7 @@ mod direct;
 mod exec;
 mod manage;
 mod payload;
+pub mod serve;
 pub mod workload;
 
 use std::io::Write;

@@ -161,7 +161,7 @@ impl Vm {
             .arg(at("vhost-fs"))
             .arg("--shared-dir")
             .arg(at("share"))
-            .args(["--sandbox=none", "--announce-submounts"])
+            .args(["--sandbox=none", "--announce-submounts", "--cache=always"])
             .stdout(out("virtiofsd.log"))
             .stderr(out("virtiofsd.err"))
             .spawn()
