@@ -308,6 +308,8 @@ allowed_annotations = ["io.kuasar.wasm.http-port", "io.kuasar.wasm.engine", "io.
 max_threads = 16
 [runtimes]
 "io.containerd.kuasar-wasmedge.v1" = "wasmedge"
+[userns_engine]
+path = "$B/bin/runc13"
 [wasmedge]
 worker = "$B/bin/wasm-worker-wasmedge"
 library = "libwasmedge.so.0"

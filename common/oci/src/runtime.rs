@@ -300,6 +300,7 @@ impl Containers {
         &self,
         payloads: &dyn Payloads,
         request: &CreateContainer,
+        terminal: Option<Option<(u16, u16)>>,
         prepared: &mut Prepared,
     ) -> Result<(Engine, Vec<OwnedFd>)> {
         let Prepared { meta, passed, spec } = prepared;
@@ -316,6 +317,11 @@ impl Containers {
         // What is recorded already removes whatever an engine of the same kind has made.
         let other_kind = engine.is_builtin() != self.engine(&meta.engine)?.is_builtin();
         meta.engine = chosen.engine;
+        if !engine.is_builtin() {
+            // A command line gets at descriptors in another way than the engine that it was prepared for.
+            (*spec, *passed, meta.cgroup) =
+                Self::spec(&self.pod, &engine, &request.id, &request.bundle, terminal)?;
+        }
         // Small files in memory: not worth another thread.
         let dir = self.pod.container(&request.id);
         write_spec(&dir, spec)?;
@@ -350,7 +356,9 @@ impl Containers {
         let chosen = async {
             let mut prepared = prepared?;
             let (engine, more) = match &self.payloads {
-                Some(payloads) => self.choose(payloads.as_ref(), request, &mut prepared).await?,
+                Some(payloads) => {
+                    self.choose(payloads.as_ref(), request, terminal, &mut prepared).await?
+                }
                 None => (engine, Vec::new()),
             };
             Ok((prepared, engine, more))

@@ -4,7 +4,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{on, wait_for, wasm};
+use kuasar_tests::{leaks, on, switch, wait_for, wasm};
+
+use crate::own_kernel::Configuration;
 
 use super::*;
 
@@ -149,10 +151,45 @@ fn a_container_of_a_user_namespace_has_a_terminal() {
 }
 
 #[test]
-fn a_native_container_in_a_user_namespace_is_refused_with_what_to_do() {
+fn a_native_container_stands_beside_modules_in_a_user_namespace() {
     let Some(_on) = on(USERS) else { return };
     wasm::import();
+    let before = leaks::snapshot();
     let pod = pod("wasm-users-native", "wasmtime", NamespaceMode::Container);
-    let message = fails(&pod, &["/bin/busybox", "true"]);
-    assert!(message.contains("hostUsers: true"), "{message}");
+    let module = pod.start_with(&["/sleep.wasm"], image);
+    // An image of its own, whose files are mapped as the modules' are.
+    let native = pod.start(&["sleep", "1000"]);
+    assert_eq!(native.sh("id -u; stat -c %u /bin/busybox"), "0\n0");
+    assert_eq!(native.sh("cut -c1-40 /proc/self/uid_map | tr -s ' '"), " 0 100000 65536");
+    let meta = Path::new(&format!("/proc/{}", native.pid())).metadata().unwrap();
+    assert_eq!(meta.uid(), ROOT);
+    let same = |name: &str| {
+        let of = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+        assert_eq!(of(native.pid()), of(module.pid()), "{name}");
+    };
+    ["user", "net", "ipc", "uts"].into_iter().for_each(same);
+    switch(&["daemon", "kill"], &[]);
+    switch(&["daemon", "start"], &[]);
+    assert!(native.is_running() && module.is_running());
+    assert_eq!(native.exec(&["sh", "-c", "exit 3"]).0, 3);
+    // The pod's own engine has the words for what is missing.
+    let message = pod.create_with(&["/no/such"], |_| {}).unwrap().start().unwrap_err();
+    assert!(message.message().contains("/no/such"), "{message}");
+    native.stop(0).unwrap();
+    assert_eq!(native.wait(), 137);
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_native_container_in_a_user_namespace_says_what_it_lacks() {
+    let Some(_on) = on(USERS) else { return };
+    let configuration = Configuration::read("wasm");
+    let none = configuration.text.replace("/bin/runc13", "/bin/no-such-runc");
+    configuration.set(&none);
+    let pod = pod("wasm-users-none", "wasmtime", NamespaceMode::Container);
+    let error = pod.create_with(&["sleep", "1000"], |_| {}).unwrap().start().unwrap_err();
+    let message = error.message();
+    assert!(message.contains("userns_engine") && message.contains("not installed"), "{message}");
+    pod.remove().unwrap();
 }

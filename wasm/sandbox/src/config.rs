@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kuasar_daemon::common::CommonConfig;
-use kuasar_oci::engine::{Limits, Settings};
+use kuasar_oci::engine::{EngineConfig, Limits, Settings};
 use serde::Deserialize;
 use wasm_common::job::Budget;
 use wasm_common::kind::Kind;
@@ -29,6 +29,9 @@ pub const WASMTIME_NN: &str = "wasmtime-nn";
 /// Names of all engines.
 pub const ENGINES: [&str; 3] = [WASMTIME, WASMEDGE, WASMTIME_NN];
 
+/// The key of [`Config::userns_engine`], which is the engine's name, too.
+pub const USERNS_ENGINE: &str = "userns_engine";
+
 /// What `wasm-sandboxer.toml` has beside [`CommonConfig`]. Every key has a default; unknown keys
 /// are errors.
 #[derive(Debug, Clone, Deserialize)]
@@ -50,6 +53,9 @@ pub struct Config {
     pub spare_after: Duration,
     /// Runs containers whose entrypoint is no WebAssembly with the built-in OCI engine.
     pub native_containers: bool,
+    /// The OCI command line that runs them in pods with a user namespace, in place of the built-in
+    /// engine: that one looks mount sources up as the pod's users.
+    pub userns_engine: EngineConfig,
     /// Compiled code.
     pub cache: CacheConfig,
     /// Compiling.
@@ -212,6 +218,11 @@ impl Default for Config {
             worker_timeout: Duration::from_secs(10),
             spare_after: Duration::from_millis(wire::SPARE_AFTER_MS.into()),
             native_containers: true,
+            userns_engine: EngineConfig {
+                path: "runc".into(),
+                systemd_cgroup: false,
+                args: Vec::new(),
+            },
             cache: CacheConfig::default(),
             compiler: CompilerConfig::default(),
             http: HttpConfig::default(),
@@ -312,7 +323,7 @@ impl Config {
     /// What of it is the engines'.
     pub fn engine_settings(&self) -> Settings {
         Settings {
-            engines: BTreeMap::new(),
+            engines: BTreeMap::from([(USERNS_ENGINE.into(), self.userns_engine.clone())]),
             timeouts: self.engine_timeouts,
             // Every process of a container's enters its cgroup by itself.
             warm_cgroups: Duration::ZERO,
@@ -378,6 +389,7 @@ mod tests {
             "worker",
             "spare_after",
             "native_containers",
+            "path",
             "max_module",
             "port_env",
             "max_connections",
@@ -395,7 +407,7 @@ mod tests {
             .flat_map(|line| [line, "\n"])
             .collect();
         let table: toml::Table = switched_on.parse().unwrap();
-        let own = ["cache", "compiler", "http", "wasmedge", "wasmtime", "wasi_nn"]
+        let own = ["userns_engine", "cache", "compiler", "http", "wasmedge", "wasmtime", "wasi_nn"]
             .map(|key| (key, table[key].clone()));
         let own: toml::Table =
             own.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();

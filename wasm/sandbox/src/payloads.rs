@@ -15,7 +15,7 @@ use wasm_common::kind::{Detected, Kind};
 use wasm_image::{self as image, Program, shown};
 
 use crate::compile::Compiler;
-use crate::config::{Config, ENGINES, PORT_ANNOTATION, WASMEDGE};
+use crate::config::{Config, ENGINES, PORT_ANNOTATION, USERNS_ENGINE, WASMEDGE};
 use crate::worker::Workers;
 use crate::{flavor, spec};
 
@@ -174,9 +174,10 @@ fn layers(candidate: &Candidate) -> String {
 #[async_trait]
 impl Payloads for Modules {
     async fn choose(&self, candidate: &Candidate, spec: &mut Value) -> Result<Chosen> {
-        let native = || Chosen { engine: BUILTIN.into(), descriptors: Vec::new() };
         let own_users = candidate.pod.namespaces.user.is_some();
-        let natives = self.config.get().native_containers && !own_users;
+        let engine = if own_users { USERNS_ENGINE } else { BUILTIN };
+        let native = || Chosen { engine: engine.into(), descriptors: Vec::new() };
+        let natives = self.config.get().native_containers;
         // A few system calls in a mounted tree: not worth another thread.
         let found = image::program(&candidate.rootfs, spec).map_err(Error::InvalidArgument)?;
         let Some(program) = found else {
@@ -197,10 +198,6 @@ impl Payloads for Modules {
         match program.what {
             Detected::Wasm(kind) => self.wasm(program, kind, candidate, spec).await,
             Detected::Other if natives => Ok(native()),
-            Detected::Other if own_users => Err(Error::InvalidArgument(format!(
-                "exec: {name} is no WebAssembly, and native containers do not run here in a pod \
-                 with a user namespace: use another runtime class, or hostUsers: true"
-            ))),
             Detected::Other => Err(Error::InvalidArgument(format!(
                 "exec: {name} is no WebAssembly, and native_containers is off: use another \
                  runtime class for it"
