@@ -21,8 +21,10 @@ pub enum Error {
     /// The other end is closed.
     #[error("the other end is closed")]
     Closed,
-    /// Too many bytes or descriptors.
-    #[error("a packet has at most {MAX} bytes and {MAX_FDS} descriptors")]
+    /// Too many bytes or descriptors, for a packet or for who receives it.
+    #[error(
+        "a packet has at most {MAX} bytes and {MAX_FDS} descriptors, and less where less is expected"
+    )]
     TooLarge,
     /// It cannot be understood.
     #[error("packet")]
@@ -57,15 +59,14 @@ pub fn send<T: Serialize>(
     }
 }
 
-/// Receives one packet with its descriptors, which are close-on-exec.
+/// Receives one packet, no larger than `buffer`, with its descriptors, which are close-on-exec.
 ///
 /// # Errors
 /// See [`Error`]; `EAGAIN` when the socket does not wait and has nothing.
 pub fn receive<T: for<'de> Deserialize<'de>>(
     socket: BorrowedFd<'_>,
-    buffer: &mut Vec<u8>,
+    buffer: &mut [u8],
 ) -> Result<(T, Vec<OwnedFd>), Error> {
-    buffer.resize(MAX, 0);
     let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
     let mut fds = Vec::new();
     let (length, whole) = loop {
@@ -114,7 +115,7 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         let words = vec!["create".to_owned(), "c".into()];
         send(a.as_fd(), &words, &[writer.as_fd(), reader.as_fd()]).unwrap();
-        let (got, fds) = receive::<Vec<String>>(b.as_fd(), &mut Vec::new()).unwrap();
+        let (got, fds) = receive::<Vec<String>>(b.as_fd(), &mut [0; 64]).unwrap();
         assert_eq!((got, fds.len()), (words, 2));
     }
 
@@ -122,14 +123,17 @@ mod tests {
     fn the_other_end_is_known_to_be_closed() {
         let (a, b) = pair();
         drop(a);
-        let error = receive::<Vec<String>>(b.as_fd(), &mut Vec::new()).unwrap_err();
+        let error = receive::<Vec<String>>(b.as_fd(), &mut [0; 64]).unwrap_err();
         assert!(matches!(error, Error::Closed));
         assert!(matches!(send(b.as_fd(), &"hello", &[]).unwrap_err(), Error::Closed));
     }
 
     #[test]
     fn what_is_too_large_is_refused_before_it_is_sent() {
-        let (a, _b) = pair();
+        let (a, b) = pair();
         assert!(matches!(send(a.as_fd(), &"x".repeat(MAX), &[]).unwrap_err(), Error::TooLarge));
+        send(a.as_fd(), &"x".repeat(64), &[]).unwrap();
+        let error = receive::<String>(b.as_fd(), &mut [0; 64]).unwrap_err();
+        assert!(matches!(error, Error::TooLarge), "{error}");
     }
 }

@@ -24,14 +24,15 @@ pub async fn send<T: Serialize>(
     }
 }
 
-/// Waits for one packet.
+/// Waits for one packet of at most `size` bytes.
 ///
 /// # Errors
 /// See [`Error`].
 pub async fn receive<T: for<'de> Deserialize<'de>>(
     socket: &AsyncFd<OwnedFd>,
+    size: usize,
 ) -> Result<(T, Vec<OwnedFd>), Error> {
-    let mut buffer = Vec::new();
+    let mut buffer = vec![0; size];
     loop {
         let mut ready = socket.readable().await.map_err(|_| Error::Closed)?;
         match packet::receive(socket.get_ref().as_fd(), &mut buffer) {

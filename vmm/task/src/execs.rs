@@ -13,7 +13,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kuasar_host::packet;
 use kuasar_host::process::pidfd_signal;
-use kuasar_oci::builtin::serve::{Answer, Request};
+use kuasar_oci::builtin::serve::{ANSWER, Answer, Request};
 use kuasar_oci::command::{Unfinished, one_line};
 use kuasar_oci::engine::{Execs, Left};
 use kuasar_oci::packets;
@@ -119,7 +119,7 @@ impl ExecServer {
         let asked = async {
             // Taken: where this ends before there is an answer, that must not be the next one's.
             let running = self.sent(slot.take(), request, fds).await?;
-            let answer = packets::receive::<Answer>(&running.socket).await.map_err(wait)?;
+            let answer = packets::receive::<Answer>(&running.socket, ANSWER).await.map_err(wait)?;
             Ok((running, answer))
         };
         let asked = tokio::time::timeout(limit, asked).await;

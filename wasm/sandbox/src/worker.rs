@@ -132,7 +132,7 @@ impl Worker {
         });
         // SAFETY: an OwnedFd answers the same descriptor until it is dropped.
         let socket = unsafe { AsyncFd::register(ours) }?;
-        let hello = packets::receive::<wire::Greeting>(&socket);
+        let hello = packets::receive::<wire::Greeting>(&socket, wire::MAX);
         let hello = tokio::time::timeout(limit, hello).await;
         match hello {
             Ok(Ok((Ok(hello), _))) if hello.protocol == PROTOCOL => {

@@ -18,6 +18,11 @@ use super::{Error, Result};
 /// The socket's number.
 pub const SOCKET: RawFd = 3;
 
+/// Most bytes of an answer.
+pub const ANSWER: usize = 16 << 10;
+/// Most bytes of a reason in it.
+const REASON: usize = 2000;
+
 /// An exec is wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
@@ -50,7 +55,7 @@ fn serve() -> Result<()> {
     let home = Home::open()?;
     let null = std::fs::File::options().read(true).write(true).open("/dev/null");
     let null: OwnedFd = null.map_err(|error| Error::io("/dev/null", error))?.into();
-    let mut buffer = Vec::new();
+    let mut buffer = vec![0; packet::MAX];
     loop {
         let (request, fds) = match receive::<Request>(socket, &mut buffer) {
             Ok(received) => received,
@@ -62,7 +67,7 @@ fn serve() -> Result<()> {
         home.back()?;
         let (answer, pipe) = match made {
             Ok(Made { pid, answer }) => (Answer::Ok(pid), Some(answer)),
-            Err(error) => (Answer::Err(error.to_string()), None),
+            Err(error) => (Answer::Err(error.to_string().chars().take(REASON).collect()), None),
         };
         let fds: Vec<_> = pipe.iter().map(AsFd::as_fd).collect();
         send(socket, &answer, &fds).map_err(|error| Error::io("an answer", error))?;
