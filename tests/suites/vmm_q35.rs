@@ -8,7 +8,7 @@ use crate::ctl::{code, ctl_on, err, out};
 use crate::vmm::{HANDLER, Settings, log, machine, strangers, vmm_pid};
 use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, inside, skip, switch, top, wait_for, wire};
+use kuasar_tests::{bed, cri, inside, skip, switch, top, wait_for, wire};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
@@ -206,6 +206,27 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
         wire::controller("Update", q)
     };
     let memory_at_boot = 384 - 48;
+    // A container's own limit is one more reason to grow; it is no reason to shrink.
+    let limit = |mib: i64| {
+        let linux = LinuxContainerResources {
+            memory_limit_in_bytes: mib << 20,
+            ..LinuxContainerResources::default()
+        };
+        let q = UpdateContainerResourcesRequest {
+            container_id: c.id.clone(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        cri!(update_container_resources, q).unwrap();
+    };
+    limit(memory_at_boot + 64);
+    wait_for("memory", Duration::from_secs(60), || number(memory) > before + 32);
+    limit(64);
+    assert!(number(memory) > before + 32);
+    limit(memory_at_boot + 4096);
+    wait_for("all memory", Duration::from_secs(60), || number(memory) > before + 128);
+    update(200_000, memory_at_boot).unwrap();
+    wait_for("less memory", Duration::from_secs(60), || number(memory) < before + 64);
     update(200_000, memory_at_boot + 256).unwrap();
     wait_for("memory", Duration::from_secs(60), || number(memory) > before + 128);
     assert_eq!(number(cpus), 1);

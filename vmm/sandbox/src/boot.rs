@@ -32,14 +32,17 @@ pub(crate) const CONSOLE: &str = "console.log";
 /// Characters of a guest's console in an error.
 const CONSOLE_TAIL: usize = 400;
 
-/// What a guest said last, or from the words on with which its kernel gave up: what comes behind
-/// them are addresses.
+/// What a guest said last, or [`panic_words`].
 fn last_words(log: &Path) -> String {
+    panic_words(log).unwrap_or_else(|| vmm::console::tail(log, CONSOLE_TAIL))
+}
+
+/// The words with which a guest's kernel gave up, if they are among the last of its console, and what
+/// comes behind them: mostly addresses.
+pub(crate) fn panic_words(log: &Path) -> Option<String> {
     let said = vmm::console::tail(log, 8 * CONSOLE_TAIL);
-    match said.find("Kernel panic").and_then(|at| said.get(at..)) {
-        Some(panic) => panic.chars().take(CONSOLE_TAIL).collect(),
-        None => vmm::console::tail(log, CONSOLE_TAIL),
-    }
+    let panic = said.find("Kernel panic").and_then(|at| said.get(at..))?;
+    Some(panic.chars().take(CONSOLE_TAIL).collect())
 }
 
 /// How files reach the pods of a VMM: as configured, or not at all where it has no shares.

@@ -1,5 +1,7 @@
 //! What the machine of a running pod gets when the pod's resources change.
 
+use std::sync::Arc;
+
 use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::SandboxContext;
 use kuasar_pod::files::host;
@@ -7,7 +9,7 @@ use vmm_common::guest as wire;
 
 use crate::config::SizeConfig;
 use crate::errors::machine;
-use crate::guest::service;
+use crate::guest::{Guest, service};
 use crate::sandboxer::{VmmSandboxer, state};
 use crate::vmm::{Feature, Vm};
 
@@ -48,6 +50,70 @@ pub(crate) fn wanted(
         }
     }
     Ok(Growth { cpus, memory_mib })
+}
+
+/// What containers' resources may want of their machine beyond what it has: it grows up to what it was
+/// made for, and never shrinks, because it is the other containers', too.
+pub(crate) struct Machine {
+    pub vm: Arc<dyn Vm>,
+    pub size: SizeConfig,
+    /// One change at a time.
+    pub turn: tokio::sync::Mutex<()>,
+}
+
+impl Machine {
+    /// Room for a container with these resources (those of a runtime spec). A machine that cannot have as
+    /// much gets what it can: the guest's cgroup holds the limit in any case.
+    ///
+    /// # Errors
+    /// The VMM's and the guest's.
+    pub(crate) async fn make_room(
+        &self,
+        container: &str,
+        guest: &Guest,
+        resources: &serde_json::Map<String, serde_json::Value>,
+    ) -> containerd_task::error::Result<()> {
+        let features = self.vm.features();
+        let number = |group: &str, key: &str| {
+            let group = resources.get(group).and_then(|group| group.get(key));
+            group.and_then(serde_json::Value::as_i64).unwrap_or_default()
+        };
+        let (quota, memory) = (number("cpu", "quota"), number("memory", "limit"));
+        let more_cpus = quota > 0 && features.has(Feature::CpuResize);
+        let more_memory = memory > 0 && features.has(Feature::MemoryResize);
+        if !more_cpus && !more_memory {
+            return Ok(());
+        }
+        let _turn = self.turn.lock().await;
+        let (cpus, memory) = self.size.of(quota, number("cpu", "period"), memory);
+        let most = self.vm.state();
+        let failed = |error| containerd_task::error::Error::internal("resize the machine", error);
+        let goal = |what: &str, wanted: u32, most: u32| {
+            if wanted > most {
+                tracing::warn!(container, wanted, most, "the machine cannot have as much: {what}");
+            }
+            wanted.min(most)
+        };
+        if more_memory {
+            let goal = goal("memory (MiB)", memory, most.memory_mib.most);
+            if goal > self.vm.memory().await.map_err(failed)? {
+                self.vm.resize_memory(goal).await.map_err(failed)?;
+            }
+        }
+        if more_cpus {
+            let goal = goal("processors", cpus, most.cpus.most);
+            let question = wire::InfoRequest::new();
+            let has: wire::InfoResponse =
+                guest.call_again(service::GUEST, "Info", &question).await?;
+            if goal > has.cpus {
+                self.vm.resize_cpus(goal).await.map_err(failed)?;
+                let grown = wire::OnlineRequest { cpus: goal, ..wire::OnlineRequest::default() };
+                let _: wire::OnlineResponse =
+                    guest.call_again(service::GUEST, "Online", &grown).await?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl VmmSandboxer {

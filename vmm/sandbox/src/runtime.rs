@@ -33,6 +33,7 @@ use vmm_common::handshake::StreamKind;
 use crate::block::{Disks, StorageConfig};
 use crate::config::Sharing;
 use crate::copy::volumes::Volumes;
+use crate::growth::Machine;
 use crate::guest::{Guest, service};
 use crate::prepare::{Host, Meta, Prepared};
 use crate::spec;
@@ -64,6 +65,8 @@ struct OutOfMemory {
 /// The containers of one pod.
 pub struct Containers {
     pod: Pod,
+    /// Where there still is one.
+    machine: Option<Machine>,
     pub(crate) guest: Arc<Guest>,
     tasks: Tasks,
     pub(crate) keeper: Arc<dyn Keeper>,
@@ -108,22 +111,23 @@ pub(crate) fn ends(io: ProcessIo, container: &str, exec: &str) -> (Ends, [String
 
 impl Containers {
     /// The containers of `pod` in `guest`, on a machine with these disks.
-    pub fn new(
+    pub(crate) fn new(
         pod: Pod,
         guest: Arc<Guest>,
         keeper: Arc<dyn Keeper>,
-        disks: Disks,
-        storage: StorageConfig,
-        sharing: Sharing,
+        machine: Option<Machine>,
+        (storage, sharing): (StorageConfig, Sharing),
     ) -> Self {
         let copies = sharing
             .copying
             .clone()
             .map(|config| Volumes::new(&pod.id, guest.clone(), keeper.clone(), config))
             .map(Arc::new);
+        let vm = machine.as_ref().map(|machine| machine.vm.clone());
+        let disks = Disks::new(vm, &pod.dir);
         let host = Arc::new(Host::new(&pod.dir, pod.pid, disks, storage, sharing));
         let tasks = Tasks::new((**guest).clone(), service::TASK, pod.create);
-        Self { pod, guest, tasks, keeper, host, copies, oom: Mutex::default() }
+        Self { pod, machine, guest, tasks, keeper, host, copies, oom: Mutex::default() }
     }
 
     /// The guest had this many more out-of-memory kills in a container.
@@ -372,6 +376,9 @@ impl Runtime for Containers {
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
         let mut resources: Map<String, Value> = serde_json::from_slice(resources)
             .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
+        if let Some(machine) = &self.machine {
+            machine.make_room(container, &self.guest, &resources).await?;
+        }
         spec::resources(&mut resources);
         self.tasks.update(container, &resources).await
     }

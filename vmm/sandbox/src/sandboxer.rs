@@ -39,12 +39,13 @@ use tokio::sync::watch;
 use vmm_common::{guest as wire, port};
 
 use crate::announced::Announced;
-use crate::block::{self, Disks};
+use crate::block;
 use crate::boot::{CONSOLE, files_by};
 use crate::channel;
 use crate::config::{Config, HostNetwork, ShareBy, TaskEndpoint};
 use crate::drivers::Machinery;
 use crate::errors::{chain, machine, net, task};
+use crate::growth::Machine;
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
 use crate::pool::Pool;
@@ -268,10 +269,10 @@ impl VmmSandboxer {
             create: times.create,
             kill: times.kill,
         };
-        let disks = Disks::new(Some(vm.clone()), &ctx.dir);
-        let storage = config.storage.clone();
-        let (keeper, sharing) = (self.keeper(id), share.sharing(config));
-        let containers = Containers::new(pod, guest.clone(), keeper, disks, storage, sharing);
+        let turn = tokio::sync::Mutex::default();
+        let machine = Machine { vm: vm.clone(), size: config.size, turn };
+        let (keeper, files) = (self.keeper(id), (config.storage.clone(), share.sharing(config)));
+        let containers = Containers::new(pod, guest.clone(), keeper, Some(machine), files);
         let containers = Arc::new(containers);
         let tasks = self.servers.make(ctx, containers.clone())?;
         let mut watchers = vec![
@@ -300,7 +301,8 @@ impl VmmSandboxer {
             }
         }
         // Not among the watchers: it has to see the end that we order as well.
-        tokio::spawn(watch_end(vm.clone(), end, ctx.handle.clone()));
+        let console = ctx.dir.join(CONSOLE);
+        tokio::spawn(watch_end(id.clone(), vm.clone(), end, ctx.handle.clone(), console));
         let live = Live {
             vm,
             guest: guest.clone(),

@@ -1,5 +1,6 @@
 //! What watches a running machine: its end, its helpers, its guest's events and health.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use containerd_sandbox::sandboxer::SandboxExit;
 use tokio::sync::watch;
 use vmm_common::guest as wire;
 
+use crate::boot::panic_words;
 use crate::guest::{Guest, GuestError, service};
 use crate::runtime::Containers;
 use crate::vmm::{self, Vm};
@@ -20,11 +22,14 @@ const WITH_IT: Duration = Duration::from_secs(2);
 /// For how long the end of a machine may be on its way to us when what depends on it is gone already.
 const ON_ITS_WAY: Duration = Duration::from_millis(50);
 
-/// Tells the end of a machine: first its containers, then the Controller.
+/// Tells the end of a machine: first its containers, then the Controller. Then, to people, whether its
+/// kernel had panicked, by its console.
 pub(crate) async fn watch_end(
+    id: String,
     vm: Arc<dyn Vm>,
     gone: watch::Sender<bool>,
     handle: containerd_sandbox::SandboxHandle,
+    console: PathBuf,
 ) {
     let exit = match vm.wait().await {
         Ok(exit) => SandboxExit { status: exit.status, at: exit.at },
@@ -35,7 +40,10 @@ pub(crate) async fn watch_end(
     handle.exited(exit);
     // Its helpers are of no use any more.
     if let Err(error) = vm.stop(Duration::ZERO).await {
-        tracing::error!(%error, "helpers of an ended machine are left");
+        tracing::error!(sandbox = id, %error, "helpers of an ended machine are left");
+    }
+    if let Some(said) = panic_words(&console) {
+        tracing::error!(sandbox = id, console = said, "the guest's kernel panicked");
     }
 }
 

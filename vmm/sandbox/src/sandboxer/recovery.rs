@@ -10,7 +10,7 @@ use kuasar_pod::files;
 use tokio::sync::watch;
 
 use super::{VmmSandboxer, state};
-use crate::block::{self, Disks};
+use crate::block;
 use crate::channel;
 use crate::errors::chain;
 use crate::guest::{Guest, Limits};
@@ -58,10 +58,8 @@ impl VmmSandboxer {
                     create: times.create,
                     kill: times.kill,
                 };
-                let disks = Disks::new(None, &ctx.dir);
-                let storage = config.storage.clone();
-                let (keeper, sharing) = (self.keeper(id), state.share.sharing(&config));
-                let containers = Containers::new(pod, guest, keeper, disks, storage, sharing);
+                let files = (config.storage.clone(), state.share.sharing(&config));
+                let containers = Containers::new(pod, guest, self.keeper(id), None, files);
                 self.servers.make(ctx, Arc::new(containers))?.server().recover().await;
                 return Ok(lost(&why));
             }

@@ -177,6 +177,12 @@ impl Features {
         Self(self.0 | 1 << one as u32)
     }
 
+    /// This set without one.
+    #[must_use]
+    pub const fn without(self, one: Feature) -> Self {
+        Self(self.0 & !(1 << one as u32))
+    }
+
     /// Whether it is in.
     pub const fn has(self, one: Feature) -> bool {
         self.0 & (1 << one as u32) != 0
@@ -354,6 +360,14 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// As [`Vm::resize_cpus`].
     async fn resize_memory(&self, mib: u32) -> Result<u32> {
         let _ = mib;
+        Err(self.cannot(Feature::MemoryResize))
+    }
+
+    /// MiB of memory that it has now.
+    ///
+    /// # Errors
+    /// As [`Vm::resize_cpus`].
+    async fn memory(&self) -> Result<u32> {
         Err(self.cannot(Feature::MemoryResize))
     }
 

@@ -304,11 +304,12 @@ impl Vm for Machine {
             self.http.put("/vm.resize", &resize).await?;
         }
         let limits = (self.config.memory_still(), self.config.snapshot_timeout());
-        settle(mib, LOOK, limits, || async {
-            let actual = self.http.get::<api::Info>("/vm.info").await?.memory_actual_size >> 20;
-            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
-        })
-        .await
+        settle(mib, LOOK, limits, || self.memory()).await
+    }
+
+    async fn memory(&self) -> Result<u32> {
+        let actual = self.http.get::<api::Info>("/vm.info").await?.memory_actual_size >> 20;
+        Ok(u32::try_from(actual).unwrap_or(u32::MAX))
     }
 
     async fn pause(&self) -> Result<()> {

@@ -264,11 +264,14 @@ impl Vm for Machine {
         }
         self.http.patch("/balloon", &api::BalloonUpdate { amount_mib: most - mib }).await?;
         let limits = (self.config.memory_still(), self.config.snapshot_timeout());
-        settle(mib, LOOK, limits, || async {
-            let balloon: api::BalloonStatistics = self.http.get("/balloon/statistics").await?;
-            Ok(most.saturating_sub(balloon.actual_mib))
-        })
-        .await
+        settle(mib, LOOK, limits, || self.memory()).await
+    }
+
+    async fn memory(&self) -> Result<u32> {
+        self.require(Feature::MemoryResize)?;
+        let most = self.core.locked().0.memory_mib.most;
+        let balloon: api::BalloonStatistics = self.http.get("/balloon/statistics").await?;
+        Ok(most.saturating_sub(balloon.actual_mib))
     }
 
     async fn pause(&self) -> Result<()> {

@@ -296,11 +296,12 @@ impl Machine {
         }
         qmp.execute(&commands::balloon { value: i64::from(mib) << 20 }).await?;
         let limits = (STILL, Duration::from_millis(self.config.snapshot_timeout_ms));
-        settle(mib, BALLOON, limits, || async {
-            let actual = qmp.execute(&commands::query_balloon {}).await?.actual >> 20;
-            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
-        })
-        .await
+        settle(mib, BALLOON, limits, || self.memory_now()).await
+    }
+
+    pub(super) async fn memory_now(&self) -> Result<u32> {
+        let actual = self.qmp()?.execute(&commands::query_balloon {}).await?.actual >> 20;
+        Ok(u32::try_from(actual).unwrap_or(u32::MAX))
     }
 }
 

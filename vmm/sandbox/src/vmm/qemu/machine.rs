@@ -56,6 +56,9 @@ pub(super) fn features(config: &QemuConfig) -> Features {
     of_machine(config.machine, config.balloon, config.accel)
 }
 
+/// What a machine with a vsock device cannot be saved for, nor paused.
+const VSOCK: &str = "vsock";
+
 fn tcg() -> Accel {
     Accel::Tcg
 }
@@ -85,6 +88,7 @@ pub(super) fn way_out(feature: Feature) -> &'static str {
         Feature::CpuResize => {
             "use machine q35 with KVM; within the CPUs of the boot the guest's cgroups limit"
         }
+        Feature::Pause => "use a serial channel",
         Feature::MemoryResize | Feature::FreePageReporting => "set balloon = true",
         Feature::Snapshot => {
             "use a serial channel, and shares and vsock only after the restore (machine q35)"
@@ -102,7 +106,7 @@ impl Machine {
         qmp: Qmp,
     ) -> Self {
         let ports = if config.machine.pci() { config.root_ports } else { 0 };
-        let vsock = matches!(spec.channel, Channel::HybridVsock { .. }).then_some("vsock");
+        let vsock = matches!(spec.channel, Channel::HybridVsock { .. }).then_some(VSOCK);
         let shared = spec.shares.first().map(|share| match share.kind {
             ShareKind::Virtiofs => "a virtiofs share",
             ShareKind::Ninep => "a 9p share",
@@ -239,7 +243,12 @@ impl Vm for Machine {
 
     fn features(&self) -> Features {
         let state = self.core.locked();
-        of_machine(state.1.machine, state.1.balloon, state.1.accel)
+        let all = of_machine(state.1.machine, state.1.balloon, state.1.accel);
+        match state.1.unsaveable.as_deref() {
+            // What the host has sent meanwhile is never answered afterwards.
+            Some(VSOCK) => all.without(Feature::Pause),
+            _ => all,
+        }
     }
 
     fn pid(&self) -> u32 {
@@ -303,7 +312,13 @@ impl Vm for Machine {
         self.set_memory(mib).await
     }
 
+    async fn memory(&self) -> Result<u32> {
+        self.require(Feature::MemoryResize)?;
+        self.memory_now().await
+    }
+
     async fn pause(&self) -> Result<()> {
+        self.require(Feature::Pause)?;
         self.qmp()?.execute(&commands::stop {}).await.map(drop)
     }
 

@@ -366,11 +366,13 @@ impl Vm for Machine {
         }
         qmp.execute(&commands::balloon { value: i64::from(mib) << 20 }).await?;
         let limits = (self.config.memory_still(), self.config.snapshot_timeout());
-        settle(mib, LOOK, limits, || async {
-            let actual = qmp.execute(&commands::query_balloon {}).await?.actual >> 20;
-            Ok(u32::try_from(actual).unwrap_or(u32::MAX))
-        })
-        .await
+        settle(mib, LOOK, limits, || self.memory()).await
+    }
+
+    async fn memory(&self) -> Result<u32> {
+        self.require(Feature::MemoryResize)?;
+        let actual = self.qmp()?.execute(&commands::query_balloon {}).await?.actual >> 20;
+        Ok(u32::try_from(actual).unwrap_or(u32::MAX))
     }
 
     async fn pause(&self) -> Result<()> {
