@@ -112,7 +112,7 @@ impl Modules {
             let digest = self.compiler.digest(&program, &layers).await?;
             (Form::Module, program.file.into(), digest)
         } else {
-            let made = self.compiler.artifact(hello, program, &layers, &variant).await?;
+            let made = self.compiler.artifact(&hello, program, &layers, &variant).await?;
             (Form::Compiled, made.0.into(), made.1)
         };
         kuasar_daemon::metrics::observe("wasm_artifact", begun.elapsed());

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -41,6 +41,7 @@ pub fn warm(engine: &str) -> String {
 struct Running {
     socket: AsyncFd<OwnedFd>,
     ended: Arc<AtomicBool>,
+    hello: Arc<Hello>,
 }
 
 /// Starts workers of one engine, one at a time.
@@ -51,7 +52,8 @@ pub struct Worker {
     program: Result<String, String>,
     config: Live<Config>,
     running: tokio::sync::Mutex<Option<Arc<Running>>>,
-    hello: OnceLock<Hello>,
+    /// What the latest one has said of itself.
+    known: Mutex<Option<Arc<Hello>>>,
 }
 
 impl Worker {
@@ -69,24 +71,22 @@ impl Worker {
             program,
             config,
             running: tokio::sync::Mutex::default(),
-            hello: OnceLock::new(),
+            known: Mutex::default(),
         }
     }
 
-    /// What the worker says of itself; starts it if there is none.
+    /// What the worker says of itself; starts it if there is none. The next one may be of another version:
+    /// it loads a library that has been installed anew meanwhile.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub async fn hello(&self) -> Result<&Hello, Failure> {
-        if self.hello.get().is_none() {
-            self.running().await?;
-        }
-        self.hello.get().ok_or_else(|| "the worker has said nothing of itself".into())
+    pub async fn hello(&self) -> Result<Arc<Hello>, Failure> {
+        Ok(self.running().await?.hello.clone())
     }
 
-    /// The same, of one that has been started.
-    pub fn known(&self) -> Option<&Hello> {
-        self.hello.get()
+    /// The same, of the latest that has been started.
+    pub fn known(&self) -> Option<Arc<Hello>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn running(&self) -> Result<Arc<Running>, Failure> {
@@ -94,15 +94,14 @@ impl Worker {
         if let Some(running) = slot.as_ref().filter(|r| !r.ended.load(Ordering::Acquire)) {
             return Ok(running.clone());
         }
-        let (running, hello) = self.start().await?;
-        let running = Arc::new(running);
+        let running = Arc::new(self.start().await?);
         *slot = Some(running.clone());
-        // The program is the same as long as this daemon lives.
-        self.hello.get_or_init(|| hello);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Some(running.hello.clone());
         Ok(running)
     }
 
-    async fn start(&self) -> Result<(Running, Hello), Failure> {
+    async fn start(&self) -> Result<Running, Failure> {
         let config = self.config.get();
         let limit = config.worker_timeout;
         let mut argv = vec![self.program.clone()?, "zygote".into()];
@@ -136,7 +135,7 @@ impl Worker {
         let hello = tokio::time::timeout(limit, hello).await;
         match hello {
             Ok(Ok((Ok(hello), _))) if hello.protocol == PROTOCOL => {
-                Ok((Running { socket, ended }, hello))
+                Ok(Running { socket, ended, hello: Arc::new(hello) })
             }
             Ok(Ok((Ok(_), _))) => {
                 Err("the worker is of another version of Kuasar than this program: \
