@@ -20,15 +20,24 @@ handlers="runc kuasar-runc"
 [ ! -S "$B/run/kuasar-wasm.sock" ] || handlers="$handlers kuasar-wasm"
 # a virtual machine, by QEMU without the help of KVM: slow, but the same everywhere
 [ ! -S "$B/run/kuasar-vmm.sock" ] || handlers="$handlers kuasar-vmm"
+case $handlers in *kuasar-wasm*)
+  # A program of its own, in an image that has busybox, too.
+  mkdir "$T/wasm"
+  python3 "$TOP/tests/bed/wasmhello.py" "$T/wasm/hello.wasm"
+  python3 "$TOP/tests/bed/wasmimage.py" localhost/wasm-demo:latest "$B/src/busybox" "$T/wasm" "$T/wasm.tar"
+  "$BED_SH" run "$B/root/usr/bin/ctr" -a "$B/run/containerd.sock" -n k8s.io images import "$T/wasm.tar" >/dev/null
+esac
 for handler in $handlers; do
+  image=busybox command='"sleep", "1000"'
+  [ "$handler" != kuasar-wasm ] || { image=wasm-demo command='"/hello.wasm"'; }
   cat > "$T/pod.json" <<EOF
 { "metadata": { "name": "demo", "namespace": "demo", "uid": "$handler", "attempt": 1 },
   "hostname": "demo", "log_directory": "$T/logs",
   "linux": { "cgroup_parent": "/kuasar-demo", "security_context": { "namespace_options": { "pid": 1 } } } }
 EOF
   cat > "$T/container.json" <<EOF
-{ "metadata": { "name": "hello" }, "image": { "image": "localhost/busybox:latest" },
-  "command": ["sh", "-c", "echo hello from \$(hostname); exec sleep 1000"], "log_path": "hello.log", "linux": {} }
+{ "metadata": { "name": "hello" }, "image": { "image": "localhost/$image:latest" },
+  "command": [$command], "log_path": "$handler.log", "linux": {} }
 EOF
   a=$(ms)
   if [ "$handler" = runc ]; then pod=$(crictl runp "$T/pod.json"); else pod=$(crictl runp --runtime "$handler" "$T/pod.json"); fi
@@ -36,7 +45,12 @@ EOF
   container=$(crictl create "$pod" "$T/container.json" "$T/pod.json")
   crictl start "$container" >/dev/null
   c=$(ms)
-  out=$(crictl exec "$container" hostname)
+  # There is no other program to be executed in a container of WebAssembly: what it has said.
+  if [ "$handler" = kuasar-wasm ]; then
+    out=$(cut -d' ' -f4- "$T/logs/$handler.log")
+  else
+    out=$(crictl exec "$container" hostname)
+  fi
   d=$(ms)
   case $handler in
     runc) processes=$(pgrep -fc "containerd-shim.*$pod|^/pause" || true) ;;

@@ -188,7 +188,8 @@ def processor_time(containers=()):
 
 def row(name, values):
     values = sorted(values)
-    print(f"{name:34} median {statistics.median(values):8.2f}  p95 {values[int(len(values) * 0.95) - 1]:8.2f}")
+    at = lambda share: values[max(0, int(len(values) * share) - 1)]
+    print(f"{name:34} median {statistics.median(values):8.2f}  p95 {at(0.95):8.2f}  p99 {at(0.99):8.2f}")
 
 
 top = tempfile.mkdtemp(prefix="wasm-bench.", dir=f"{BED}/run")

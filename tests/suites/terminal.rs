@@ -158,14 +158,24 @@ fn a_detached_exec_runs_without_streams_and_its_end_is_kept() {
     leaks::assert_none(&before);
 }
 
-fn attach(handler: &str) {
+pub(crate) fn attach(handler: &str) {
+    let line = "while read l; do echo got $l; done; echo end; sleep 1000";
+    attach_to(handler, &["sh", "-c", line], |_| {}, "got ");
+}
+
+/// A client writes lines to a container that writes each again with this before it, leaves, and another
+/// one goes on.
+pub(crate) fn attach_to(
+    handler: &str,
+    command: &[&str],
+    edit: impl FnOnce(&mut ContainerConfig),
+    before: &str,
+) {
     let pod = Pod::try_run(pod_config("attach"), handler).unwrap();
-    let c = pod.start_with(
-        &["sh", "-c", "while read l; do echo got $l; done; echo end; sleep 1000"],
-        |c| {
-            c.stdin = true;
-        },
-    );
+    let c = pod.start_with(command, |c| {
+        c.stdin = true;
+        edit(c);
+    });
     let mut child = crictl(&["attach", "-i", &c.id])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -175,13 +185,13 @@ fn attach(handler: &str) {
     let mut input = child.stdin.take().unwrap();
     for word in ["one", "two", "three"] {
         writeln!(input, "{word}").unwrap();
-        assert_eq!(lines.next().unwrap().unwrap(), format!("got {word}"));
+        assert_eq!(lines.next().unwrap().unwrap(), format!("{before}{word}"));
     }
     // Without stdin_once the container's input stays open when a client leaves.
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(c.is_running());
-    assert!(String::from_utf8(c.logged("stdout")).unwrap().contains("got three\n"));
+    assert!(String::from_utf8(c.logged("stdout")).unwrap().contains(&format!("{before}three\n")));
     let mut child = crictl(&["attach", "-i", &c.id])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -191,7 +201,7 @@ fn attach(handler: &str) {
     // containerd takes the end of a client's input for its detaching: it stays open.
     let mut input = child.stdin.take().unwrap();
     writeln!(input, "again").unwrap();
-    assert_eq!(lines.next().unwrap().unwrap(), "got again");
+    assert_eq!(lines.next().unwrap().unwrap(), format!("{before}again"));
     let _ = child.kill();
     child.wait().unwrap();
 }

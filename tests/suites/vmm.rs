@@ -4,9 +4,13 @@
 
 use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
-use kuasar_tests::{bed, cri, daemon_pid, inside, on, programs, skip, switch, top, wait_for, wire};
+use kuasar_tests::{
+    bed, cri, daemon_pid, inside, leaks, on, programs, skip, switch, top, wait_for, wire,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use crate::{own_kernel, terminal};
 
 pub(crate) const HANDLER: &str = "kuasar-vmm";
 
@@ -241,23 +245,35 @@ fn volumes_are_seen_with_their_updates_and_read_only_stays_read_only() {
 }
 
 #[test]
-fn a_killed_vmm_is_told_at_once_and_leaves_nothing() {
-    if !able() {
-        return;
-    }
-    let pod = pod("vm-killed");
-    let c = pod.start(&["sleep", "1000"]);
-    kill(vmm_pid(&pod));
-    let since = Instant::now();
-    wait_for("the pod is not ready", Duration::from_secs(5), || {
-        pod.state() == PodSandboxState::SandboxNotready as i32
-    });
-    let took = since.elapsed();
-    assert_eq!(c.wait(), 137);
-    assert!(took < Duration::from_secs(2), "{took:?}");
-    wait_for("its helpers are gone", Duration::from_secs(10), || machine(&pod).is_empty());
-    pod.remove().unwrap();
+fn a_killed_vmm_ends_all_containers_at_once_and_leaves_nothing() {
+    let Some(_on) = able().then(|| on(HANDLER)).flatten() else { return };
+    own_kernel::killed_ends_all_containers_at_once("vm-killed", vmm_pid);
     assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_machine_that_ends_while_the_daemon_is_away_is_found_out() {
+    let Some(_on) = able().then(|| on(HANDLER)).flatten() else { return };
+    own_kernel::an_end_while_the_daemon_is_away_is_found_out("vm-away", vmm_pid);
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn what_is_under_way_when_the_daemon_is_killed_goes_on() {
+    let Some(_on) = able().then(|| on(HANDLER)).flatten() else { return };
+    let before = leaks::snapshot();
+    let pod = pod("vm-under-way");
+    own_kernel::ends_while_the_daemon_is_away(&pod);
+    own_kernel::created_and_started_by_the_next_daemon(&pod);
+    pod.remove().unwrap();
+    leaks::assert_none(&before);
+}
+
+#[test]
+fn a_client_attaches_leaves_and_another_attaches_also_over_a_stream() {
+    let Some(_on) = able().then(|| on(HANDLER)).flatten() else { return };
+    terminal::attach(HANDLER);
+    terminal::attach("kuasar-vmm-streaming");
 }
 
 #[test]
@@ -281,17 +297,20 @@ fn a_killed_helper_ends_its_pod_and_no_other() {
     if !able() {
         return;
     }
-    let (victim, other) = (pod("vm-victim"), pod("vm-other"));
+    let other = pod("vm-other");
     let c = other.start(&["sleep", "1000"]);
-    let helpers = machine(&victim);
-    let (pid, _) = helpers.iter().find(|(_, name)| name.starts_with("virtiofsd")).unwrap();
-    kill(*pid);
-    wait_for("the pod is not ready", Duration::from_secs(10), || {
-        victim.state() == PodSandboxState::SandboxNotready as i32
-    });
-    assert_eq!(other.state(), PodSandboxState::SandboxReady as i32);
-    assert_eq!(c.sh("echo alive"), "alive");
-    victim.remove().unwrap();
+    for helper in ["virtiofsd", "vhost-device-vs"] {
+        let victim = pod(&format!("vm-victim-{helper}"));
+        let helpers = machine(&victim);
+        let (pid, _) = helpers.iter().find(|(_, name)| name.starts_with(helper)).unwrap();
+        kill(*pid);
+        wait_for("the pod is not ready", Duration::from_secs(10), || {
+            victim.state() == PodSandboxState::SandboxNotready as i32
+        });
+        assert_eq!(other.state(), PodSandboxState::SandboxReady as i32);
+        assert_eq!(c.sh("echo alive"), "alive");
+        victim.remove().unwrap();
+    }
     other.remove().unwrap();
 }
 

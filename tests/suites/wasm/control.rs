@@ -99,6 +99,18 @@ fn exec_is_refused_with_words() {
 }
 
 #[test]
+fn a_module_reads_what_clients_write_one_after_another() {
+    with_engines(|engine| {
+        println!("{engine}");
+        let handler = kuasar_tests::handler();
+        crate::terminal::attach_to(&handler, &["/cat.wasm"], image, "");
+    });
+    if handler().is_some() {
+        crate::terminal::attach_to("kuasar-wasm-streaming", &["/cat.wasm"], image, "");
+    }
+}
+
+#[test]
 fn statistics_and_updates_work() {
     let Some(_on) = handler() else { return };
     let pod = Pod::run(pod_config("wasm-stats"));
@@ -117,6 +129,11 @@ fn statistics_and_updates_work() {
     };
     cri!(update_container_resources, q).unwrap();
     assert!(c.is_running());
+    let status = std::fs::read_to_string(format!("/proc/{}/cgroup", c.pid())).unwrap();
+    let group = |line: &str| line.split_once(":memory:").map(|(_, path)| path.to_owned());
+    let Some(group) = status.lines().find_map(group) else { return };
+    let limit = format!("/sys/fs/cgroup/memory{group}/memory.limit_in_bytes");
+    assert_eq!(std::fs::read_to_string(limit).unwrap().trim(), (96 << 20).to_string());
 }
 
 #[test]
