@@ -34,6 +34,10 @@ pub struct Config {
     /// `0s`: never.
     #[serde(with = "kuasar_host::duration")]
     pub warm_cgroups: Duration,
+    /// For how long no exec has been asked for when the process ends that makes those of the built-in
+    /// engine; `0s`: a program runs for each.
+    #[serde(with = "kuasar_host::duration")]
+    pub exec_server_idle: Duration,
     /// Size of a pod's `/dev/shm` in bytes.
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
@@ -68,6 +72,7 @@ impl Default for Config {
             userns_engine: "runc".into(),
             engine_timeouts: Limits::default(),
             warm_cgroups: Duration::from_millis(250),
+            exec_server_idle: Duration::from_secs(60),
             shm_size: 64 << 20,
             unprivileged_ports: true,
             heeds_annotation: false,
@@ -116,6 +121,10 @@ impl Config {
         }
         if self.warm_cgroups > Duration::from_secs(10) {
             return Err("warm_cgroups: at most 10s".into());
+        }
+        let idle = self.exec_server_idle;
+        if idle.subsec_nanos() != 0 || idle > Duration::from_secs(3600) {
+            return Err("exec_server_idle: whole seconds, at most 1h".into());
         }
         if self.shm_size < 4096 {
             return Err(format!("shm_size = {}: at least 4096 bytes", self.shm_size));

@@ -9,7 +9,8 @@ use kuasar_daemon::logging::LevelHandle;
 use kuasar_daemon::resident::{self, Setup};
 use kuasar_host::cgroup::Layout;
 use kuasar_host::live::Live;
-use kuasar_oci::engine::{Backend, Engines};
+use kuasar_oci::engine::{Backend, Engines, Execs};
+use kuasar_oci::execs::ExecServer;
 use kuasar_oci::selfexe::SelfExe;
 use kuasar_pod::{Metrics, NamespaceSandboxer};
 
@@ -33,12 +34,19 @@ pub async fn run(
         let (config, settings) = (config.clone(), settings.clone());
         let kept = dir.join("seccomp").into_os_string().into_string();
         let kept = kept.map_err(|_| anyhow::anyhow!("the state directory is not UTF-8"))?;
-        let builtin = Some(vec![exe.path(), "oci".into(), "--seccomp-cache".into(), kept]);
+        let options = vec!["--seccomp-cache".to_owned(), kept];
+        let mut builtin = vec![exe.path(), "oci".into()];
+        builtin.extend(options.iter().cloned());
+        let idle = config.get().exec_server_idle.as_secs();
+        let server = vec![exe.path(), crate::EXECS.into(), idle.to_string()];
         move |parts: &resident::Parts| {
+            let parent = Arc::new(parts.parent.clone());
+            let execs = ExecServer::new(parent.clone(), server, options);
             let engines = Arc::new(Engines::new(Backend {
-                builtin,
+                builtin: Some(builtin),
+                execs: (idle > 0).then(|| Arc::new(execs) as Arc<dyn Execs>),
                 observer: Arc::new(Metrics("runc")),
-                ..Backend::new(Arc::new(parts.parent.clone()), settings)
+                ..Backend::new(parent, settings)
             }));
             let flavor = Runc::new(config, engines, cgroups.clone());
             Ok(NamespaceSandboxer::new(flavor, parts, cgroups, dir))

@@ -1,8 +1,8 @@
 //! `runc-sandboxer`: sandboxes and containers of Linux namespaces.
 //!
-//! One program with three faces: the resident daemon ([`daemon`]), the built-in OCI engine
-//! ([`kuasar_oci::builtin`], which sandbox-parent runs for every container), and the operator's
-//! `shutdown-parent`.
+//! One program with four faces: the resident daemon ([`daemon`]), the built-in OCI engine
+//! ([`kuasar_oci::builtin`], which sandbox-parent runs for every container), the same as a process that
+//! makes the processes of execs ([`kuasar_oci::builtin::serve`]), and the operator's `shutdown-parent`.
 
 mod config;
 mod daemon;
@@ -18,6 +18,9 @@ use kuasar_daemon::resident::Setup;
 
 use crate::config::Config;
 
+/// First argument of this program for the process that makes execs' processes.
+const EXECS: &str = "execs";
+
 /// Sandboxes and containers of Linux namespaces. `runc-sandboxer oci` is the built-in OCI engine.
 #[derive(Debug, Parser)]
 #[command(name = "runc-sandboxer", version)]
@@ -30,10 +33,16 @@ struct Arguments {
 
 fn main() -> ExitCode {
     // The engine first: it is on the hot path and wants nothing of what a daemon sets up.
-    let mut arguments = std::env::args().skip(1).peekable();
-    if arguments.peek().map(String::as_str) == Some("oci") {
-        let arguments = arguments.skip(1).collect();
-        return kuasar_oci::builtin::main("runc-sandboxer oci", arguments).into();
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next().as_deref() {
+        Some("oci") => {
+            let arguments = arguments.collect();
+            return kuasar_oci::builtin::main("runc-sandboxer oci", arguments).into();
+        }
+        Some(EXECS) => {
+            return kuasar_oci::builtin::serve::main("runc-sandboxer execs", arguments).into();
+        }
+        _ => {}
     }
     kuasar_daemon::memory::tune();
     program::end("runc-sandboxer", run(Arguments::parse()))

@@ -21,6 +21,9 @@ pub enum Error {
     /// The other end is closed.
     #[error("the other end is closed")]
     Closed,
+    /// The other end was closed before it had read what was sent to it.
+    #[error("the other end was closed before it had read everything")]
+    Unread,
     /// Too many bytes or descriptors, for a packet or for who receives it.
     #[error(
         "a packet has at most {MAX} bytes and {MAX_FDS} descriptors, and less where less is expected"
@@ -84,7 +87,7 @@ pub fn receive<T: for<'de> Deserialize<'de>>(
                 break (message.bytes, !message.flags.intersects(cut));
             }
             Err(nix::Error::EINTR) => {}
-            Err(nix::Error::ECONNRESET) => return Err(Error::Closed),
+            Err(nix::Error::ECONNRESET) => return Err(Error::Unread),
             Err(error) => return Err(error.into()),
         }
     };
@@ -126,6 +129,11 @@ mod tests {
         let error = receive::<Vec<String>>(b.as_fd(), &mut [0; 64]).unwrap_err();
         assert!(matches!(error, Error::Closed));
         assert!(matches!(send(b.as_fd(), &"hello", &[]).unwrap_err(), Error::Closed));
+        let (a, b) = pair();
+        send(a.as_fd(), &"hello", &[]).unwrap();
+        drop(b);
+        let error = receive::<String>(a.as_fd(), &mut [0; 64]).unwrap_err();
+        assert!(matches!(error, Error::Unread), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! * [`processes::Processes`] is who forks and reaps: sandbox-parent on a host (feature
 //!   `parent`), the init process itself in a guest. [`place`] is for one that makes containers' processes
 //!   itself, without a command.
-//! * [`engine::Execs`] runs execs of the built-in engine without a command each.
+//! * `execs` (feature `builtin`) runs execs of the built-in engine without a command each.
 //! * [`control::Control`] is how running containers are signalled, listed, frozen, measured: by
 //!   us on their host cgroups, unless an engine needs its own way.
 //! * `builtin` (feature `builtin`) is the built-in engine: a program calls `builtin::main` for its
@@ -23,6 +23,8 @@ pub mod command;
 pub mod console;
 pub mod control;
 pub mod engine;
+#[cfg(feature = "builtin")]
+pub mod execs;
 mod mapping;
 pub mod observer;
 pub mod packets;

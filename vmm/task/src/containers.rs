@@ -25,7 +25,9 @@ use kuasar_host::cgroup::Layout;
 use kuasar_host::live::Live;
 use kuasar_host::record;
 use kuasar_oci::engine::{Backend, Engines, Settings};
+use kuasar_oci::execs::ExecServer;
 use kuasar_oci::pod::{Modes, Namespaces, Pod};
+use kuasar_oci::processes::Processes;
 use kuasar_oci::runtime::Containers;
 use kuasar_oci::selfexe::SelfExe;
 use protobuf::Message;
@@ -34,7 +36,6 @@ use vmm_common::{CONTAINER_TYPE, guest};
 
 use crate::boot::{DIR, POD_NAME};
 use crate::devices;
-use crate::execs::ExecServer;
 use crate::limits;
 use crate::reaper::Reaper;
 use crate::storage::{Plan, take_away};
@@ -42,6 +43,8 @@ use crate::storage::{Plan, take_away};
 /// Files of the pod that containers see below `/etc`.
 pub const POD_DIR: &str = "/run/kuasar/pod";
 
+/// First argument of this program for the process that makes execs' processes.
+pub const EXECS: &str = "execs";
 /// Where compiled seccomp profiles are kept: containers and execs of a pod mostly share one.
 const FILTERS: &str = "/run/kuasar/filters";
 
@@ -62,13 +65,14 @@ impl GuestContainers {
     /// When our own program cannot be held.
     pub fn new(reaper: Reaper) -> std::io::Result<Self> {
         let exe = SelfExe::open("vmm-task")?;
-        let mut backend = Backend::new(Arc::new(reaper.clone()), Live::new(Settings::default()));
+        let reaper: Arc<dyn Processes> = Arc::new(reaper);
+        let mut backend = Backend::new(reaper.clone(), Live::new(Settings::default()));
         backend.observer = Arc::new(crate::spans::Phases);
         let options = vec!["--seccomp-cache".to_owned(), FILTERS.into()];
         let mut builtin = vec![exe.path(), "oci".into()];
         builtin.extend(options.iter().cloned());
         backend.builtin = Some(builtin);
-        let server = vec![exe.path(), crate::execs::WORD.into()];
+        let server = vec![exe.path(), EXECS.into()];
         backend.execs = Some(Arc::new(ExecServer::new(reaper, server, options)));
         let engines = Arc::new(Engines::new(backend));
         Ok(Self { inner: OnceLock::new(), engines, exe, mounted: Mutex::default() })

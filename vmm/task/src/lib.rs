@@ -10,7 +10,6 @@
 //!   has given the token of this boot;
 //! * [`containers`]: the Task API's runtime, over the built-in OCI engine, with a storage of its
 //!   own for each container;
-//! * [`execs`]: the process that makes their execs' processes;
 //! * [`engine`]: the Task API for engines that call the guest themselves;
 //! * [`guest`]: the guest API, with [`network`], [`storage`], [`files`], [`clock`], [`hotplug`], [`power`];
 //! * [`reaper`]: forks and reaps, everything, with no exit lost.
@@ -31,7 +30,6 @@ pub mod containers;
 pub mod devices;
 pub mod engine;
 pub mod events;
-pub mod execs;
 pub mod files;
 pub mod forward;
 pub mod guest;

@@ -53,8 +53,6 @@ pub const FILE: usize = 1 << 20;
 pub const FILES: usize = 4096;
 /// Volumes of a container that are copies of the host's files.
 pub const COPIES: u32 = 1024;
-/// Why a process could not become its program, in bytes.
-pub const REASON: u64 = 2000;
 /// Most that a `TakeFile` answers, in bytes.
 pub const TAKEN: u64 = 1 << 20;
 /// Sysctls, interfaces, routes, neighbours of one message.

@@ -7,7 +7,9 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {
         Some("oci") => kuasar_oci::builtin::main("vmm-task oci", arguments.collect()).into(),
-        Some(vmm_task::execs::WORD) => kuasar_oci::builtin::serve::main("vmm-task execs").into(),
+        Some(vmm_task::containers::EXECS) => {
+            kuasar_oci::builtin::serve::main("vmm-task execs", arguments).into()
+        }
         Some("pod-init") => vmm_task::init::main(),
         // The kernel passes words of its command line on that it does not know.
         _ if std::process::id() == 1 => vmm_task::agent::main(),

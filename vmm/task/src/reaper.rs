@@ -143,23 +143,6 @@ impl Reaper {
         self.spawn_with(&command, inside)
     }
 
-    /// The number of the next exit that nobody watches: for [`Processes::watch`] of a process that is made
-    /// after this.
-    pub fn next(&self) -> u64 {
-        self.lock().next
-    }
-
-    /// Kills a process that is watched, if it has not ended.
-    pub fn kill(&self, cookie: u64) {
-        let table = self.lock();
-        let pid =
-            table.running.iter().find(|(_, running)| **running == cookie).map(|(pid, _)| *pid);
-        if let Some(pid) = pid {
-            // SAFETY: plain system call; it has not been reaped, so the pid is its own.
-            unsafe { libc::kill(pid, libc::SIGKILL) };
-        }
-    }
-
     /// Waits for a process that [`Processes::spawn`] made, and forgets it.
     ///
     /// # Errors

@@ -5,13 +5,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kuasar_oci::command::Unfinished;
 use kuasar_oci::engine::{Execs, Left};
+use kuasar_oci::execs::ExecServer;
 use kuasar_oci::processes::{Command, Processes, new_cookie};
 use serde_json::{Value, json};
-use vmm_task::execs::{ExecServer, WORD};
+use vmm_task::containers::EXECS;
 use vmm_task::reaper::Reaper;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -60,8 +62,9 @@ async fn execs_need_no_program_for_each_and_survive_the_end_of_who_makes_them() 
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     let reaper = Reaper::default();
     reaper.run().unwrap();
-    let program = vec![env!("CARGO_BIN_EXE_vmm-task").to_owned(), WORD.into()];
-    let server = ExecServer::new(reaper.clone(), program, Vec::new());
+    let program =
+        |idle: &str| vec![env!("CARGO_BIN_EXE_vmm-task").to_owned(), EXECS.into(), idle.into()];
+    let server = ExecServer::new(Arc::new(reaper.clone()), program("600"), Vec::new());
     let bench = Bench { reaper, server, dir: tempfile::tempdir().unwrap() };
     let init = Command {
         argv: vec!["/bin/sh".into(), "-c".into(), "exec sleep 1000".into()],
@@ -98,41 +101,51 @@ async fn execs_need_no_program_for_each_and_survive_the_end_of_who_makes_them() 
 
     // Somebody ends it: what it has made goes on, and the next exec has another.
     let sleeper = bench.exec(&process(&["sleep", "1000"]), None).await.unwrap();
-    for pid in servers() {
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-    }
-    let left = bench.exec(&process(&["sh", "-c", "exit 9"]), None).await;
-    // The end may be noticed by the request itself.
-    let left = match left {
-        Ok(left) => left,
-        Err(_) => bench.exec(&process(&["sh", "-c", "exit 9"]), None).await.unwrap(),
-    };
+    servers().into_iter().for_each(kill);
+    let left = bench.exec(&process(&["sh", "-c", "exit 9"]), None).await.unwrap();
     assert_eq!(bench.status(left).await, 9);
     assert!(Path::new(&format!("/proc/{}", sleeper.pid)).exists());
-    bench.reaper.kill(sleeper.watched.unwrap());
+    kill(sleeper.pid);
     assert_eq!(bench.status(sleeper).await, 137);
 
     // Its container ends.
-    bench.reaper.kill(cookie);
+    kill(spawned.pid);
     assert_eq!(bench.reaper.end_of(cookie).await.unwrap().status, 137);
     let gone = bench.exec(&process(&["true"]), None).await.unwrap_err();
     assert!(gone.to_string().contains("container c is not running"), "{gone}");
-    let Bench { server, .. } = bench;
+    let Bench { server, reaper, .. } = bench;
     drop(server);
+    none_is_left().await;
+
+    // One that nobody asks any more ends by itself, and the next exec has another.
+    let server = ExecServer::new(Arc::new(reaper), program("1"), Vec::new());
+    for _ in 0..2 {
+        let words = vec!["exec".to_owned(), "--process".into(), "/none".into(), "c".into()];
+        let error = server.exec(words, [None; 3], SOON).await.unwrap_err();
+        assert!(matches!(error, Unfinished::Failed(_)), "{error}");
+        none_is_left().await;
+    }
+}
+
+async fn none_is_left() {
     let deadline = std::time::Instant::now() + SOON;
     while !servers().is_empty() {
-        assert!(std::time::Instant::now() < deadline, "it outlives who has started it");
+        assert!(std::time::Instant::now() < deadline, "a server stays");
         tokio::task::yield_now().await;
     }
 }
 
+fn kill(pid: u32) {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
 /// Children of this process that make execs.
-fn servers() -> Vec<nix::unistd::Pid> {
+fn servers() -> Vec<u32> {
     let children = kuasar_host::process::children(std::process::id()).unwrap();
     let serves = |pid: &u32| {
         let text = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&text).split('\0').nth(1) == Some(WORD)
+        String::from_utf8_lossy(&text).split('\0').nth(1) == Some(EXECS)
     };
-    let pids = children.into_iter().map(|child| child.pid).filter(serves);
-    pids.map(|pid| nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap())).collect()
+    children.into_iter().map(|child| child.pid).filter(serves).collect()
 }

@@ -136,7 +136,7 @@ impl<E: Engine> Zygote<E> {
         }
         match wire::receive::<Request>(self.socket, &mut self.buffer) {
             Ok((request, fds)) => self.make(request, fds),
-            Err(wire::Error::Closed) => return false,
+            Err(wire::Error::Closed | wire::Error::Unread) => return false,
             // The caller sees its pipe end.
             Err(error) => eprintln!("{}: a request: {error}", self.warm.program),
         }

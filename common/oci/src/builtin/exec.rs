@@ -76,8 +76,8 @@ struct Plan {
     process: Process,
     seccomp: Option<Profile>,
     console: Option<UnixStream>,
-    /// Its standard streams, where they are not ours.
-    streams: Option<[OwnedFd; 3]>,
+    /// What it gets in place of what is ours.
+    given: Option<Given>,
     /// The host's uid of its user.
     uid: u32,
     /// Files by which it enters its groups.
@@ -87,6 +87,14 @@ struct Plan {
     /// The container's init, and the namespaces of it that are still to be joined.
     init: OwnedFd,
     namespaces: CloneFlags,
+}
+
+/// What a process gets from who asks a process that stays.
+pub struct Given {
+    /// Its standard streams.
+    pub streams: [OwnedFd; 3],
+    /// Says when it may become its program.
+    pub go: OwnedFd,
 }
 
 /// A process that is becoming its program.
@@ -222,9 +230,9 @@ pub fn run(args: &Args, exec: &Exec) -> Result<()> {
     Ok(())
 }
 
-/// Makes the process, a sibling of this one, with these streams or ours. What is forked next
+/// Makes the process, a sibling of this one, with what is given or what is ours. What is forked next
 /// would be in the container's PID namespace, too: see [`Home::back`].
-pub fn make(args: &Args, exec: &Exec, streams: Option<[OwnedFd; 3]>, home: &Home) -> Result<Made> {
+pub fn make(args: &Args, exec: &Exec, given: Option<Given>, home: &Home) -> Result<Made> {
     let state: State = read(&args.root.join(&args.id).join("state.json"))?;
     let container: Container = read(&state.bundle.join("config.json"))?;
     let process: Process = read(&exec.process)?;
@@ -253,7 +261,7 @@ pub fn make(args: &Args, exec: &Exec, streams: Option<[OwnedFd; 3]>, home: &Home
         uid: host_uid(pid, process.user().uid()),
         process,
         console,
-        streams,
+        given,
         entrances,
         proc,
         init,
@@ -264,7 +272,7 @@ pub fn make(args: &Args, exec: &Exec, streams: Option<[OwnedFd; 3]>, home: &Home
     let child = fork_into(group, &mut plan)?;
     if child == 0 {
         drop(answer);
-        if plan.streams.is_some() {
+        if plan.given.is_some() {
             // Requests of others: not in a process that is about to be the container's.
             // SAFETY: nothing here uses the number any more.
             unsafe { libc::close(super::serve::SOCKET) };
@@ -469,6 +477,8 @@ fn take_on(plan: &Plan) -> std::result::Result<(), String> {
         // SAFETY: plain system call.
         unsafe { libc::umask(umask) };
     }
+    // Not later: the filter may forbid it.
+    wait_for_go(plan)?;
     let late_chdir = chdir(process.cwd())?;
     if !no_new_privileges {
         filter(plan)?;
@@ -497,13 +507,23 @@ fn take_on(plan: &Plan) -> std::result::Result<(), String> {
 
 /// Puts the standard streams where they belong.
 fn place(plan: &Plan) -> std::result::Result<(), String> {
-    for (number, fd) in (0..).zip(plan.streams.iter().flatten()) {
+    for (number, fd) in (0..).zip(plan.given.iter().flat_map(|given| &given.streams)) {
         // SAFETY: onto the standard streams of this process, which has one thread.
         if unsafe { libc::dup2(fd.as_raw_fd(), number) } < 0 {
             return Err(format!("dup2: {}", std::io::Error::last_os_error()));
         }
     }
     Ok(())
+}
+
+/// Waits until whoever reaps this process knows it. Who is gone has nobody read this.
+fn wait_for_go(plan: &Plan) -> std::result::Result<(), String> {
+    let Some(given) = &plan.given else { return Ok(()) };
+    match nix::unistd::read(&given.go, &mut [0]) {
+        Ok(1) => Ok(()),
+        Ok(_) => Err("nobody waits for it any more".into()),
+        Err(error) => Err(format!("wait for its turn: {error}")),
+    }
 }
 
 /// Changes the directory as root; `true` when only the process's own user may.

@@ -7,12 +7,14 @@
 //! parent, which reaps both. When the other end of its socket is closed, it ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use kuasar_host::packet::{self, receive, send};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
 use super::args::{Args, Command};
-use super::exec::{self, Home, Made};
+use super::exec::{self, Given, Home, Made};
 use super::{Error, Result};
 
 /// The socket's number.
@@ -28,7 +30,9 @@ const REASON: usize = 2000;
 pub struct Request {
     /// Its command line, without the program and `oci`.
     pub argv: Vec<String>,
-    /// Which of its standard streams come with the packet; the others are `/dev/null`.
+    /// Which of its standard streams come with the packet; the others are `/dev/null`. Behind them comes
+    /// the reading end of a pipe: the process becomes its program when a byte comes out of that, and ends
+    /// when it is closed. By then it is known to who reaps it.
     pub given: [bool; 3],
 }
 
@@ -36,10 +40,12 @@ pub struct Request {
 /// cannot; or why there is no process.
 pub type Answer = std::result::Result<i32, String>;
 
-/// Serves requests that come over [`SOCKET`] until its other end is closed; the result is the exit
-/// status. To be called before there is a second thread.
-pub fn main(program: &str) -> u8 {
-    match serve() {
+/// Serves requests that come over [`SOCKET`] until its other end is closed, or none has come for as many
+/// seconds as the first of the arguments says; the result is the exit status. To be called before there is
+/// a second thread.
+pub fn main(program: &str, mut arguments: impl Iterator<Item = String>) -> u8 {
+    let idle = arguments.next().and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
+    match serve(idle) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("{program}: {error}");
@@ -48,7 +54,7 @@ pub fn main(program: &str) -> u8 {
     }
 }
 
-fn serve() -> Result<()> {
+fn serve(idle: Option<Duration>) -> Result<()> {
     // SAFETY: who has started us has put the socket there; it is open as long as this process.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     exec::hide()?;
@@ -56,10 +62,10 @@ fn serve() -> Result<()> {
     let null = std::fs::File::options().read(true).write(true).open("/dev/null");
     let null: OwnedFd = null.map_err(|error| Error::io("/dev/null", error))?.into();
     let mut buffer = vec![0; packet::MAX];
-    loop {
+    while comes(socket, idle)? {
         let (request, fds) = match receive::<Request>(socket, &mut buffer) {
             Ok(received) => received,
-            Err(packet::Error::Closed) => return Ok(()),
+            Err(packet::Error::Closed | packet::Error::Unread) => return Ok(()),
             Err(error) => return Err(Error::io("a request", error)),
         };
         let made = make(request, fds, &null, &home);
@@ -71,6 +77,21 @@ fn serve() -> Result<()> {
         };
         let fds: Vec<_> = pipe.iter().map(AsFd::as_fd).collect();
         send(socket, &answer, &fds).map_err(|error| Error::io("an answer", error))?;
+    }
+    Ok(())
+}
+
+/// Waits for a request; `false` when none comes for so long. One that crosses that is not read, which who
+/// asks can tell.
+fn comes(socket: BorrowedFd<'_>, idle: Option<Duration>) -> Result<bool> {
+    let timeout = match idle {
+        Some(idle) => PollTimeout::try_from(idle).unwrap_or(PollTimeout::MAX),
+        None => PollTimeout::NONE,
+    };
+    match poll(&mut [PollFd::new(socket, PollFlags::POLLIN)], timeout) {
+        Ok(ready) => Ok(ready > 0),
+        Err(nix::Error::EINTR) => Ok(true),
+        Err(error) => Err(Error::io("wait for a request", error)),
     }
 }
 
@@ -86,5 +107,6 @@ fn make(request: Request, fds: Vec<OwnedFd>, null: &OwnedFd, home: &Home) -> Res
     };
     let [stdin, stdout, stderr] = request.given;
     let streams = [stream(stdin)?, stream(stdout)?, stream(stderr)?];
-    exec::make(&args, exec, Some(streams), home)
+    let go = fds.next().ok_or_else(|| Error::Usage("a request without its pipe".into()))?;
+    exec::make(&args, exec, Some(Given { streams, go }), home)
 }
