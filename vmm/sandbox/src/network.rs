@@ -9,7 +9,7 @@
 //! This works alike for every kind that delivers Ethernet frames through the host's stack: `veth`
 //! (bridge, ptp, Calico, Cilium, …), `macvlan`, `ipvlan` in L2 mode, SR-IOV functions and other
 //! physical interfaces. A `macvtap` delivers frames to its character device instead, and is
-//! refused; so is a pod whose interfaces are not Ethernet.
+//! refused; so are an `ipvlan` that routes (L3), and a pod whose interfaces are not Ethernet.
 //!
 //! Taps are not persistent: they live as long as a descriptor of them is open, so nothing is left
 //! of them after the VMM and the daemon are gone. Only a VMM that opens them itself, by name, gets
@@ -125,6 +125,14 @@ pub fn plan(netns: BorrowedFd<'_>) -> Result<Plan> {
             return Err(Error::Unsupported(format!(
                 "interface {} of the pod is a macvtap, whose frames bypass the namespace: use \
                  macvlan, a bridge or another CNI plugin",
+                link.name
+            )));
+        }
+        // In its L3 modes it has no use for neighbours, and says so.
+        if link.kind == "ipvlan" && link.flags & libc::IFF_NOARP as u32 != 0 {
+            return Err(Error::Unsupported(format!(
+                "interface {} of the pod is an ipvlan that routes, and carries no Ethernet frames: \
+                 use its mode l2, macvlan, a bridge or another CNI plugin",
                 link.name
             )));
         }
@@ -428,6 +436,51 @@ mod tests {
         assert_eq!(default.device, "eth0");
         let [gateway] = plan.network.neighbours.as_slice() else { panic!() };
         assert_eq!((gateway.address.as_str(), gateway.state), ("10.9.0.1", 0x80));
+    }
+
+    #[test]
+    fn addresses_routes_and_neighbours_of_version_6_are_handed_through() {
+        let Some(netns) = pod() else { return };
+        ip(&netns, "-6 addr add fd00:9::2/64 dev eth0 nodad");
+        ip(&netns, "-6 route add default via fd00:9::1 dev eth0 metric 7");
+        ip(&netns, "-6 neigh add fd00:9::1 lladdr 02:00:00:00:00:99 dev eth0 nud permanent");
+        let plan = plan(netns.as_fd()).unwrap();
+        let eth0 = plan.network.interfaces.iter().find(|one| one.name == "eth0").unwrap();
+        assert!(eth0.addresses.contains(&"fd00:9::2/64".to_owned()), "{:?}", eth0.addresses);
+        let routes = &plan.network.routes;
+        let default = routes.iter().find(|route| route.gateway == "fd00:9::1");
+        let default = default.unwrap_or_else(|| panic!("{routes:?}"));
+        assert_eq!((default.destination.as_str(), default.family, default.metric), ("", 6, 7));
+        let neighbours = &plan.network.neighbours;
+        assert!(neighbours.iter().any(|one| one.address == "fd00:9::1"), "{neighbours:?}");
+    }
+
+    #[test]
+    fn what_carries_no_frames_through_the_host_is_refused_with_what_to_use() {
+        for (kind, word) in
+            [("macvtap mode bridge", "macvtap"), ("ipvlan mode l3", "mode l2"), ("macvlan", "")]
+        {
+            let Some(netns) = pod() else { return };
+            let words = format!("link add link peer name net1 type {kind}");
+            let made = kuasar_host::namespace::enter_on_thread(
+                netns.as_fd(),
+                CloneFlags::CLONE_NEWNET,
+                || Ok(std::process::Command::new("ip").args(words.split(' ')).output().unwrap()),
+            );
+            if !made.unwrap().status.success() {
+                println!("skipped: no {kind} in this kernel");
+                continue;
+            }
+            ip(&netns, "link set net1 up");
+            match plan(netns.as_fd()) {
+                // Frames of a macvlan go through the host's stack.
+                Ok(plan) => assert!(word.is_empty() && plan.interfaces.len() > 1, "{kind}"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(!word.is_empty() && error.contains(word), "{kind}: {error}");
+                }
+            }
+        }
     }
 
     #[test]
