@@ -72,7 +72,7 @@ impl Default for Config {
             userns_engine: "runc".into(),
             engine_timeouts: Limits::default(),
             warm_cgroups: Duration::from_millis(250),
-            exec_server_idle: Duration::from_secs(60),
+            exec_server_idle: Duration::from_secs(5),
             shm_size: 64 << 20,
             unprivileged_ports: true,
             heeds_annotation: false,
