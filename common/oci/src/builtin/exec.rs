@@ -42,6 +42,7 @@ use super::args::{Args, Exec};
 use super::direct::seccomp::Filter;
 use super::direct::{clone_sibling, seccomp};
 use super::{Error, Result, console, payload};
+use crate::mapping::{Mapping, host_id};
 
 /// The parts of the container's spec that an exec needs.
 #[derive(Deserialize, Default)]
@@ -399,14 +400,13 @@ fn cgroup_mount(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
 /// The host's uid for a uid of the container.
 fn host_uid(pid: i32, uid: u32) -> u32 {
     let map = std::fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap_or_default();
-    map.lines()
-        .find_map(|line| {
-            let mut numbers = line.split_whitespace().filter_map(|word| word.parse::<u32>().ok());
-            let (inside, outside, count) = (numbers.next()?, numbers.next()?, numbers.next()?);
-            let offset = uid.checked_sub(inside).filter(|offset| *offset < count)?;
-            outside.checked_add(offset)
-        })
-        .unwrap_or(uid)
+    let mapping = |line: &str| {
+        let mut numbers = line.split_whitespace().filter_map(|word| word.parse::<u32>().ok());
+        let (container, host, size) = (numbers.next()?, numbers.next()?, numbers.next()?);
+        Some(Mapping { container, host, size })
+    };
+    let mappings: Vec<Mapping> = map.lines().filter_map(mapping).collect();
+    host_id(&mappings, uid).unwrap_or(uid)
 }
 
 /// fork() whose child belongs to our parent.
