@@ -133,7 +133,9 @@ impl Cgroup {
         }
         self.block_v1(r)?;
         for (size, limit) in r.hugepages()? {
-            self.set("hugetlb", &format!("hugetlb.{size}.limit_in_bytes"), &limit.to_string())?;
+            let limit = limit.to_string();
+            self.set("hugetlb", &format!("hugetlb.{size}.limit_in_bytes"), &limit)?;
+            self.set_if_there("hugetlb", &format!("hugetlb.{size}.rsvd.limit_in_bytes"), &limit)?;
         }
         Ok(())
     }
@@ -243,7 +245,10 @@ impl Cgroup {
         }
         self.block_v2(r)?;
         for (size, limit) in r.hugepages()? {
-            self.set("hugetlb", &format!("hugetlb.{size}.max"), &limit.to_string())?;
+            let limit = limit.to_string();
+            self.set("hugetlb", &format!("hugetlb.{size}.max"), &limit)?;
+            // What is reserved counts, too: a mapping that is too large fails, instead of its use (SIGBUS).
+            self.set_if_there("hugetlb", &format!("hugetlb.{size}.rsvd.max"), &limit)?;
         }
         for (key, value) in r.0.get("unified").and_then(Value::as_object).into_iter().flatten() {
             let plain = key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
@@ -404,7 +409,12 @@ mod tests {
     #[test]
     fn v2_files_get_what_the_spec_says() {
         let dir = tempfile::tempdir().unwrap();
-        let there = [("cpu.weight", ""), ("memory.swap.max", ""), ("cpu.max", "50000 100000")];
+        let there = [
+            ("cpu.weight", ""),
+            ("memory.swap.max", ""),
+            ("cpu.max", "50000 100000"),
+            ("hugetlb.2MB.rsvd.max", "max"),
+        ];
         let g = fake(dir.path(), &there);
         g.update(
             br#"{"cpu":{"shares":1024,"period":20000},"memory":{"limit":100,"swap":150},
@@ -420,6 +430,7 @@ mod tests {
             ("memory.swap.max", "50"),
             ("pids.max", "max"),
             ("hugetlb.2MB.max", "7"),
+            ("hugetlb.2MB.rsvd.max", "7"),
             ("io.max", "8:0 rbps=5"),
             ("memory.high", "9"),
         ] {
