@@ -1,4 +1,5 @@
-//! What QEMU and StratoVirt say on their monitor: greeting, answers and events.
+//! What QEMU and StratoVirt say on their monitor: greeting, answers and events. The first byte says
+//! whose dialect it is.
 #![no_main]
 
 use std::time::Duration;
@@ -14,11 +15,13 @@ fuzz_target!(|data: &[u8]| {
     let Ok(runtime) = runtime else { return };
     runtime.block_on(async {
         let Ok((ours, mut theirs)) = UnixStream::pair() else { return };
-        let bytes = data.to_vec();
+        let Some((first, bytes)) = data.split_first() else { return };
+        let kind = if first % 2 == 0 { Kind::Qemu } else { Kind::StratoVirt };
+        let bytes = bytes.to_vec();
         tokio::spawn(async move {
             let _ = theirs.write_all(&bytes).await;
         });
-        if let Ok(qmp) = Qmp::new(Kind::Qemu, ours, Duration::from_millis(50)).await {
+        if let Ok(qmp) = Qmp::new(kind, ours, Duration::from_millis(50)).await {
             let _ = qmp.call("query-status", serde_json::json!({}), None).await;
         }
     });

@@ -26,6 +26,6 @@ pub mod sandboxer;
 pub mod share;
 pub mod spec;
 pub mod template;
-mod trace;
+pub mod trace;
 pub mod vmm;
 mod watch;

@@ -35,7 +35,7 @@ fn at(ns: u64) -> SystemTime {
 
 /// The guest's spans, where they belong: its clock is moved so that its answer lies in the middle of the
 /// call, times end with the call, and whatever hangs nowhere hangs at the call.
-fn spans(told: api::SpansResponse, call: &TracedCall) -> Vec<Finished> {
+pub fn spans(told: api::SpansResponse, call: &TracedCall) -> Vec<Finished> {
     let all: Vec<(api::Span, [u8; 8], Option<[u8; 8]>)> = told
         .spans
         .into_iter()

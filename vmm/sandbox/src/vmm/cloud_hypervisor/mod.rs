@@ -7,7 +7,7 @@
 mod api;
 mod config;
 mod machine;
-mod monitor;
+pub mod monitor;
 mod snapshot;
 
 use std::os::fd::AsFd;

@@ -36,8 +36,7 @@ pub(super) fn follow(
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
-            for event in reader.feed(&bytes) {
-                let Some(event) = translate(&event) else { continue };
+            for event in reader.read(&bytes) {
                 let reset = matches!(&event, Event::Shutdown { reason } if reason == RESET);
                 // Nobody may be listening.
                 let _ = events.send(event);
@@ -69,9 +68,14 @@ fn translate(event: &api::Event) -> Option<Event> {
 /// Objects of JSON, one behind the other, of bounded size. What is none is dropped up to the next
 /// empty line, which stands between two.
 #[derive(Debug, Default)]
-struct Reader(Vec<u8>);
+pub struct Reader(Vec<u8>);
 
 impl Reader {
+    /// The events that mean something to us and are complete with these bytes.
+    pub fn read(&mut self, bytes: &[u8]) -> Vec<Event> {
+        self.feed(bytes).iter().filter_map(translate).collect()
+    }
+
     fn feed(&mut self, bytes: &[u8]) -> Vec<api::Event> {
         self.0.extend_from_slice(bytes);
         let mut found = Vec::new();
