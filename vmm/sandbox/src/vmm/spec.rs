@@ -79,7 +79,7 @@ pub struct Boot {
 pub enum Root {
     /// An initramfs.
     Initrd(PathBuf),
-    /// A read-only disk, the first one that the guest sees. The driver adds `root=`.
+    /// A read-only disk, the first one that the guest sees. The driver adds [`root_params`].
     Image {
         /// The image.
         disk: Disk,
@@ -104,6 +104,12 @@ impl Root {
             Self::Initrd(_) => None,
         }
     }
+}
+
+/// What tells a kernel to boot from its first disk. Its program has the same place there as in an
+/// initramfs, where the kernel looks for it by itself.
+pub fn root_params(fstype: &str) -> [String; 4] {
+    ["root=/dev/vda".into(), "ro".into(), format!("rootfstype={fstype}"), "init=/init".into()]
 }
 
 /// A directory of the host that the guest can mount.

@@ -203,7 +203,7 @@ impl Bench {
     }
 
     pub fn params(&self, channel: &str) -> Vec<String> {
-        let mut params = vec!["init=/init".to_owned(), format!("probe.channel={channel}")];
+        let mut params = vec![format!("probe.channel={channel}")];
         if self.vmm.kind() != Kind::Qemu {
             let more = std::env::var("KUASAR_TEST_PARAMS").unwrap_or_default();
             params.extend(more.split_whitespace().map(str::to_owned));

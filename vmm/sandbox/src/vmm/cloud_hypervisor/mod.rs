@@ -22,7 +22,9 @@ use super::error::{Error, Result};
 use super::helpers::{self, HelpersConfig};
 use super::http::Http;
 use super::process::{Fds, Launcher, Process, Program, text};
-use super::spec::{Channel, Disk, DiskFormat, Nic, Root, ShareKind, VmSpec, check_socket};
+use super::spec::{
+    Channel, Disk, DiskFormat, Nic, Root, ShareKind, VmSpec, check_socket, root_params,
+};
 use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
@@ -178,11 +180,7 @@ impl CloudHypervisor {
                     ));
                 }
                 disks.push(disk_config(disk, &disk.path)?);
-                params.extend([
-                    "root=/dev/vda".into(),
-                    "ro".into(),
-                    format!("rootfstype={fstype}"),
-                ]);
+                params.extend(root_params(fstype));
                 None
             }
         };

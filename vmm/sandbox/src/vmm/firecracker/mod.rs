@@ -27,7 +27,7 @@ use super::error::{Error, Result};
 use super::helpers::Watch;
 use super::http::Http;
 use super::process::{Fds, Launcher, Process, Program, text};
-use super::spec::{Channel, Disk, Nic, Root, VmSpec, check_socket};
+use super::spec::{Channel, Disk, Nic, Root, VmSpec, check_socket, root_params};
 use super::started::Started;
 use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
@@ -214,8 +214,8 @@ impl Firecracker {
                         "the image that a guest boots from is read-only".into(),
                     ));
                 }
-                // Firecracker adds root=.
-                params.push(format!("rootfstype={fstype}"));
+                // Firecracker adds the same root= once more.
+                params.extend(root_params(fstype));
                 add_drive(http, ROOT, true, true, &disk.path).await?;
                 None
             }

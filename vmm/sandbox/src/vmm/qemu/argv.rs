@@ -8,7 +8,9 @@ use vmm_common::clock;
 
 use super::super::error::{Error, Result};
 use super::super::process::{Fds, text};
-use super::super::spec::{Channel, Disk, DiskFormat, Nic, Root, SERIAL_PORT, ShareKind, VmSpec};
+use super::super::spec::{
+    Channel, Disk, DiskFormat, Nic, Root, SERIAL_PORT, ShareKind, VmSpec, root_params,
+};
 use super::config::{Accel, Hotplug, Machine, QemuConfig};
 
 /// virtio-mmio transports of a microvm without ACPI (hw/i386/microvm.c).
@@ -327,7 +329,7 @@ fn boot(config: &QemuConfig, spec: &VmSpec, line: &mut Line<'_>) -> Result<()> {
                 ));
             }
             line.disk(disk, "root");
-            params.extend(["root=/dev/vda".into(), "ro".into(), format!("rootfstype={fstype}")]);
+            params.extend(root_params(fstype));
         }
     }
     params.extend(spec.boot.params.iter().cloned());

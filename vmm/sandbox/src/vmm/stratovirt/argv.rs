@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::super::error::{Error, Result};
 use super::super::process::text;
-use super::super::spec::{Channel, Disk, Nic, Root, SERIAL_PORT, VmSpec};
+use super::super::spec::{Channel, Disk, Nic, Root, SERIAL_PORT, VmSpec, root_params};
 use super::StratoVirtConfig;
 
 /// Where things are that were made for it.
@@ -89,7 +89,7 @@ pub(super) fn build(
                 ));
             }
             disk(&mut argv, root, &root.path)?;
-            params.extend(["root=/dev/vda".into(), "ro".into(), format!("rootfstype={fstype}")]);
+            params.extend(root_params(fstype));
         }
     }
     params.extend(spec.boot.params.iter().cloned());
