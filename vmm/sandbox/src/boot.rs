@@ -16,6 +16,7 @@ use vmm_common::guest as wire;
 use crate::channel;
 use crate::config::{Config, ShareBy};
 use crate::errors::machine;
+use crate::growth::huge_of;
 use crate::guest::service;
 use crate::images::RootImage;
 use crate::making::Template;
@@ -183,6 +184,8 @@ impl VmmSandboxer {
             resources.cpu_period,
             resources.memory_limit_in_bytes,
         );
+        let memory = size.1.saturating_add(huge_of(&ctx.spec.config));
+        let size = (size.0, memory.min(config.size.max_memory_mib));
         let (share, console) = (ShareTree::new(&ctx.dir).served(), ctx.dir.join(CONSOLE));
         let name = (ctx.spec.id.clone(), dir);
         let entrances = cgroup.entrances();

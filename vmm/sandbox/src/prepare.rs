@@ -12,11 +12,13 @@ use containerd_task::runtime::CreateContainer;
 use kuasar_host::mount::{Mount, tree};
 use kuasar_host::record;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vmm_common::{ROOTS_PATH, SHARE_PATH};
 
 use crate::block::{self, Disks, StorageConfig};
 use crate::config::Sharing;
 use crate::copy::{Copied, Wanted};
+use crate::growth::Limits;
 use crate::share::ShareTree;
 use crate::spec::{self, Needs};
 
@@ -30,6 +32,8 @@ pub(crate) struct Meta {
     pub disks: Vec<block::Used>,
     /// Volumes that were copied into the guest.
     pub copies: Vec<Copied>,
+    /// For the size of the machine.
+    pub limits: Limits,
 }
 
 /// What was prepared for a container.
@@ -185,7 +189,10 @@ impl Host {
             rule: one.rule,
         };
         let copies = (0..).zip(&needs.copies).map(copied).collect();
-        let meta = Meta { disks: disks.used(), copies, ..Meta::default() };
+        let resources = value.get("linux").and_then(|linux| linux.get("resources"));
+        let resources = resources.and_then(Value::as_object);
+        let limits = resources.map(|all| Limits::default().or(all)).unwrap_or_default();
+        let meta = Meta { disks: disks.used(), copies, limits, ..Meta::default() };
         self.save(id, &meta)?;
         let spec =
             serde_json::to_vec(&value).map_err(|error| Error::internal("write the spec", error))?;
@@ -206,11 +213,20 @@ impl Host {
         Ok((place, root))
     }
 
-    /// Disks that containers other than `id` have.
-    pub fn disks_of_others(&self, id: &str) -> Vec<block::Used> {
+    /// Records of the containers other than `id`.
+    fn others(&self, id: &str) -> impl Iterator<Item = Meta> {
         let entries = std::fs::read_dir(self.pod_dir.join("containers")).into_iter().flatten();
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        let others = names.filter(|name| name != id);
-        others.filter_map(|name| self.meta(&name).ok()).flat_map(|meta| meta.disks).collect()
+        names.filter(move |name| name != id).filter_map(|name| self.meta(&name).ok())
+    }
+
+    /// Disks that containers other than `id` have.
+    pub fn disks_of_others(&self, id: &str) -> Vec<block::Used> {
+        self.others(id).flat_map(|meta| meta.disks).collect()
+    }
+
+    /// Limits of the containers other than `id`.
+    pub fn limits_of_others(&self, id: &str) -> impl Iterator<Item = Limits> {
+        self.others(id).map(|meta| meta.limits)
     }
 }

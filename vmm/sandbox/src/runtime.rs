@@ -33,7 +33,7 @@ use vmm_common::handshake::StreamKind;
 use crate::block::{Disks, StorageConfig};
 use crate::config::Sharing;
 use crate::copy::volumes::Volumes;
-use crate::growth::Machine;
+use crate::growth::{Limits, Machine};
 use crate::guest::{Guest, service};
 use crate::prepare::{Host, Meta, Prepared};
 use crate::spec;
@@ -171,6 +171,10 @@ impl Containers {
             let _: wire::AddStorageResponse =
                 self.guest.call_again(service::GUEST, "AddStorage", &question).await?;
         }
+        if let Err(error) = self.make_room(&request.id, meta.limits).await {
+            tracing::warn!(container = %request.id, error = %error.chain(),
+                "the machine does not grow with its containers' limits");
+        }
         let container = wire::Container {
             spec: text,
             rootfs: told.rootfs.unwrap_or(root),
@@ -179,6 +183,19 @@ impl Containers {
             ..wire::Container::default()
         };
         Ok((container, meta))
+    }
+
+    /// Room on the machine for a container with these limits, beside the others.
+    async fn make_room(&self, container: &str, limits: Limits) -> Result<()> {
+        let Some(machine) = &self.machine else { return Ok(()) };
+        let others = self.host.limits_of_others(container);
+        machine.make_room(container, &self.guest, others.chain([limits])).await
+    }
+
+    /// MiB of huge pages that the pod and its containers want.
+    pub(crate) fn huge(&self) -> u32 {
+        let all = self.host.limits_of_others("");
+        self.machine.as_ref().map_or(0, |machine| machine.huge(all))
     }
 
     async fn create_inner(&self, request: &CreateContainer, io: ProcessIo) -> Result<Spawned> {
@@ -376,9 +393,10 @@ impl Runtime for Containers {
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
         let mut resources: Map<String, Value> = serde_json::from_slice(resources)
             .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
-        if let Some(machine) = &self.machine {
-            machine.make_room(container, &self.guest, &resources).await?;
-        }
+        let meta = self.host.meta(container)?;
+        let meta = Meta { limits: meta.limits.or(&resources), ..meta };
+        self.host.save(container, &meta)?;
+        self.make_room(container, meta.limits).await?;
         spec::resources(&mut resources);
         self.tasks.update(container, &resources).await
     }

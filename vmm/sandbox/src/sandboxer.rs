@@ -45,7 +45,7 @@ use crate::channel;
 use crate::config::{Config, HostNetwork, ShareBy, TaskEndpoint};
 use crate::drivers::Machinery;
 use crate::errors::{chain, machine, net, task};
-use crate::growth::Machine;
+use crate::growth::{Machine, huge_of};
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
 use crate::pool::Pool;
@@ -85,7 +85,7 @@ pub(crate) struct PodState {
 pub(crate) struct Live {
     pub vm: Arc<dyn Vm>,
     pub guest: Arc<Guest>,
-    containers: Arc<Containers>,
+    pub containers: Arc<Containers>,
     /// What an engine that calls the guest has announced.
     announced: OnceLock<Arc<Announced>>,
     /// What watches it.
@@ -270,7 +270,8 @@ impl VmmSandboxer {
             kill: times.kill,
         };
         let turn = tokio::sync::Mutex::default();
-        let machine = Machine { vm: vm.clone(), size: config.size, turn };
+        let huge = huge_of(&ctx.spec.config);
+        let machine = Machine { vm: vm.clone(), size: config.size, huge, turn };
         let (keeper, files) = (self.keeper(id), (config.storage.clone(), share.sharing(config)));
         let containers = Containers::new(pod, guest.clone(), keeper, Some(machine), files);
         let containers = Arc::new(containers);

@@ -13,7 +13,7 @@
 //! | paths of namespaces | none: the guest puts the pod's there. A process id names a guest's process |
 //! | character devices | those that are the same on every Linux; others are refused, or left out of a privileged container |
 //! | block devices | disks of the machine ([`crate::block`]); left out of a privileged container, which lists all of the host's |
-//! | `cgroupsPath`, `cpuset`, huge page limits, device-bound I/O limits | none: the machine has its own |
+//! | `cgroupsPath`, `cpuset`, device-bound I/O limits | none: the machine has its own |
 //! | AppArmor, SELinux labels | none: the guest's kernel has no policy |
 //! | hooks | none: their programs are on the host |
 //!
@@ -180,7 +180,8 @@ pub fn resources(resources: &mut Map<String, Value>) {
         // Numbers of the host's disks.
         io.retain(|key, _| !key.starts_with("throttle") && key != "weightDevice");
     }
-    for key in ["hugepageLimits", "rdma", "network"] {
+    // Huge pages are the guest's, and so is their count.
+    for key in ["rdma", "network"] {
         resources.remove(key);
     }
 }

@@ -35,10 +35,10 @@ use serde_json::{Value, json};
 use vmm_common::{CONTAINER_TYPE, guest};
 
 use crate::boot::{DIR, POD_NAME};
-use crate::devices;
 use crate::limits;
 use crate::reaper::Reaper;
 use crate::storage::{Plan, take_away};
+use crate::{devices, hugepages};
 
 /// Files of the pod that containers see below `/etc`.
 pub const POD_DIR: &str = "/run/kuasar/pod";
@@ -166,6 +166,8 @@ impl GuestContainers {
             self.put(&request.id, mounted.clone());
         }
         devices::add(&mut spec, &devices)?;
+        let resources = spec.pointer_mut("/linux/resources").and_then(Value::as_object_mut);
+        resources.map(hugepages::for_container).transpose()?;
         let spec =
             serde_json::to_vec(&spec).map_err(|error| Error::internal("write the spec", error))?;
         let bundle = bundle(&request.id);
@@ -278,7 +280,12 @@ impl Runtime for GuestContainers {
     }
 
     async fn update(&self, container: &str, resources: &[u8]) -> Result<()> {
-        self.inner()?.update(container, resources).await
+        let wrong = |error| Error::InvalidArgument(format!("resources: {error}"));
+        let mut resources = serde_json::from_slice(resources).map_err(wrong)?;
+        hugepages::for_container(&mut resources)?;
+        let resources = serde_json::to_vec(&resources);
+        let resources = resources.map_err(|error| Error::internal("write the resources", error))?;
+        self.inner()?.update(container, &resources).await
     }
 
     async fn stats(&self, container: &str, flavor: StatsFlavor) -> Result<AnyMessage> {

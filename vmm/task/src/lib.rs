@@ -34,6 +34,7 @@ pub mod files;
 pub mod forward;
 pub mod guest;
 pub mod hotplug;
+pub mod hugepages;
 pub mod init;
 pub mod kmsg;
 pub mod limits;

@@ -175,6 +175,9 @@ impl Plan {
         } else {
             root.mkdir_all(&self.target, 0o755).map_err(failed)?;
         }
+        if self.fstype == "hugetlbfs" {
+            crate::hugepages::for_volume(&self.options)?;
+        }
         let mount = Mount {
             kind: self.fstype,
             source: source.to_string_lossy().into_owned(),

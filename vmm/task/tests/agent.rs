@@ -92,6 +92,19 @@ fn create(id: &str, args: &[&str], terminal: bool) -> api::CreateTaskRequest {
     }
 }
 
+/// A Create with other contents.
+fn changed(
+    mut request: api::CreateTaskRequest,
+    change: impl FnOnce(&mut guest::Container, &mut serde_json::Value),
+) -> api::CreateTaskRequest {
+    let mut container = guest::Container::parse_from_bytes(&request.options.value).unwrap();
+    let mut spec = serde_json::from_slice(&container.spec).unwrap();
+    change(&mut container, &mut spec);
+    container.spec = serde_json::to_vec(&spec).unwrap();
+    request.options.as_mut().unwrap().value = container.write_to_bytes().unwrap();
+    request
+}
+
 fn start(id: &str, exec: &str) -> api::StartRequest {
     api::StartRequest { id: id.into(), exec_id: exec.into(), ..Default::default() }
 }
@@ -337,12 +350,10 @@ async fn a_terminal_is_a_terminal_and_a_shared_pid_namespace_is_shared() {
     task.delete(soon(), &delete("t1", "")).await.unwrap();
 
     // `/proc/0/ns/pid` is the pod's.
-    let mut request = create("s1", &["sh", "-c", "[ $$ -gt 1 ] && cat /proc/1/comm"], false);
-    let mut container = guest::Container::parse_from_bytes(&request.options.value).unwrap();
-    let mut spec: serde_json::Value = serde_json::from_slice(&container.spec).unwrap();
-    spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/0/ns/pid"});
-    container.spec = serde_json::to_vec(&spec).unwrap();
-    request.options.as_mut().unwrap().value = container.write_to_bytes().unwrap();
+    let request = create("s1", &["sh", "-c", "[ $$ -gt 1 ] && cat /proc/1/comm"], false);
+    let request = changed(request, |_, spec| {
+        spec["linux"]["namespaces"][0] = json!({"type": "pid", "path": "/proc/0/ns/pid"});
+    });
     vm.rootfs(&tools, "s1");
     task.create(soon(), &request).await.unwrap();
     let mut stdout = vm.stream("s1", "", Kind::Stdout).await;
@@ -350,6 +361,40 @@ async fn a_terminal_is_a_terminal_and_a_shared_pid_namespace_is_shared() {
     assert_eq!(String::from_utf8_lossy(&all(&mut stdout).await), "pod-init\n");
     task.wait(soon(), &wait("s1", "")).await.unwrap();
     task.delete(soon(), &delete("s1", "")).await.unwrap();
+
+    // Huge pages are made when they are used, up to the container's limit, and go with their file.
+    let count = "busybox awk '/^HugePages_Total/ {print $2}' /proc/meminfo";
+    let line = format!(
+        "{count}; busybox fallocate -l 4194304 /huge/a && {count}; \
+         busybox fallocate -l 2097152 /huge/b 2>/dev/null \
+         || echo no more; busybox rm /huge/*; {count}"
+    );
+    let limited = |size: &str, limit: u64| {
+        changed(create("h1", &["sh", "-c", &line], false), |container, spec| {
+            spec["linux"]["resources"]["hugepageLimits"] =
+                json!([{"pageSize": "64KB", "limit": 0}, {"pageSize": size, "limit": limit}]);
+            let target = "/run/kuasar/huge";
+            container.storages.push(guest::Storage {
+                id: "huge".into(),
+                kind: "hugetlbfs".into(),
+                options: vec!["pagesize=2097152".into()],
+                target: target.into(),
+                ..Default::default()
+            });
+            let mount = json!({"destination": "/huge", "type": "bind", "source": target,
+                "options": ["bind"]});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+        })
+    };
+    vm.rootfs(&tools, "h1");
+    let refused = task.create(soon(), &limited("1GB", 1 << 30)).await.unwrap_err();
+    assert!(refused.to_string().contains("huge pages of 1GB"), "{refused}");
+    task.create(soon(), &limited("2MB", 4 << 20)).await.unwrap();
+    let mut stdout = vm.stream("h1", "", Kind::Stdout).await;
+    task.start(soon(), &start("h1", "")).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&all(&mut stdout).await), "0\n2\nno more\n0\n");
+    task.wait(soon(), &wait("h1", "")).await.unwrap();
+    task.delete(soon(), &delete("h1", "")).await.unwrap();
 
     // The clock goes both ways.
     for (shift, sign) in [(3600, -1), (-3600, 1)] {
