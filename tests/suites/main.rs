@@ -33,6 +33,8 @@ mod vmm_channels;
 mod vmm_noshare;
 mod vmm_pool;
 mod vmm_q35;
+mod vmm_refused;
+mod vmm_watched;
 mod volumes;
 mod wasm;
 mod wire;

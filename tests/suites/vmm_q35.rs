@@ -223,6 +223,14 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
     wait_for("memory", Duration::from_secs(60), || number(memory) > before + 32);
     limit(64);
     assert!(number(memory) > before + 32);
+    // So is what another one begins with, beside it.
+    let second = pod.start_with(&["sleep", "1000"], |c| {
+        let resources = c.linux.get_or_insert_default().resources.get_or_insert_default();
+        resources.memory_limit_in_bytes = (memory_at_boot + 64) << 20;
+    });
+    wait_for("memory", Duration::from_secs(60), || number(memory) > before + 84);
+    second.stop(0).unwrap();
+    second.remove().unwrap();
     limit(memory_at_boot + 4096);
     wait_for("all memory", Duration::from_secs(60), || number(memory) > before + 128);
     update(200_000, memory_at_boot).unwrap();
