@@ -184,6 +184,8 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
     let memory = "awk '/^MemAvailable/ {print int($2 / 1024)}' /proc/meminfo";
     let cpus = "grep -c ^processor /proc/cpuinfo";
     assert_eq!(number(cpus), 1);
+    // On a busy host the balloon takes a while after the boot.
+    wait_for("the balloon holds the rest", Duration::from_secs(60), || number(memory) < 384);
     let before = number(memory);
     // As containerd passes kubelet's UpdatePodSandboxResources on.
     let update = |quota: i64, mib: i64| -> Result<api::ControllerUpdateResponse, Status> {
