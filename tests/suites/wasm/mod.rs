@@ -4,7 +4,6 @@ mod confinement;
 mod control;
 mod images;
 mod nn;
-
 mod programs;
 mod users;
 mod wasip3;
@@ -13,7 +12,7 @@ mod wasmedge;
 use std::time::Duration;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{Chosen, bed, cri, inside, on, skip, wasm};
+use kuasar_tests::{Chosen, bed, cri, inside, on, skip, wait_for, wasm};
 
 const HANDLER: &str = "kuasar-wasm";
 const EDGE: &str = "kuasar-wasmedge";
