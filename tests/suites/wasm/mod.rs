@@ -1,5 +1,6 @@
 //! Pods of WebAssembly: real containerd, real Wasmtime; the programs are assembled by the tests.
 
+mod bad_input;
 mod confinement;
 mod control;
 mod images;
