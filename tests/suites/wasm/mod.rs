@@ -4,6 +4,7 @@ mod bad_input;
 mod confinement;
 mod control;
 mod images;
+mod limits;
 mod nn;
 mod programs;
 mod users;

@@ -9,6 +9,7 @@ mod cache;
 mod compile;
 mod config;
 mod containerd;
+mod control;
 mod daemon;
 mod flavor;
 mod payloads;
