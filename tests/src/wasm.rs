@@ -457,11 +457,17 @@ pub fn import() {
 
 /// Makes an archive of an image whose entrypoint is `/hello.wasm`, with all files of a directory.
 pub fn pack(name: &str, files: &Path, tar: &Path) {
+    pack_as(name, files, tar, &[]);
+}
+
+/// The same with these variables: `OS` and `ARCH` for its platform, `INDEX` for an index.
+pub fn pack_as(name: &str, files: &Path, tar: &Path, variables: &[(&str, &str)]) {
     let script = crate::top().join("tests/bed/wasmimage.py");
     let busybox = crate::bed().join("src/busybox");
     let args =
         [script.as_path(), Path::new(name), &busybox, files, tar].map(|arg| arg.to_str().unwrap());
-    run(Path::new("python3"), &args);
+    let out = Command::new("python3").args(args).envs(variables.iter().copied()).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
 
 /// Has containerd import an archive.

@@ -152,3 +152,36 @@ fn what_cannot_be_precompiled_is_explained() {
         assert!(!out.status.success() && said.contains(words), "{what}: {said}");
     }
 }
+
+#[test]
+fn an_image_of_webassemblys_platform_runs_where_its_name_leads_to_a_manifest() {
+    let Some(_on) = handler() else { return };
+    let dir = bed().join(format!("run/wasm-platform-{}", unique()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("hello.wasm"), wasm::new_one("hello.wasm")).unwrap();
+    let archive = dir.join("image.tar");
+    let pod = Pod::run(pod_config("wasm-platform"));
+    for (os, index) in [("wasi", false), ("wasip1", false), ("wasip1", true)] {
+        let name = format!("localhost/wasm-platform:{}", unique());
+        let mut variables = vec![("OS", os), ("ARCH", "wasm")];
+        variables.extend(index.then_some(("INDEX", "1")));
+        wasm::pack_as(&name, &dir, &archive, &variables);
+        wasm::load(&archive, &["--local", "--platform", &format!("{os}/wasm")]);
+        let image = Some(ImageSpec { image: name.clone(), ..Default::default() });
+        // Either is an image to precompile.
+        let said = precompile(&name);
+        assert!(said.contains("\"/hello.wasm\" module"), "{said}");
+        if index {
+            let refused = pod.create_with(&[], |config| config.image = image.clone());
+            let error = refused.err().expect("containerd takes it by now").to_string();
+            assert!(error.contains("not found"), "{error}");
+        } else {
+            let c = pod.start_with(&[], |config| config.image = image.clone());
+            assert_eq!(c.wait(), 0, "{os}: {}", text(&c, "stderr"));
+            assert_eq!(text(&c, "stdout"), "hello from wasm\n", "{os}");
+            c.remove().unwrap();
+        }
+        assert!(wasm::ctr(&["images", "rm", &name]).status.success());
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}
