@@ -18,6 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "proto/transfer.proto",
             "proto/cri.proto",
             "proto/endpoint.proto",
+            "proto/images.proto",
+            "proto/content.proto",
             "proto/admin.proto",
             "proto/otlp.proto",
             "proto/runc_options.proto",

@@ -2,7 +2,8 @@
 """An image with WebAssembly programs, and busybox for native containers beside them.
 
 usage: wasmimage.py NAME BUSYBOX DIR OUT.tar
-Files of DIR go to /, links that lead out of the image beside them. Standard library only.
+Files of DIR go to /, links that lead out of the image beside them. OS and ARCH name its platform; with INDEX its name
+leads to an index. Standard library only.
 """
 import gzip, hashlib, io, json, os, sys, tarfile
 
@@ -50,11 +51,14 @@ with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1, mtime=0) as z:
     z.write(raw)
 oci = "application/vnd.oci.image."
 layer = put(packed.getvalue(), oci + "layer.v1.tar+gzip")
-config = put(json.dumps({"architecture": os.environ.get("ARCH", "amd64"), "os": "linux",
+config = put(json.dumps({"architecture": os.environ.get("ARCH", "amd64"), "os": os.environ.get("OS", "linux"),
     "config": {"Env": ["PATH=/bin"], "Entrypoint": ["/hello.wasm"]},
     "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(raw).hexdigest()]}}).encode(), oci + "config.v1+json")
 manifest = put(json.dumps({"schemaVersion": 2, "mediaType": oci + "manifest.v1+json", "config": config,
     "layers": [layer]}).encode(), oci + "manifest.v1+json")
+if os.environ.get("INDEX"):
+    manifest["platform"] = {"os": os.environ.get("OS", "linux"), "architecture": os.environ.get("ARCH", "amd64")}
+    manifest = put(json.dumps({"schemaVersion": 2, "mediaType": oci + "index.v1+json", "manifests": [manifest]}).encode(), oci + "index.v1+json")
 manifest["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.rsplit(":", 1)[1]}
 blobs["index.json"] = json.dumps({"schemaVersion": 2, "mediaType": oci + "index.v1+json", "manifests": [manifest]}).encode()
 blobs["oci-layout"] = b'{"imageLayoutVersion":"1.0.0"}'

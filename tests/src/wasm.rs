@@ -3,6 +3,7 @@
 //! Rust's WASI targets are not on every machine that runs these tests; the text format needs one
 //! crate. Each program does one thing.
 
+mod components;
 mod onnx;
 
 use std::collections::BTreeMap;
@@ -192,6 +193,30 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
           (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then (call $proc_exit (i32.const 5))))
           (memory.fill (local.get $at) (i32.const 1) (i32.const 1048576))
           (br $more)))"#;
+    // Grows until it may not, says so, and asks every 50 ms until it may again.
+    let again = r#"
+      (data (i32.const 1024) "full\n") (data (i32.const 1040) "more\n")
+      (func (export "_start")
+        (loop $more (br_if $more (i32.ne (memory.grow (i32.const 16)) (i32.const -1))))
+        (call $say (i32.const 1) (i32.const 1024) (i32.const 5))
+        (i32.store (i32.const 2064) (i32.const 1))
+        (i64.store (i32.const 2072) (i64.const 50000000))
+        (loop $wait
+          (drop (call $poll (i32.const 2048) (i32.const 3072) (i32.const 1) (i32.const 16)))
+          (br_if $wait (i32.eq (memory.grow (i32.const 16)) (i32.const -1))))
+        (call $say (i32.const 1) (i32.const 1040) (i32.const 5)))"#;
+    // A second memory beside the first: each stays within a limit that both together do not.
+    let two = r#"
+      (memory $second 1)
+      (func (export "_start")
+        (local $n i32)
+        (loop $more
+          (drop (memory.grow (i32.const 16)))
+          (drop (memory.grow $second (i32.const 16)))
+          (memory.fill (i32.mul (local.get $n) (i32.const 1048576)) (i32.const 1) (i32.const 1048576))
+          (memory.fill $second (i32.mul (local.get $n) (i32.const 1048576)) (i32.const 1) (i32.const 1048576))
+          (local.set $n (i32.add (local.get $n) (i32.const 1)))
+          (br_if $more (i32.lt_u (local.get $n) (i32.const 24)))))"#;
     let rand = r#"
       (func (export "_start")
         (drop (call $random (i32.const 1024) (i32.const 32)))
@@ -339,6 +364,8 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ),
         ("grow.wasm", module(grow)),
         ("eat.wasm", module(eat)),
+        ("again.wasm", module(again)),
+        ("two.wasm", module(two)),
         ("random.wasm", module(rand)),
         ("many.wasm", module(many)),
         ("hostname.wasm", reads("etc/hostname")),
@@ -365,6 +392,9 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("component-trap.wasm", command("unreachable")),
         ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
+        ("files.wasm", components::files()),
+        ("connects.wasm", components::connects()),
+        ("clocks.wasm", components::clocks()),
         ("nn.wasm", infers(&onnx::twice())),
         ("nn-bad.wasm", infers(b"no model")),
         (
@@ -420,30 +450,52 @@ pub fn import() {
             }
         }
         let tar = dir.join("image.tar");
-        run(
-            Path::new("python3"),
-            &[
-                crate::top().join("tests/bed/wasmimage.py").to_str().unwrap(),
-                IMAGE,
-                crate::bed().join("src/busybox").to_str().unwrap(),
-                files.to_str().unwrap(),
-                tar.to_str().unwrap(),
-            ],
-        );
-        let socket = crate::bed().join("run/containerd.sock");
-        let ctr = crate::bed().join("root/usr/bin/ctr");
-        let out = crate::inside(&[
-            ctr.to_str().unwrap(),
-            "-a",
-            socket.to_str().unwrap(),
-            "-n",
-            "k8s.io",
-            "images",
-            "import",
-            tar.to_str().unwrap(),
-        ]);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        pack(IMAGE, &files, &tar);
+        load(&tar, &[]);
     });
+}
+
+/// Makes an archive of an image whose entrypoint is `/hello.wasm`, with all files of a directory.
+pub fn pack(name: &str, files: &Path, tar: &Path) {
+    pack_as(name, files, tar, &[]);
+}
+
+/// The same with these variables: `OS` and `ARCH` for its platform, `INDEX` for an index.
+pub fn pack_as(name: &str, files: &Path, tar: &Path, variables: &[(&str, &str)]) {
+    let script = crate::top().join("tests/bed/wasmimage.py");
+    let busybox = crate::bed().join("src/busybox");
+    let args =
+        [script.as_path(), Path::new(name), &busybox, files, tar].map(|arg| arg.to_str().unwrap());
+    let out = Command::new("python3").args(args).envs(variables.iter().copied()).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Has containerd import an archive.
+pub fn load(tar: &Path, options: &[&str]) {
+    let mut words = vec!["images", "import"];
+    words.extend(options);
+    words.push(tar.to_str().unwrap());
+    let out = ctr(&words);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Runs `ctr` in Kubernetes' namespace.
+pub fn ctr(words: &[&str]) -> std::process::Output {
+    let socket = crate::bed().join("run/containerd.sock");
+    let ctr = crate::bed().join("root/usr/bin/ctr");
+    let mut all = vec![ctr.to_str().unwrap(), "-a", socket.to_str().unwrap(), "-n", "k8s.io"];
+    all.extend(words);
+    crate::inside(&all)
+}
+
+/// The program of this name as one that nobody has compiled yet: with a section that means nothing.
+pub fn new_one(name: &str) -> Vec<u8> {
+    let mut bytes = programs().remove(name).unwrap();
+    let unique = crate::cri::unique().to_string();
+    // A custom section (core specification, 5.5.3): its length, its name with a length, its content.
+    bytes.extend([0, u8::try_from(unique.len()).unwrap() + 2, 1, b'n']);
+    bytes.extend(unique.bytes());
+    bytes
 }
 
 fn run(program: &Path, args: &[&str]) {

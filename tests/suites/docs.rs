@@ -281,9 +281,12 @@ fn docs_commands_can_be_typed() {
     pod.remove().unwrap();
     if let Some(_chosen) = on("kuasar-wasm") {
         assert!(!of_wasm.is_empty());
+        wasm::import();
+        std::fs::copy(bed().join("run/wasm/image.tar"), scratch.0.join("image.tar")).unwrap();
         let config = bed().join("etc/kuasar-wasm.toml").display().to_string();
         for (at, line) in &of_wasm {
             let line = line.replace("/etc/kuasar/wasm-sandboxer.toml", &config);
+            let line = line.replace("registry.example/app:1", wasm::IMAGE);
             runs(&scratch, &["wasm"], &line, at, &[0]);
         }
     }

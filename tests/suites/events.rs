@@ -17,13 +17,13 @@ fn ctr(args: &[&str]) -> Command {
 }
 
 /// `ctr events`, line by line.
-struct Events {
+pub(crate) struct Events {
     child: Child,
     lines: Receiver<String>,
 }
 
 impl Events {
-    fn follow() -> Self {
+    pub(crate) fn follow() -> Self {
         let mut child = ctr(&["events"]).stdout(Stdio::piped()).spawn().unwrap();
         let out = BufReader::new(child.stdout.take().unwrap());
         let (send, lines) = channel();
@@ -45,7 +45,7 @@ impl Events {
     }
 
     /// Topics and bodies about this container, until one has the topic `last`.
-    fn of(&self, container: &str, last: &str) -> Vec<(String, Value)> {
+    pub(crate) fn of(&self, container: &str, last: &str) -> Vec<(String, Value)> {
         let until = Instant::now() + Duration::from_secs(20);
         let mut all = Vec::new();
         loop {

@@ -464,7 +464,12 @@ impl Engine {
             "permission denied",
             "is a directory",
         ];
-        if reason.contains("exec: ") && theirs.iter().any(|words| reason.contains(words)) {
+        // What a relative runs is a file of the image, and this is how it begins to speak of it; what the host
+        // could not do for it has an errno.
+        let programs =
+            self.all.backend.relatives.contains_key(&self.name) && !reason.contains("(os error ");
+        let words = theirs.iter().any(|words| reason.contains(words));
+        if reason.contains("exec: ") && (programs || words) {
             return Error::InvalidArgument(format!(
                 "OCI runtime {verb} failed: {}: {reason}",
                 self.name

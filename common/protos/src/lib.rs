@@ -36,6 +36,8 @@ mod generated {
 pub use generated::admin;
 /// `kuasar.admin.v1.Admin` as a ttrpc service and client.
 pub use generated::admin_ttrpc;
+/// `containerd.services.content.v1`: blobs by digest.
+pub use generated::content;
 /// `containerd.services.sandbox.v1`: the messages of the sandbox Controller.
 pub use generated::controller;
 /// `containerd.services.sandbox.v1.Controller` as a ttrpc service and client.
@@ -46,6 +48,8 @@ pub use generated::cri;
 pub use generated::endpoint;
 /// `kuasar.sandbox.v1.Endpoint` as a ttrpc service and client.
 pub use generated::endpoint_ttrpc;
+/// `containerd.services.images.v1`: images by name.
+pub use generated::images;
 /// `kuasar.otlp`: what OpenTelemetry collectors take of traces.
 pub use generated::otlp;
 /// `containerd.runc.v1`: options of Create and Checkpoint.

@@ -3,31 +3,25 @@
 use std::path::PathBuf;
 
 use kuasar_tests::cri::*;
+use kuasar_tests::settings::log;
 use kuasar_tests::{bed, inside, leaks, switch};
 
 use super::*;
 
 #[test]
-fn what_is_no_program_is_explained_and_leaves_nothing() {
+fn what_is_no_program_is_explained_through_containerd() {
     let Some(_on) = handler() else { return };
     let before = leaks::snapshot();
     let pod = Pod::run(pod_config("wasm-bad"));
-    for (program, words) in [
-        ("/garbage.wasm", "permission denied"),
-        ("/empty.wasm", "permission denied"),
-        ("/header.wasm", "truncated"),
-        ("/version.wasm", "version 0x7"),
-        ("/truncated.wasm", "cannot be compiled"),
-        ("/world.wasm", "world is unknown"),
-        ("/import.wasm", "no_such_thing"),
-        ("/library.wasm", "_start"),
-        ("/nothing.wasm", "no such file"),
-        ("/outside-link.wasm", "no such file"),
-        ("/absolute-link.wasm", "no such file"),
-        ("/../../../../../../../../no/such.wasm", "no such file"),
-    ] {
+    // By Create and by Start. What else there is, and the codes: bad_input.rs.
+    for (program, words) in [("/header.wasm", "truncated"), ("/import.wasm", "no_such_thing")] {
         let message = fails(&pod, &[program]);
         assert!(message.contains(words), "{program}: {message}");
+    }
+    // Links of an image that containerd has unpacked.
+    for program in ["/outside-link.wasm", "/absolute-link.wasm"] {
+        let message = fails(&pod, &[program]);
+        assert!(message.contains("no such file"), "{program}: {message}");
     }
     // A link that stays inside, and a path that would lead out and is held inside.
     assert_eq!(start(&pod, &["/inside-link.wasm"]).wait(), 0);
@@ -66,25 +60,6 @@ fn an_altered_cache_file_is_not_used() {
     assert_eq!(start(&pod, &["/exit7.wasm"]).wait(), 7);
 }
 
-#[test]
-fn a_full_disk_is_said_so_and_leaves_nothing() {
-    let Some(_on) = handler() else { return };
-    let dir = bed().join("run/wasm-cache");
-    let dir = dir.to_str().unwrap();
-    let pod = Pod::run(pod_config("wasm-full"));
-    assert_eq!(start(&pod, &["/ok.wasm"]).wait(), 0);
-    let full = inside(&["mount", "-t", "tmpfs", "-o", "size=8k,mode=0700", "tmpfs", dir]);
-    assert!(full.status.success());
-    // The daemon has the directory by its path.
-    let message = fails(&pod, &["/hello.wasm"]);
-    let out = inside(&["ls", "-A", dir]);
-    assert!(inside(&["umount", dir]).status.success());
-    assert!(message.contains("No space left") || message.contains("make room"), "{message}");
-    let left = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(!left.contains("draft") && !left.contains("cwasm"), "{left}");
-    assert_eq!(start(&pod, &["/hello.wasm"]).wait(), 0);
-}
-
 /// Runs a program in the bed; answers what it has printed.
 fn tool(words: &[&str]) -> String {
     let out = inside(words);
@@ -107,14 +82,106 @@ fn an_oci_artifact_runs_as_the_image_that_is_made_of_it() {
     let program = program.to_str().unwrap();
     let said = tool(&[program, "image-of-artifact", &artifact, &archive, "--name", name]);
     assert!(said.contains("module /hello.wasm"), "{said}");
-    let ctr = bed().join("root/usr/bin/ctr");
-    let socket = bed().join("run/containerd.sock");
-    let (ctr, socket) = (ctr.to_str().unwrap(), socket.to_str().unwrap());
-    tool(&[ctr, "-a", socket, "-n", "k8s.io", "images", "import", &archive]);
+    wasm::load(archive.as_ref(), &[]);
     let pod = Pod::run(pod_config("wasm-artifact"));
     let c = pod.start_with(&[], |config| {
         config.image = Some(ImageSpec { image: name.into(), ..Default::default() });
     });
     assert_eq!(c.wait(), 0);
     assert_eq!(text(&c, "stdout"), "hello from wasm\n");
+}
+
+/// Precompiles by the daemon's configuration; answers what that has said.
+fn precompile(what: &str) -> String {
+    let program = kuasar_tests::programs().join("wasm-sandboxer");
+    let config = bed().join("etc/kuasar-wasm.toml");
+    tool(&[program.to_str().unwrap(), "--config", config.to_str().unwrap(), "precompile", what])
+}
+
+#[test]
+fn a_container_of_an_image_that_was_precompiled_waits_for_no_compiler() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-precompiled"));
+    for way in ["by its archive", "by its name", "not at all"] {
+        let name = format!("localhost/wasm-precompiled:{}", unique());
+        let dir = bed().join(format!("run/wasm-precompiled-{}", unique()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("hello.wasm"), wasm::new_one("hello.wasm")).unwrap();
+        let archive = dir.join("image.tar");
+        wasm::pack(&name, &dir, &archive);
+        // What is found by its name is in containerd's content store: nothing is unpacked for it.
+        wasm::load(&archive, if way == "by its name" { &["--no-unpack"] } else { &[] });
+        let (before, from) = (cached().len(), log().len());
+        if way != "not at all" {
+            let given = if way == "by its name" { &name } else { archive.to_str().unwrap() };
+            let said = precompile(given);
+            assert!(said.contains("\"/hello.wasm\" module"), "{way}: {said}");
+            assert_eq!(cached().len(), before + 1, "{way}: {said}");
+        }
+        let c = pod.start_with(&[], |config| {
+            config.image = Some(ImageSpec { image: name.clone(), ..Default::default() });
+        });
+        assert_eq!(c.wait(), 0, "{way}: {}", text(&c, "stderr"));
+        assert_eq!(text(&c, "stdout"), "hello from wasm\n", "{way}");
+        let logged = log()[from..].to_owned();
+        assert_eq!(logged.contains(" compiled"), way == "not at all", "{way}: {logged}");
+        // Under the same name: not a second time.
+        assert_eq!(cached().len(), before + 1, "{way}");
+        c.remove().unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+        assert!(wasm::ctr(&["images", "rm", &name]).status.success());
+    }
+}
+
+#[test]
+fn what_cannot_be_precompiled_is_explained() {
+    let Some(_on) = handler() else { return };
+    let program = kuasar_tests::programs().join("wasm-sandboxer");
+    let config = bed().join("etc/kuasar-wasm.toml");
+    let (program, config) = (program.to_str().unwrap(), config.to_str().unwrap());
+    let files = bed().join("run/wasm/files");
+    let garbage = files.join("garbage.wasm").display().to_string();
+    for (what, words) in [
+        ("localhost/no-such-image:1", "not found"),
+        ("localhost/no-such-image:1", "images ls"),
+        ("localhost/busybox:latest", "no module and no component"),
+        (garbage.as_str(), "neither WebAssembly nor the archive of an image"),
+    ] {
+        let out = inside(&[program, "--config", config, "precompile", what]);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains(words), "{what}: {said}");
+    }
+}
+
+#[test]
+fn an_image_of_webassemblys_platform_runs_where_its_name_leads_to_a_manifest() {
+    let Some(_on) = handler() else { return };
+    let dir = bed().join(format!("run/wasm-platform-{}", unique()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("hello.wasm"), wasm::new_one("hello.wasm")).unwrap();
+    let archive = dir.join("image.tar");
+    let pod = Pod::run(pod_config("wasm-platform"));
+    for (os, index) in [("wasi", false), ("wasip1", false), ("wasip1", true)] {
+        let name = format!("localhost/wasm-platform:{}", unique());
+        let mut variables = vec![("OS", os), ("ARCH", "wasm")];
+        variables.extend(index.then_some(("INDEX", "1")));
+        wasm::pack_as(&name, &dir, &archive, &variables);
+        wasm::load(&archive, &["--local", "--platform", &format!("{os}/wasm")]);
+        let image = Some(ImageSpec { image: name.clone(), ..Default::default() });
+        // Either is an image to precompile.
+        let said = precompile(&name);
+        assert!(said.contains("\"/hello.wasm\" module"), "{said}");
+        if index {
+            let refused = pod.create_with(&[], |config| config.image = image.clone());
+            let error = refused.err().expect("containerd takes it by now").to_string();
+            assert!(error.contains("not found"), "{error}");
+        } else {
+            let c = pod.start_with(&[], |config| config.image = image.clone());
+            assert_eq!(c.wait(), 0, "{os}: {}", text(&c, "stderr"));
+            assert_eq!(text(&c, "stdout"), "hello from wasm\n", "{os}");
+            c.remove().unwrap();
+        }
+        assert!(wasm::ctr(&["images", "rm", &name]).status.success());
+    }
+    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -1,10 +1,11 @@
 //! Pods of WebAssembly: real containerd, real Wasmtime; the programs are assembled by the tests.
 
+mod bad_input;
 mod confinement;
 mod control;
 mod images;
+mod limits;
 mod nn;
-
 mod programs;
 mod users;
 mod wasip3;
@@ -13,7 +14,7 @@ mod wasmedge;
 use std::time::Duration;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::{Chosen, bed, cri, inside, on, skip, wasm};
+use kuasar_tests::{Chosen, bed, cri, inside, on, skip, wait_for, wasm};
 
 const HANDLER: &str = "kuasar-wasm";
 const EDGE: &str = "kuasar-wasmedge";

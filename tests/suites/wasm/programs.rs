@@ -67,6 +67,74 @@ fn a_component_of_wasi_0_2_prints() {
 }
 
 #[test]
+fn a_component_has_the_containers_files_and_read_only_is_refused() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-component-files"));
+    let dir = bed().join(format!("run/wasm-volume-{}", unique()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("file"), "from a volume").unwrap();
+    // Its one directory is the root, above which is nothing: not-permitted is 31 of WASI's errors. Where it
+    // may not write it is not read-only (33) but io (13) that Wasmtime 48 says.
+    for (readonly, last) in [(true, "13"), (false, "written")] {
+        let c = pod.start_with(&["/files.wasm"], |config| {
+            image(config);
+            config.mounts = vec![Mount {
+                container_path: "/data".into(),
+                host_path: dir.to_str().unwrap().into(),
+                readonly,
+                ..Default::default()
+            }];
+        });
+        assert_eq!(c.wait(), 0, "{}", text(&c, "stderr"));
+        assert_eq!(text(&c, "stdout"), format!("/\nfrom a volume\n31\n{last}\n"));
+        assert_eq!(dir.join("new").exists(), !readonly);
+    }
+    assert_eq!(std::fs::read_to_string(dir.join("new")).unwrap(), "written");
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_component_connects_over_the_pods_network() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-component-socket"));
+    let listens = start(&pod, &["/bin/sh", "-c", "echo an answer | exec busybox nc -l -p 9000"]);
+    let mut said = String::new();
+    wait_for("somebody listens", SOON, || {
+        let c = start(&pod, &["/connects.wasm"]);
+        let code = c.wait();
+        said = text(&c, "stdout");
+        // 14 of WASI's errors is connection-refused.
+        assert!(code == 0 || said == "14\n", "{code} {said:?}: {}", text(&c, "stderr"));
+        code == 0
+    });
+    assert_eq!(said, "an answer\n");
+    assert_eq!(listens.wait(), 0);
+    assert_eq!(text(&listens, "stdout"), "hello over a socket\n");
+}
+
+#[test]
+fn a_component_has_clocks_and_random_numbers_of_its_own() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-component-clocks"));
+    let now = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+    let mut numbers = Vec::new();
+    for _ in 0..2 {
+        let begun = now();
+        let c = start(&pod, &["/clocks.wasm"]);
+        assert_eq!(c.wait(), 0, "{}", text(&c, "stderr"));
+        let said: Vec<u64> = text(&c, "stdout").lines().map(|n| n.parse().unwrap()).collect();
+        // It waits for 200 ms by the monotonic clock, and says the time of day.
+        assert!((200_000_000..30_000_000_000).contains(&said[0]), "{said:?}");
+        assert!((begun..=now()).contains(&said[1]), "{said:?} {begun}");
+        numbers.extend_from_slice(&said[2..]);
+    }
+    assert_eq!(numbers.len(), 4);
+    for (i, number) in numbers.iter().enumerate() {
+        assert!(!numbers[i + 1..].contains(number), "{numbers:?}");
+    }
+}
+
+#[test]
 fn arguments_environment_and_entrypoint_are_the_containers() {
     with_engines(arguments_environment_and_entrypoint_are_the_containers_with);
 }

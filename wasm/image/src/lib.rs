@@ -3,6 +3,11 @@
 //! The rootfs is the image's: every path is resolved inside it (`openat2`, `RESOLVE_IN_ROOT`), so
 //! that `..`, absolute links and links out of it end in it. What is found is opened only when it
 //! is a regular file: a FIFO would hold us up.
+//!
+//! The same of images that are not mounted, by their layers, is [`layout::program`].
+
+mod layers;
+pub mod layout;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -38,21 +43,10 @@ pub struct Program {
 /// # Errors
 /// When the rootfs or the program cannot be read; the text is for the container's user.
 pub fn program(rootfs: &Path, spec: &Value) -> Result<Option<Program>, String> {
-    let text = |pointer: &str| spec.pointer(pointer).and_then(Value::as_str);
-    let Some(name) = text("/process/args/0").filter(|name| !name.is_empty()) else {
-        return Err("exec: no command specified: the image has no entrypoint".into());
-    };
+    let places = places(spec)?;
     let root = File::open(rootfs)
         .map_err(|error| format!("cannot open the rootfs {}: {error}", rootfs.display()))?;
-    let cwd = text("/process/cwd").unwrap_or("/");
-    let env = spec.pointer("/process/env").and_then(Value::as_array);
-    let path = env
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .rev()
-        .find_map(|entry| entry.strip_prefix("PATH="));
-    for candidate in candidates(name, cwd, path.unwrap_or(DEFAULT_PATH)) {
+    for candidate in places {
         if let Some(file) = open(&root, &candidate)? {
             let bytes = header(&file, &candidate)?;
             let shared = candidate.extension().is_some_and(|ending| ending == "so")
@@ -62,6 +56,23 @@ pub fn program(rootfs: &Path, spec: &Value) -> Result<Option<Program>, String> {
         }
     }
     Ok(None)
+}
+
+/// Where the program of a container's spec may be, inside its rootfs.
+fn places(spec: &Value) -> Result<Vec<PathBuf>, String> {
+    let text = |pointer: &str| spec.pointer(pointer).and_then(Value::as_str);
+    let Some(name) = text("/process/args/0").filter(|name| !name.is_empty()) else {
+        return Err("exec: no command specified: the image has no entrypoint".into());
+    };
+    let cwd = text("/process/cwd").unwrap_or("/");
+    let env = spec.pointer("/process/env").and_then(Value::as_array);
+    let path = env
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .rev()
+        .find_map(|entry| entry.strip_prefix("PATH="));
+    Ok(candidates(name, cwd, path.unwrap_or(DEFAULT_PATH)))
 }
 
 /// Paths by which a name may be meant. Images of WebAssembly name a file beside their working

@@ -8,5 +8,6 @@
 
 pub mod confine;
 pub mod container;
+pub mod memory;
 pub mod profile;
 pub mod zygote;

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,17 +18,15 @@ use kuasar_host::process;
 use kuasar_oci::processes::{Failure, new_cookie};
 use sandbox_parent::client::{Parent, Spawn};
 use tokio::sync::Semaphore;
-use wasm_common::job::Budget;
-use wasm_common::kind::{self, Detected};
-use wasm_common::wire::{Hello, PROTOCOL};
+use wasm_common::wire::Hello;
 use wasm_image::{Program, shown};
 
 use crate::cache::{Cache, Draft};
-use crate::config::{Config, WASMEDGE};
+use crate::config::Config;
 use crate::verify::{Identity, Sum, digest, hex};
 
 /// What code is called that neither counts nor can be interrupted.
-const PLAIN: &str = "plain";
+pub const PLAIN: &str = "plain";
 /// Most digests of modules that are remembered.
 const MAX_SUMS: usize = 4096;
 /// Most characters of a compiler's complaint.
@@ -84,48 +81,6 @@ impl Run for ByParent {
             Ok(exit) => Some(exit?.status),
             Err(_) => None,
         })
-    }
-}
-
-/// As a child of this process, for the command line.
-struct ByOurselves {
-    engine: String,
-    program: PathBuf,
-}
-
-#[async_trait]
-impl Run for ByOurselves {
-    async fn run(
-        &self,
-        engine: &str,
-        streams: [BorrowedFd<'_>; 3],
-        words: Vec<String>,
-        patience: Duration,
-    ) -> std::result::Result<Option<u32>, Failure> {
-        debug_assert_eq!(engine, self.engine, "one engine at a time");
-        let [stdin, stdout, stderr] =
-            streams.map(|stream| stream.try_clone_to_owned().map(std::process::Stdio::from));
-        let mut child = tokio::process::Command::new(&self.program)
-            .arg("compile")
-            .args(words)
-            .env_clear()
-            .stdin(stdin?)
-            .stdout(stdout?)
-            .stderr(stderr?)
-            .kill_on_drop(true)
-            .spawn()?;
-        match tokio::time::timeout(patience, child.wait()).await {
-            Ok(status) => {
-                use std::os::unix::process::ExitStatusExt;
-                let status = status?;
-                let code = status.code().or(status.signal().map(|signal| 128 + signal));
-                Ok(code.and_then(|code| u32::try_from(code).ok()).or(Some(255)))
-            }
-            Err(_) => {
-                child.kill().await?;
-                Ok(None)
-            }
-        }
     }
 }
 
@@ -358,66 +313,9 @@ fn complaint(module: &str, status: u32, words: OwnedFd) -> Error {
     Error::InvalidArgument(format!("exec: {module} cannot be compiled (status {status}): {text}"))
 }
 
-/// Compiles files into the cache, for one engine.
-pub async fn precompile(
-    config: &Config,
-    engine: &str,
-    files: &[PathBuf],
-) -> std::result::Result<(), String> {
-    let program = config.worker_program(engine)?;
-    let out = std::process::Command::new(&program)
-        .arg("version")
-        .args(config.worker_words(engine))
-        .output()
-        .map_err(|error| format!("run {}: {error}", program.display()))?;
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    let hello = hello(&text).ok_or_else(|| {
-        let reason = String::from_utf8_lossy(&out.stderr);
-        format!("{} has no version: {}", program.display(), reason.trim())
-    })?;
-    let run = Arc::new(ByOurselves { engine: engine.to_owned(), program });
-    let compiler = Compiler::new(Live::new(config.clone()), run);
-    for path in files {
-        let wrap = |error: std::io::Error| format!("{}: {error}", path.display());
-        let file = File::open(path).map_err(wrap)?;
-        let mut header = Vec::new();
-        (&file).take(kind::HEADER as u64).read_to_end(&mut header).map_err(wrap)?;
-        let what = kind::detect(&header);
-        let Detected::Wasm(found) = what else {
-            return Err(format!("{}: no module and no component: {what:?}", path.display()));
-        };
-        let begun = Instant::now();
-        let program = Program { file, path: path.clone(), what, shared: false };
-        let variant = match engine {
-            // Its code is always ended with its process.
-            WASMEDGE => PLAIN.to_owned(),
-            _ => config.variant(&Budget::default(), found),
-        };
-        let made = compiler.artifact(&hello, program, "", &variant).await;
-        made.map_err(|error| error.chain())?;
-        println!("{}: {found}, {:.1?}", path.display(), begun.elapsed());
-    }
-    Ok(())
-}
-
-/// The worker's words on itself: `engine version (settings)`.
-fn hello(text: &str) -> Option<Hello> {
-    let mut words = text.split_whitespace();
-    let (engine, version) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let settings = words.next()?.strip_prefix('(')?.strip_suffix(')')?.to_owned();
-    Some(Hello { protocol: PROTOCOL, engine, version, settings })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_workers_version_is_read() {
-        let hello = hello("wasmtime 48 (00ff)\n").unwrap();
-        assert_eq!((&*hello.engine, &*hello.version, &*hello.settings), ("wasmtime", "48", "00ff"));
-        assert!(super::hello("wasmtime").is_none());
-    }
 
     #[test]
     fn a_full_disk_is_not_the_images_fault() {

@@ -16,6 +16,7 @@ use kuasar_pod::{Metrics, NamespaceSandboxer};
 
 use crate::compile::{ByParent, Compiler};
 use crate::config::{Config, ENGINES, WASMEDGE, WASMTIME, WASMTIME_NN};
+use crate::control::Following;
 use crate::flavor::Wasm;
 use crate::worker::{self, Worker, Workers};
 
@@ -72,6 +73,7 @@ pub async fn run(
                 builtin: Some(builtin),
                 relatives: BTreeMap::from(relatives),
                 observer: Arc::new(Metrics("wasm")),
+                control: Arc::new(Following),
                 ..Backend::new(workers.clone(), settings)
             }));
             let run = Arc::new(ByParent { parent: parts.parent.clone(), programs });

@@ -8,9 +8,12 @@ mod artifact;
 mod cache;
 mod compile;
 mod config;
+mod containerd;
+mod control;
 mod daemon;
 mod flavor;
 mod payloads;
+mod precompile;
 mod spec;
 mod verify;
 mod worker;
@@ -25,6 +28,7 @@ use kuasar_daemon::program;
 use kuasar_daemon::resident::Setup;
 
 use crate::config::Config;
+use crate::precompile::Images;
 
 /// Pods whose containers are WebAssembly modules or components.
 #[derive(Debug, Parser)]
@@ -38,14 +42,23 @@ struct Arguments {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Compile modules or components into the cache, so that their first containers start at once
+    /// Compile the programs of files and images into the cache, so that their first containers start
+    /// at once
     Precompile {
         /// Engine: wasmtime or wasmedge; code is the same for wasmtime-nn. Default: the configuration's
         #[arg(long)]
         engine: Option<String>,
-        /// Modules or components
-        #[arg(required = true)]
-        files: Vec<PathBuf>,
+        /// containerd's socket, for images that it has. Default: the configuration's `events_address`
+        /// without `.ttrpc`
+        #[arg(long)]
+        containerd: Option<PathBuf>,
+        /// containerd's namespace of them
+        #[arg(long, default_value = "k8s.io")]
+        namespace: String,
+        /// Modules, components, archives of images (OCI image layouts in a tar file), or names of
+        /// images that containerd has
+        #[arg(required = true, value_name = "IMAGE|FILE")]
+        programs: Vec<PathBuf>,
     },
     /// Make an ordinary image of an OCI artifact whose layer is WebAssembly, which containerd does
     /// not unpack
@@ -76,13 +89,20 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let given = arguments.daemon;
     let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
+    let events = common.events().to_owned();
     let setup = Setup::new("wasm", &given, common);
     match arguments.command {
         Some(Command::Common(command)) => return Ok(command.run(&setup)?),
-        Some(Command::Precompile { engine, files }) => {
+        Some(Command::Precompile { engine, containerd, namespace, programs }) => {
             let engine = engine.unwrap_or_else(|| config.engine.clone());
+            let default = match events.trim_end_matches(".ttrpc") {
+                "" => "/run/containerd/containerd.sock",
+                address => address,
+            };
+            let address = containerd.unwrap_or_else(|| default.into());
+            let images = Images { address, namespace };
             return kuasar_daemon::memory::runtime()?
-                .block_on(compile::precompile(&config, &engine, &files))
+                .block_on(precompile::precompile(&config, &engine, &programs, &images))
                 .map_err(|error| anyhow!(error));
         }
         Some(Command::ImageOfArtifact { from, to, name }) => {

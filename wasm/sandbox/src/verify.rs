@@ -10,19 +10,10 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 
 use sha2::{Digest, Sha256};
+pub use wasm_image::layout::hex;
 
 /// A SHA-256.
 pub type Sum = [u8; 32];
-
-/// A digest in hexadecimal digits.
-pub fn hex(sum: &Sum) -> String {
-    use std::fmt::Write;
-    sum.iter().fold(String::with_capacity(64), |mut text, byte| {
-        // Writing to a String does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
 
 /// Digest of a file of at most `max` bytes, read from its beginning.
 ///

@@ -12,8 +12,8 @@ use wasmtime::{Config, Engine, Linker, PoolingAllocationConfig};
 use crate::code::Pages;
 use crate::random;
 use crate::state::{Component, Module};
-use crate::wasip3;
 use crate::workload::Wasm;
+use crate::{interface, wasip3};
 
 /// Version of Wasmtime that this program is built with.
 const VERSION: &str = wasmtime_version();
@@ -90,7 +90,7 @@ pub fn single(variant: Variant) -> wasmtime::Result<Engine> {
 pub fn compile(module: &[u8], variant: &str) -> Result<Vec<u8>, String> {
     let variant = Variant::parse(variant)?;
     if !variant.p3 {
-        wasip3::refuse(module)?;
+        interface::refuse(module)?;
     }
     let engine = single(variant).map_err(|error| explain(&error))?;
     let code = match detect(module) {

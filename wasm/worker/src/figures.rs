@@ -83,7 +83,7 @@ fn an_instance_of_a_component_from_the_pool_takes_at_most_100_microseconds() {
         for _ in 0..ROUNDS {
             let begun = Instant::now();
             let wasi = world.context().unwrap().build();
-            let mut store = Store::new(&engine, crate::state::Component::new(wasi, 64 << 20));
+            let mut store = Store::new(&engine, crate::state::Component::new(wasi));
             store.limiter(|state| &mut state.limits);
             let made = Instant::now();
             let instance = pre.instantiate_async(&mut store).await.unwrap();

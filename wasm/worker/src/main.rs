@@ -19,6 +19,7 @@ mod code;
 mod engine;
 #[cfg(test)]
 mod figures;
+mod interface;
 #[cfg(feature = "wasi-nn")]
 mod nn;
 mod random;

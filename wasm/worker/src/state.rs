@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use wasmtime::{Engine, Store, StoreLimits, StoreLimitsBuilder};
+use wasm_process::memory;
+use wasmtime::{Engine, ResourceLimiter, Store};
 use wasmtime_wasi::p1::WasiP1Ctx;
 use wasmtime_wasi::{FsPerms, ResourceTable, WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
@@ -17,7 +18,7 @@ pub struct Module {
     /// WASI preview 1.
     pub wasi: WasiP1Ctx,
     /// Bounds of its memory.
-    pub limits: StoreLimits,
+    pub limits: Limits,
     /// Makes its threads, where it has any.
     pub threads: Option<Arc<Threads>>,
     /// WASI-NN.
@@ -26,11 +27,11 @@ pub struct Module {
 }
 
 impl Module {
-    /// With this context, at most `memory` bytes of linear memory, and what makes its threads.
-    pub fn new(wasi: WasiP1Ctx, memory: u64, threads: Option<Arc<Threads>>) -> Self {
+    /// With this context, and what makes its threads.
+    pub fn new(wasi: WasiP1Ctx, threads: Option<Arc<Threads>>) -> Self {
         Self {
             wasi,
-            limits: limits(memory),
+            limits: Limits,
             threads,
             #[cfg(feature = "wasi-nn")]
             nn: crate::nn::of_module(),
@@ -52,7 +53,7 @@ pub struct Component {
     #[cfg(feature = "wasi-nn")]
     pub nn: wasmtime_wasi_nn::wit::WasiNnCtx,
     /// Bounds of its memory.
-    pub limits: StoreLimits,
+    pub limits: Limits,
 }
 
 /// Requests of components to others (`wasi:http/outgoing-handler`) are denied: a TLS stack and its
@@ -87,8 +88,8 @@ impl WasiHttpView for Component {
 }
 
 impl Component {
-    /// With this context, and at most `memory` bytes of linear memory.
-    pub fn new(wasi: WasiCtx, memory: u64) -> Self {
+    /// With this context.
+    pub fn new(wasi: WasiCtx) -> Self {
         Self {
             wasi,
             http: WasiHttpCtx::new(),
@@ -96,7 +97,7 @@ impl Component {
             table: ResourceTable::new(),
             #[cfg(feature = "wasi-nn")]
             nn: crate::nn::of_component(),
-            limits: limits(memory),
+            limits: Limits,
         }
     }
 
@@ -105,20 +106,35 @@ impl Component {
     /// # Errors
     /// When the world cannot be shown, or the store not be held.
     pub fn store(engine: &Engine, world: &World, bounds: Bounds) -> wasmtime::Result<Store<Self>> {
-        let mut store = Store::new(engine, Self::new(world.context()?.build(), bounds.memory));
+        let mut store = Store::new(engine, Self::new(world.context()?.build()));
         store.limiter(|state| &mut state.limits);
         bounds.hold(&mut store)?;
         Ok(store)
     }
 }
 
-/// At most `memory` bytes in one linear memory; 0 for no bound. Growing beyond it answers -1 to
-/// the program, as WebAssembly has it.
-pub fn limits(memory: u64) -> StoreLimits {
-    let builder = StoreLimitsBuilder::new();
-    match usize::try_from(memory) {
-        Ok(0) | Err(_) => builder.build(),
-        Ok(bytes) => builder.memory_size(bytes).build(),
+/// Holds linear memories to the container's limit, as it is when they grow. Growing beyond it answers -1 to the
+/// program, as WebAssembly has it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits;
+
+impl ResourceLimiter for Limits {
+    fn memory_growing(
+        &mut self,
+        _current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        Ok(memory::fits(desired))
+    }
+
+    fn table_growing(
+        &mut self,
+        _current: usize,
+        _desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        Ok(true)
     }
 }
 
@@ -146,6 +162,8 @@ impl World {
             .envs(&self.env)
             .inherit_stdio()
             .inherit_network()
+            .allow_tcp(true)
+            .allow_udp(true)
             .allow_ip_name_lookup(true)
             // The process is this container's alone, and has one thread for it.
             .allow_blocking_current_thread(true);

@@ -117,7 +117,7 @@ impl Threads {
 
     fn store(self: &Arc<Self>, engine: &wasmtime::Engine) -> wasmtime::Result<Store<Module>> {
         let wasi = self.world.context()?.build_p1();
-        let state = Module::new(wasi, self.bounds.memory, Some(self.clone()));
+        let state = Module::new(wasi, Some(self.clone()));
         let mut store = Store::new(engine, state);
         store.limiter(|state| &mut state.limits);
         self.bounds.hold(&mut store)?;

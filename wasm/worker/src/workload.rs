@@ -18,7 +18,7 @@ use kuasar_oci::builtin::workload::{Container, Workload};
 use wasm_common::job::{Budget, Form, Job};
 use wasm_common::kind::Kind;
 use wasm_process::container::{self, SPENT, TRAPPED, close_others, exit, on_signals, say};
-use wasm_process::zygote;
+use wasm_process::{memory, zygote};
 use wasmtime::component::{self, InstancePre as ComponentPre};
 use wasmtime::{Engine, InstancePre, ResourcesRequired, Store, Trap};
 use wasmtime_wasi::I32Exit;
@@ -51,7 +51,8 @@ struct Ready {
 /// What holds a store.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Most bytes of one linear memory; 0 for no bound.
+    /// Most bytes of one linear memory when it was made; 0 for no bound. How far it may grow is
+    /// [`memory::fits`]'s to say.
     pub memory: u64,
     /// What the program may spend.
     pub budget: Budget,
@@ -121,6 +122,7 @@ impl Workload for Wasm {
                 .collect(),
             cwd: container.cwd.to_owned(),
         };
+        memory::hold(job.memory)?;
         let bounds = Bounds { memory: job.memory, budget: job.budget, variant };
         let (program, engine) = self.load(&job, artifact, &world, bounds)?;
         let interrupt = move || engine.increment_epoch();
@@ -308,7 +310,7 @@ async fn run_module(
     bounds: Bounds,
 ) -> wasmtime::Result<()> {
     let wasi = world.context()?.build_p1();
-    let state = Module::new(wasi, bounds.memory, threads);
+    let state = Module::new(wasi, threads);
     let mut store = Store::new(pre.module().engine(), state);
     store.limiter(|state| &mut state.limits);
     bounds.hold(&mut store)?;
