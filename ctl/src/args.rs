@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 use crate::output::Format;
-use crate::{bench, check, config, exec, exporter, observe, pods, run, template, top};
+use crate::{bench, check, config, debug, exec, exporter, observe, pods, run, template, top};
 
 const EXIT_CODES: &str = "Exit codes:
   0    good
@@ -90,6 +90,8 @@ pub enum Command {
     Exec(exec::ExecArgs),
     /// Show the console log of a pod's machine
     Console(observe::ConsoleArgs),
+    /// Run a program beside a pod's containers, in its machine's guest; a shell by default
+    Debug(debug::DebugArgs),
     /// Follow what happens to pods and containers
     Events(observe::EventsArgs),
     /// Show the daemons' metrics, or serve them for Prometheus
@@ -155,6 +157,11 @@ mod tests {
             panic!("no exec");
         };
         assert_eq!((exec.pod.as_str(), exec.command.len()), ("pod", 2));
+        let line = ["kuasar-ctl", "debug", "pod", "sh", "-c", "ps -o pid"];
+        let Command::Debug(debug) = Arguments::try_parse_from(line).unwrap().command else {
+            panic!("no debug");
+        };
+        assert_eq!((debug.pod.as_str(), debug.args.len()), ("pod", 3));
         for bad in [&["kuasar-ctl"][..], &["kuasar-ctl", "run"], &["kuasar-ctl", "ps", "--nothing"]]
         {
             assert!(Arguments::try_parse_from(bad).is_err(), "{bad:?}");

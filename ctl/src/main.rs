@@ -8,6 +8,7 @@
 //! | [`observe`], [`top`] | `events`, `metrics`, `logs`, `console`, `top` |
 //! | [`exporter`] | `metrics --listen`: one endpoint for a node |
 //! | [`process`], [`stdio`], [`exec`] | a process, its streams, signals and end; `exec` |
+//! | [`mod@debug`] | a program in the guest of a pod that is a machine |
 //! | [`run`], [`mod@bench`], [`template`] | pods that this program makes itself |
 //! | [`check`], [`config`], [`migrate`] | what a host can run, and how its daemons are configured |
 //! | [`output`], [`error`] | what people and programs read, and exit codes |
@@ -19,6 +20,7 @@ mod check;
 mod client;
 mod config;
 mod daemons;
+mod debug;
 mod error;
 mod exec;
 mod exporter;
@@ -123,6 +125,7 @@ async fn dispatch(arguments: Arguments) -> Result<()> {
         Command::Top(args) => top::top(&clients(&arguments).await?, args, format).await,
         Command::Logs(args) => observe::logs(&clients(&arguments).await?, args, format).await,
         Command::Console(args) => observe::console(&clients(&arguments).await?, args).await,
+        Command::Debug(args) => debug::debug(&clients(&arguments).await?, args).await,
         Command::Events(args) => observe::events(&clients(&arguments).await?, args, format).await,
         Command::Metrics(args) if args.listen.is_empty() => {
             observe::metrics(&clients(&arguments).await?, format).await

@@ -345,8 +345,8 @@ pub struct ConsoleArgs {
     pub pod: String,
 }
 
-/// `console`: what a machine's kernel and agent have written. Guests have no shell: to be in one is
-/// `exec`'s work.
+/// `console`: what a machine's kernel and agent have written. To be in a guest is `exec`'s work, or
+/// `debug`'s.
 ///
 /// # Errors
 /// The daemon's where pods have no console.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::termios::{self, SetArg, Termios};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -88,7 +88,7 @@ impl Streams {
         if let Some(err) = self.stderr.take() {
             self.copies.push(tokio::spawn(copy_out(err, std::io::stderr())));
         }
-        self.stdin.take().map(|stdin| tokio::spawn(copy_in(stdin)))
+        self.stdin.take().map(|stdin| tokio::spawn(feed(stdin)))
     }
 
     /// Copies the rest, when the process has ended.
@@ -104,7 +104,7 @@ impl Streams {
 
 /// Until every writer has gone. A descendant of the process may hold the pipe: the caller decides
 /// how long it waits.
-async fn copy_out(mut from: pipe::Receiver, mut to: impl Write) {
+pub async fn copy_out(mut from: impl AsyncRead + Unpin, mut to: impl Write) {
     let mut buffer = vec![0; CHUNK];
     loop {
         match from.read(&mut buffer).await {
@@ -118,8 +118,10 @@ async fn copy_out(mut from: pipe::Receiver, mut to: impl Write) {
     }
 }
 
-/// Our standard input, by a thread of its own: it cannot be read without blocking.
-async fn copy_in(mut to: pipe::Sender) {
+/// Our standard input, by a thread of its own: it cannot be read without blocking. Answers where it
+/// went, and how many bytes it had.
+pub async fn copy_in<W: AsyncWrite + Unpin>(mut to: W) -> (W, u64) {
+    let mut copied = 0;
     let (send, mut chunks) = mpsc::channel::<Vec<u8>>(4);
     std::thread::spawn(move || {
         let mut input = std::io::stdin().lock();
@@ -133,9 +135,16 @@ async fn copy_in(mut to: pipe::Sender) {
     });
     while let Some(bytes) = chunks.recv().await {
         if to.write_all(&bytes).await.is_err() {
-            return;
+            break;
         }
+        copied += bytes.len() as u64;
     }
+    (to, copied)
+}
+
+/// The same for a process' standard input, which is given up then.
+async fn feed(to: pipe::Sender) {
+    drop(copy_in(to).await);
     // What was written is to be read before the pipe has no writer any more: CloseIO comes next.
 }
 

@@ -227,6 +227,10 @@ fn docs_commands_can_be_typed() {
                 "kuasar-ctl" if words.get(1) == Some(&"check") => {
                     runs(&scratch, &["runc"], &line, &block.at, &[0, 5]);
                 }
+                // A pod that is no machine refuses it, by a code of its own.
+                "kuasar-ctl" if words.get(1) == Some(&"debug") => {
+                    runs(&scratch, &["runc"], &line, &block.at, &[1]);
+                }
                 // There is no terminal here.
                 "kuasar-ctl" => {
                     runs(&scratch, &["runc"], &line.replace("-it", "-i"), &block.at, &[0])

@@ -30,6 +30,7 @@ mod terminal;
 mod traces;
 mod vmm;
 mod vmm_channels;
+mod vmm_debug;
 mod vmm_noshare;
 mod vmm_pool;
 mod vmm_q35;

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use containerd_sandbox::Controller;
 use containerd_sandbox::error::{Error, Result};
-use containerd_sandbox::sandboxer::{TemplateJob, TemplateList};
+use containerd_sandbox::sandboxer::{DebugChange, DebugProgram, TemplateJob, TemplateList};
 use containerd_sandbox::store::Record;
 use containerd_task::events::{Event, EventSender, timestamp};
 use containerd_task::journal::ContainerRecord;
@@ -352,6 +352,37 @@ impl service::Admin for Admin {
     ) -> ttrpc::Result<api::ConsoleResponse> {
         let path = self.controller.console(&q.sandbox_id).await.map_err(refused)?;
         Ok(api::ConsoleResponse { path: path.display().to_string(), ..Default::default() })
+    }
+
+    async fn debug(
+        &self,
+        _ctx: &TtrpcContext,
+        q: api::DebugRequest,
+    ) -> ttrpc::Result<api::DebugResponse> {
+        let terminal = q.terminal.then_some((q.width, q.height));
+        let what = DebugProgram { args: q.args, terminal };
+        let opened = self.controller.debug(&q.sandbox_id, what).await.map_err(refused)?;
+        let path = opened.path.display().to_string();
+        Ok(api::DebugResponse { session: opened.session, path, ..Default::default() })
+    }
+
+    async fn steer_debug(
+        &self,
+        _ctx: &TtrpcContext,
+        q: api::SteerDebugRequest,
+    ) -> ttrpc::Result<api::SteerDebugResponse> {
+        use api::steer_debug_request::What;
+        let what = match q.what {
+            Some(What::Size(size)) => DebugChange::Size(size.width, size.height),
+            Some(What::InputBytes(bytes)) => DebugChange::InputBytes(bytes),
+            _ => {
+                let text = "nothing is said of the session".into();
+                return Err(refused(Error::InvalidArgument(text)));
+            }
+        };
+        let steered = self.controller.steer_debug(&q.sandbox_id, &q.session, what).await;
+        steered.map_err(refused)?;
+        Ok(api::SteerDebugResponse::new())
     }
 
     async fn templates(

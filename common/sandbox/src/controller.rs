@@ -22,7 +22,9 @@ use crate::endpoint::{Endpoints, PodSockets};
 use crate::error::{Error, Result};
 use crate::info;
 use crate::options::ControllerOptions;
-use crate::sandboxer::{SandboxSpec, Sandboxer, TemplateJob, TemplateList};
+use crate::sandboxer::{
+    DebugChange, DebugConsole, DebugProgram, SandboxSpec, Sandboxer, TemplateJob, TemplateList,
+};
 use crate::store::{Phase, Record, Store};
 use crate::wire::{any, check_id, panic_text, timestamp};
 
@@ -209,6 +211,24 @@ impl Controller {
     pub async fn console(&self, id: &str) -> Result<std::path::PathBuf> {
         let ctx = self.core.find(id)?.context(None);
         self.core.sandboxer.console(&ctx).await
+    }
+
+    /// Runs a program beside a sandbox' containers.
+    ///
+    /// # Errors
+    /// NotFound; Unimplemented where sandboxes are no machines; the sandboxer's.
+    pub async fn debug(&self, id: &str, what: DebugProgram) -> Result<DebugConsole> {
+        let ctx = self.core.find(id)?.context(None);
+        self.core.sandboxer.debug(&ctx, what).await
+    }
+
+    /// Changes such a session.
+    ///
+    /// # Errors
+    /// NotFound; the sandboxer's.
+    pub async fn steer_debug(&self, id: &str, session: &str, what: DebugChange) -> Result<()> {
+        let ctx = self.core.find(id)?.context(None);
+        self.core.sandboxer.steer_debug(&ctx, session, what).await
     }
 
     /// Saved machines that sandboxes start from.

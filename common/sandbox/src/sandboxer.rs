@@ -81,6 +81,33 @@ pub enum Recovered {
     Stopped(SandboxExit),
 }
 
+/// What an operator wants to run beside a sandbox' containers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DebugProgram {
+    /// Arguments; empty: those of the configuration.
+    pub args: Vec<String>,
+    /// Columns and rows of its terminal; without one it has pipes.
+    pub terminal: Option<(u32, u32)>,
+}
+
+/// A program that runs beside a sandbox' containers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DebugConsole {
+    /// Its name.
+    pub session: String,
+    /// Socket that takes one connection.
+    pub path: PathBuf,
+}
+
+/// What changes of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DebugChange {
+    /// Its terminal has so many columns and rows.
+    Size(u32, u32),
+    /// Its input has so many bytes.
+    InputBytes(u64),
+}
+
 /// What an operator asks of templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TemplateJob {
@@ -186,6 +213,24 @@ pub trait Sandboxer: Send + Sync + 'static {
             "sandboxes of this kind have no console: only machines of vmm-sandboxer have one"
                 .into(),
         ))
+    }
+
+    /// Runs a program beside the containers of a sandbox that is a machine.
+    async fn debug(&self, _ctx: &SandboxContext, _what: DebugProgram) -> Result<DebugConsole> {
+        Err(Error::Unimplemented(
+            "sandboxes of this kind have no debug console: only machines of vmm-sandboxer have one"
+                .into(),
+        ))
+    }
+
+    /// Changes a session of [`Sandboxer::debug`].
+    async fn steer_debug(
+        &self,
+        _ctx: &SandboxContext,
+        session: &str,
+        _what: DebugChange,
+    ) -> Result<()> {
+        Err(Error::NotFound(format!("there is no debug session {session:.40?}")))
     }
 
     /// Saved machines that sandboxes start from.

@@ -13,9 +13,13 @@ macro_rules! targets {
 
 targets! {
     answer: "../../../fuzz/fuzz_targets/answer.rs", [b"HTTP/1.1 200 OK\r\n\r\n"];
+    dial: "../../../fuzz/fuzz_targets/dial.rs", [b"OK 1024\n"];
+    events: "../../../fuzz/fuzz_targets/events.rs", [b"\x07{\"source\": \"vm\", \"event\": \"shutdown\"}\n\n"];
     frames: "../../../fuzz/fuzz_targets/frames.rs", [b""];
     greeting: "../../../fuzz/fuzz_targets/greeting.rs", [b"OK 1024\n"];
-    monitor: "../../../fuzz/fuzz_targets/monitor.rs", [b"{\"return\": {}}\n"];
+    http: "../../../fuzz/fuzz_targets/http.rs", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"];
+    monitor: "../../../fuzz/fuzz_targets/monitor.rs", [b"\x00{\"return\": {}}\n"];
+    spans: "../../../fuzz/fuzz_targets/spans.rs", [b""];
     wasm_image: "../../../fuzz/fuzz_targets/wasm_image.rs", [b"/app\0/link/bin/m.wasm\0/\0/"];
     wasm_interface: "../../../fuzz/fuzz_targets/wasm_interface.rs", [b"\0asm\x0d\0\x01\0"];
     wasm_kind: "../../../fuzz/fuzz_targets/wasm_kind.rs", [b"\0asm\x01\0\0\0"];

@@ -86,6 +86,8 @@ pub enum StreamKind {
     Terminal,
     /// Both ways, to a port of the pod.
     Forward,
+    /// Both ways, to a program beside the containers.
+    Debug,
 }
 
 impl StreamKind {
@@ -97,13 +99,14 @@ impl StreamKind {
             Self::Stderr => "stderr",
             Self::Terminal => "terminal",
             Self::Forward => "forward",
+            Self::Debug => "debug",
         }
     }
 
     fn of(word: &str) -> Option<Self> {
-        [Self::Stdin, Self::Stdout, Self::Stderr, Self::Terminal, Self::Forward]
-            .into_iter()
-            .find(|kind| kind.word() == word)
+        let all = [Self::Stdin, Self::Stdout, Self::Stderr, Self::Terminal];
+        let more = [Self::Forward, Self::Debug];
+        all.into_iter().chain(more).find(|kind| kind.word() == word)
     }
 }
 
@@ -113,7 +116,7 @@ pub enum Purpose {
     /// ttrpc.
     Control,
     /// One stream of one process: container id, exec id (empty for the first process). For
-    /// [`StreamKind::Forward`] the container is the id of the Forward call.
+    /// [`StreamKind::Forward`] and [`StreamKind::Debug`] the container is the id of the call.
     Stream {
         /// Container id.
         container: String,
@@ -245,6 +248,7 @@ mod tests {
             stream("", StreamKind::Stdout),
             stream("e-1", StreamKind::Terminal),
             stream("", StreamKind::Forward),
+            stream("", StreamKind::Debug),
         ] {
             let line = hello("abc", &purpose);
             assert_eq!(parse_hello(line.trim_end()).unwrap(), ("abc", purpose));

@@ -56,6 +56,9 @@ pub const ROOTS_TAG: &str = "kuasar-roots";
 pub const ROOTS_PATH: &str = "/run/kuasar/roots";
 /// Where the guest has copies of the host's files, in a pod without a share.
 pub const FILES_PATH: &str = "/run/kuasar/files";
+/// With a debug session's id behind it: under which its program is put among these copies. No
+/// container's id begins like that.
+pub const DEBUG_FILES: &str = ".debug-";
 /// Type URL of [`guest::Container`] in the options of a Task.Create.
 pub const CONTAINER_TYPE: &str = "kuasar.vmm.v1.Container";
 /// Most that may be written at once on vsock, in bytes: some devices hang on larger descriptors.

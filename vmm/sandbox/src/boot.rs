@@ -121,7 +121,7 @@ pub(crate) fn plain(
         cpus: range(Feature::CpuResize, more_cpus),
         memory_mib: range(Feature::MemoryResize, more_memory),
         hugepages: config.size.hugepages,
-        boot: Boot { kernel: images.kernel, root, params: config.guest.params.clone() },
+        boot: Boot { kernel: images.kernel, root, params: config.guest.kernel_params() },
         shares: by.shares().iter().filter_map(tree).collect(),
         nics: Vec::new(),
         disks: Vec::new(),

@@ -395,6 +395,7 @@ impl Config {
         if self.guest.shm_size < 4096 {
             return Err(format!("guest.shm_size = {}: at least 4096", self.guest.shm_size));
         }
+        self.guest.check_debug()?;
         let t = &self.guest_timeouts;
         for (key, value) in [
             ("boot", t.boot),

@@ -23,6 +23,15 @@ pub struct GuestConfig {
     pub shm_size: u64,
     /// Lets unprivileged processes of pods bind low ports and send pings, as containerd does.
     pub unprivileged_ports: bool,
+    /// Guests that boot from now on let an operator run programs beside the containers
+    /// ([`crate::debug`]).
+    pub debug_console: bool,
+    /// The program that is run there; a static one of the host.
+    pub debug_program: PathBuf,
+    /// Its arguments.
+    pub debug_args: Vec<String>,
+    /// Further names of it, by which it is found there.
+    pub debug_links: Vec<String>,
 }
 
 impl Default for GuestConfig {
@@ -35,9 +44,24 @@ impl Default for GuestConfig {
             console_bytes: 256 << 10,
             shm_size: 64 << 20,
             unprivileged_ports: true,
+            debug_console: false,
+            debug_program: "/usr/bin/busybox".into(),
+            debug_args: vec!["sh".into()],
+            debug_links: DEBUG_LINKS.map(str::to_owned).to_vec(),
         }
     }
 }
+
+/// Applets of busybox that a look around wants. Where its shell runs applets by itself (Debian's does),
+/// none is needed.
+const DEBUG_LINKS: [&str; 32] = [
+    "sh", "awk", "cat", "chroot", "cut", "date", "dd", "df", "dmesg", "du", "find", "free", "grep",
+    "head", "hexdump", "ip", "kill", "ls", "mount", "netstat", "nsenter", "ping", "ps", "sed",
+    "sleep", "stat", "stty", "tail", "top", "uname", "vi", "wc",
+];
+
+/// Names beside the program at most.
+const MOST_LINKS: usize = 1024;
 
 /// A guest's kernel and root file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +82,34 @@ pub enum RootImage {
 }
 
 impl GuestConfig {
+    /// What a guest's kernel is told.
+    pub fn kernel_params(&self) -> Vec<String> {
+        let mut params = self.params.clone();
+        params.extend(self.debug_console.then(|| "kuasar.debug_console".to_owned()));
+        params
+    }
+
+    /// What is wrong with the debug console's keys, in words that name the key.
+    ///
+    /// # Errors
+    /// The first value without sense.
+    pub fn check_debug(&self) -> Result<(), String> {
+        let program = &self.debug_program;
+        if !program.is_absolute() || program.file_name().is_none() {
+            return Err(format!(
+                "guest.debug_program = {program:?}: an absolute path of a program"
+            ));
+        }
+        if self.debug_links.len() > MOST_LINKS {
+            return Err(format!("guest.debug_links: at most {MOST_LINKS} names"));
+        }
+        let plain = |name: &String| kuasar_host::id::check("name", name).is_ok() || name == "[";
+        match self.debug_links.iter().find(|name| !plain(name)) {
+            Some(odd) => Err(format!("guest.debug_links: {odd:.40?} is no plain name")),
+            None => Ok(()),
+        }
+    }
+
     /// Names of initramfs files.
     const INITRDS: [&'static str; 4] =
         ["initramfs.cpio", "initramfs.cpio.gz", "initramfs.cpio.zst", "initramfs.cpio.lz4"];
@@ -131,6 +183,22 @@ fn is_kernel(path: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_is_told_of_its_debug_console_and_only_where_there_is_one() {
+        let off = GuestConfig::default();
+        assert_eq!(off.kernel_params(), off.params);
+        let on = GuestConfig { debug_console: true, ..off.clone() };
+        assert_eq!(on.kernel_params().last().unwrap(), "kuasar.debug_console");
+        assert_eq!(on.kernel_params()[..off.params.len()], off.params);
+        on.check_debug().unwrap();
+        let relative = GuestConfig { debug_program: "busybox".into(), ..off.clone() };
+        assert!(relative.check_debug().unwrap_err().contains("guest.debug_program"));
+        for odd in ["", "../x", "a/b", ".."] {
+            let links = GuestConfig { debug_links: vec![odd.into()], ..off.clone() };
+            assert!(links.check_debug().unwrap_err().contains("guest.debug_links"), "{odd}");
+        }
+    }
 
     #[test]
     fn a_missing_guest_says_what_to_do() {

@@ -8,6 +8,7 @@ pub mod channel;
 pub mod config;
 pub mod copy;
 pub mod daemon;
+pub mod debug;
 mod drivers;
 mod errors;
 pub mod forward;

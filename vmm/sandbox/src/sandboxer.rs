@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use containerd_sandbox::error::{Error, Result, blocking};
 use containerd_sandbox::sandboxer::{
-    PodServices, Recovered, SandboxContext, Sandboxer, Started, TemplateJob, TemplateList,
+    DebugChange, DebugConsole, DebugProgram, PodServices, Recovered, SandboxContext, Sandboxer,
+    Started, TemplateJob, TemplateList,
 };
 use containerd_task::runtime::Keeper;
 use kuasar_daemon::resident::Parts;
@@ -35,7 +36,7 @@ use kuasar_oci::pod::Modes;
 use kuasar_pod::files::{self, host};
 use protobuf::MessageField;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use vmm_common::{guest as wire, port};
 
 use crate::announced::Announced;
@@ -43,6 +44,7 @@ use crate::block;
 use crate::boot::{CONSOLE, files_by};
 use crate::channel;
 use crate::config::{Config, HostNetwork, ShareBy, TaskEndpoint};
+use crate::debug;
 use crate::drivers::Machinery;
 use crate::errors::{chain, machine, net, task};
 use crate::growth::{Machine, huge_of};
@@ -88,6 +90,8 @@ pub(crate) struct Live {
     pub containers: Arc<Containers>,
     /// What an engine that calls the guest has announced.
     announced: OnceLock<Arc<Announced>>,
+    /// Debug sessions that there may be.
+    debugs: Arc<Semaphore>,
     /// What watches it.
     watchers: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
@@ -309,6 +313,7 @@ impl VmmSandboxer {
             guest: guest.clone(),
             containers,
             announced: OnceLock::new(),
+            debugs: Arc::new(Semaphore::new(debug::MAX)),
             watchers: Mutex::new(watchers),
         };
         self.live().insert(id.clone(), Arc::new(live));
@@ -591,6 +596,25 @@ impl Sandboxer for VmmSandboxer {
         }
         // That of a machine of the pool began before the pod.
         Ok(state(ctx).vm.map_or_else(|| ctx.dir.join(CONSOLE), |vm| vm.console.0))
+    }
+
+    async fn debug(&self, ctx: &SandboxContext, what: DebugProgram) -> Result<DebugConsole> {
+        let (config, id) = (self.config(), &ctx.spec.id);
+        let live = self.running(id).ok_or_else(|| debug::not_running(id))?;
+        let dir = state(ctx).machine_dir.unwrap_or_default();
+        let place = debug::Place { sandbox: id, dir: &dir, patience: debug::CONNECT };
+        debug::open(place, live.guest.clone(), &live.debugs, &config.guest, what).await
+    }
+
+    async fn steer_debug(
+        &self,
+        ctx: &SandboxContext,
+        session: &str,
+        what: DebugChange,
+    ) -> Result<()> {
+        let id = &ctx.spec.id;
+        let live = self.running(id).ok_or_else(|| debug::not_running(id))?;
+        debug::steer(&live.guest, session, what).await
     }
 
     async fn templates(&self, what: TemplateJob) -> Result<TemplateList> {

@@ -14,8 +14,10 @@ use tokio::sync::mpsc;
 use crate::channel::{self, Control, Gate};
 use crate::cmdline::{Channel, Options};
 use crate::containers::GuestContainers;
+use crate::debug::Debugs;
 use crate::engine::Engine;
 use crate::events::Events;
+use crate::files::Files;
 use crate::forward::Forwards;
 use crate::guest::GuestService;
 use crate::kmsg::Kmsg;
@@ -118,8 +120,11 @@ async fn serve(
         },
     );
     let forwards = Arc::<Forwards>::default();
+    let files = Arc::<Files>::default();
+    let exe = containers.program();
+    let debugs = Debugs::new(options.debug_console, reaper.clone(), files.clone(), exe);
     let (control, connections) = mpsc::channel(limits::CONTROL);
-    let gate = Gate::new(tasks.clone(), forwards.clone(), control);
+    let gate = Gate::new(tasks.clone(), forwards.clone(), debugs.clone(), control);
     let spans = Spans::default();
     kuasar_trace::install(Box::new(spans.clone()));
     let service = Arc::new(GuestService {
@@ -129,9 +134,10 @@ async fn serve(
         reaper,
         gate: gate.clone(),
         forwards,
+        debugs,
         events,
         storages: Default::default(),
-        files: Default::default(),
+        files,
         poweroff: options.poweroff,
         started_ns,
         serving_ns: Default::default(),

@@ -24,6 +24,7 @@ use vmm_common::handshake::{
 };
 use vmm_common::{CHUNK, port};
 
+use crate::debug::Debugs;
 use crate::forward::Forwards;
 use crate::limits;
 
@@ -41,6 +42,7 @@ pub struct Gate {
     token: Mutex<Option<String>>,
     tasks: Arc<TaskServer>,
     forwards: Arc<Forwards>,
+    debugs: Arc<Debugs>,
     control: mpsc::Sender<Control>,
     control_slots: Arc<Semaphore>,
     /// How long a connection may take to greet.
@@ -56,6 +58,7 @@ impl Gate {
     pub fn new(
         tasks: Arc<TaskServer>,
         forwards: Arc<Forwards>,
+        debugs: Arc<Debugs>,
         control: mpsc::Sender<Control>,
     ) -> Arc<Self> {
         let control_slots = Arc::new(Semaphore::new(limits::CONTROL));
@@ -64,6 +67,7 @@ impl Gate {
             token: Mutex::default(),
             tasks,
             forwards,
+            debugs,
             control,
             control_slots,
             patience,
@@ -129,6 +133,21 @@ impl Gate {
                         tokio::spawn(crate::forward::join(slot, stream, socket));
                         Ok(())
                     }
+                    Err(error) => refused(&mut stream, &error.chain()).await,
+                }
+            }
+            (Port::Stream, Purpose::Stream { container, kind: StreamKind::Debug, .. }) => {
+                match self.debugs.start(&container).await {
+                    Ok(session) => match ok(&mut stream).await {
+                        Ok(()) => {
+                            tokio::spawn(session.join(stream));
+                            Ok(())
+                        }
+                        Err(error) => {
+                            tokio::spawn(session.end());
+                            Err(error)
+                        }
+                    },
                     Err(error) => refused(&mut stream, &error.chain()).await,
                 }
             }
@@ -420,7 +439,9 @@ mod tests {
             EventSender::none(),
             TaskOptions::default(),
         );
-        (Gate::new(tasks.clone(), Arc::default(), sender), receiver, tasks)
+        let (reaper, exe) = (crate::reaper::Reaper::default(), "/none".to_owned());
+        let debugs = Debugs::new(false, reaper, Arc::default(), exe);
+        (Gate::new(tasks.clone(), Arc::default(), debugs, sender), receiver, tasks)
     }
 
     async fn dial(gate: &Arc<Gate>, port: Port, line: &str) -> (String, UnixStream) {
@@ -498,6 +519,8 @@ mod tests {
         };
         let hello = handshake::hello(TOKEN, &purpose);
         assert!(dial(&gate, Port::Stream, &hello).await.0.starts_with("ERR no process"));
+        let debug = hello.replace("stdout", "debug");
+        assert!(dial(&gate, Port::Stream, &debug).await.0.starts_with("ERR no debug session"));
         let stdout = vmm_common::stream_address("c", "", StreamKind::Stdout);
         tasks.streams().expect_raw(&Stdio { stdout, ..Stdio::default() }).unwrap();
         assert_eq!(dial(&gate, Port::Stream, &hello).await.0, "OK");

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `kuasar.log=LEVEL` | `error`, `warn`, `info`, `debug`, `trace`, to the kernel's log | `warn` |
 //! | `kuasar.debug` | the same as `kuasar.log=debug`, and the kernel drops no lines of ours | off |
+//! | `kuasar.debug_console` | the host may run programs beside the containers; see [`crate::debug`] | off |
 //! | `kuasar.channel=WHICH` | `vsock`, `serial` (a port or a console), or `auto`: each that is there | `auto` |
 //! | `kuasar.ready=PORT` | vsock port of the host at which it waits for our READY | 1023 |
 //! | `kuasar.poweroff=HOW` | `poweroff`, `reboot`, or `auto`; see [`crate::power`] | `auto` |
@@ -46,6 +47,8 @@ pub struct Options {
     pub level: Level,
     /// Whether the kernel may drop lines of ours.
     pub debug: bool,
+    /// Whether the host may run programs beside the containers.
+    pub debug_console: bool,
     /// Channel.
     pub channel: Channel,
     /// Port of the host, on vsock.
@@ -59,6 +62,7 @@ impl Default for Options {
         Self {
             level: Level::WARN,
             debug: false,
+            debug_console: false,
             channel: Channel::default(),
             ready: vmm_common::port::READY,
             poweroff: PowerOff::default(),
@@ -82,6 +86,11 @@ impl Options {
                     true
                 }
                 "debug" => matches!(value, "0" | "false" | "off"),
+                "debug_console" => match value {
+                    "" | "1" | "true" | "on" => set(&mut options.debug_console, true),
+                    "0" | "false" | "off" => set(&mut options.debug_console, false),
+                    _ => false,
+                },
                 "log" => value.parse().map(|level| options.level = level).is_ok(),
                 "channel" => match value {
                     "auto" => set(&mut options.channel, Channel::Auto),
@@ -142,6 +151,11 @@ mod tests {
         for bad in [&b"kuasar.ready=0"[..], b"kuasar.ready=", b"kuasar.ready=-1"] {
             let (options, unknown) = Options::parse(bad);
             assert_eq!((options.ready, unknown.len()), (vmm_common::port::READY, 1));
+        }
+        let console = |line: &str| Options::parse(line.as_bytes()).0.debug_console;
+        assert!(console("kuasar.debug_console") && console("kuasar.debug_console=on"));
+        for off in ["", "kuasar.debug", "kuasar.debug_console=off", "kuasar.debug_console=2"] {
+            assert!(!console(off), "{off}");
         }
         let (options, unknown) = Options::parse(b"kuasar.debug kuasar.moon=1 kuasar.log=loud");
         assert!(options.debug && options.level == Level::DEBUG);

@@ -27,12 +27,12 @@ use nix::fcntl::{AtFlags, readlinkat, renameat};
 use nix::sys::stat::{Mode, fchmod, fstat, fstatat, futimens, mkdirat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, linkat, symlinkat, unlinkat};
-use vmm_common::FILES_PATH;
 use vmm_common::guest::{FileEntry, PutFilesRequest, TakeFileRequest, file_entry::Kind};
+use vmm_common::{DEBUG_FILES, FILES_PATH};
 
 use crate::limits;
 
-/// Where volumes are built. No container's id begins like that.
+/// Where volumes are built. No id begins like that, neither a container's nor a debug session's.
 const BUILD: &str = ".new";
 /// A volume within its place below [`BUILD`].
 const IT: &str = "it";
@@ -61,7 +61,8 @@ where
 
 /// Container and name of a volume.
 fn place(container: &str, volume: u32) -> Result<String> {
-    kuasar_host::id::check("container", container)
+    let id = container.strip_prefix(DEBUG_FILES).unwrap_or(container);
+    kuasar_host::id::check("container", id)
         .map_err(|error| Error::InvalidArgument(error.to_string()))?;
     if volume >= limits::COPIES {
         let text = format!("a container has at most {} copied volumes", limits::COPIES);
@@ -520,7 +521,7 @@ mod tests {
         assert!(files.put(put(0, through)).await.is_err());
         let linked = vec![entry(Kind::DIRECTORY, "", ""), entry(Kind::LINK, "l", "../../../x")];
         assert!(files.put(put(0, linked)).await.is_err());
-        for container in ["", "../c", ".new"] {
+        for container in ["", "../c", ".new", ".debug-", ".debug-../c", ".debug-.debug-c"] {
             let question = PutFilesRequest { container: container.into(), ..put(0, Vec::new()) };
             assert!(files.put(question).await.is_err());
             assert!(files.remove(container.into()).await.is_err());
@@ -530,6 +531,20 @@ mod tests {
         assert!(matches!(files.put(no_beginning).await, Err(Error::FailedPrecondition(_))));
         assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 0);
         assert!(!dir.path().join("x").exists());
+    }
+
+    #[tokio::test]
+    async fn a_debug_sessions_files_are_not_those_of_a_container_of_its_name() {
+        let (dir, files) = files();
+        let debug = format!("{DEBUG_FILES}c");
+        for container in ["c", &debug] {
+            let question = put(0, vec![entry(Kind::FILE, "", container)]);
+            files.put(PutFilesRequest { container: container.into(), ..question }).await.unwrap();
+        }
+        let text = |id: &str| std::fs::read_to_string(dir.path().join(id).join("m0")).unwrap();
+        assert_eq!((text("c"), text(&debug)), ("c".to_owned(), debug.clone()));
+        files.remove(debug.clone()).await.unwrap();
+        assert!(dir.path().join("c/m0").exists() && !dir.path().join(&debug).exists());
     }
 
     #[tokio::test]

@@ -21,6 +21,7 @@ use crate::boot::{self, Steps};
 use crate::channel::{self, Gate};
 use crate::cmdline::PowerOff;
 use crate::containers::{GuestContainers, POD_DIR};
+use crate::debug::Debugs;
 use crate::engine::Engine;
 use crate::events::Events;
 use crate::files::Files;
@@ -42,6 +43,8 @@ pub struct GuestService {
     pub gate: Arc<Gate>,
     /// Port-forwards.
     pub forwards: Arc<Forwards>,
+    /// Programs beside the containers.
+    pub debugs: Arc<Debugs>,
     /// Events.
     pub events: Arc<Events>,
     /// What was done for requests that came with a trace.
@@ -49,7 +52,7 @@ pub struct GuestService {
     /// Storages of the pod.
     pub storages: Storages,
     /// Copies of the host's files.
-    pub files: Files,
+    pub files: Arc<Files>,
     /// How the machine ends.
     pub poweroff: PowerOff,
     /// Nanoseconds since boot at which we began.
@@ -357,6 +360,29 @@ impl Guest for GuestService {
     async fn forward(&self, _: &TtrpcContext, q: api::ForwardRequest) -> Rpc<api::ForwardResponse> {
         self.forwards.expect(&q.id, q.port)?;
         Ok(api::ForwardResponse::new())
+    }
+
+    async fn debug(&self, _: &TtrpcContext, q: api::DebugRequest) -> Rpc<api::DebugResponse> {
+        self.debugs.expect(q)?;
+        Ok(api::DebugResponse::new())
+    }
+
+    async fn steer_debug(
+        &self,
+        _: &TtrpcContext,
+        q: api::SteerDebugRequest,
+    ) -> Rpc<api::SteerDebugResponse> {
+        self.debugs.steer(&q)?;
+        Ok(api::SteerDebugResponse::new())
+    }
+
+    async fn end_debug(
+        &self,
+        _: &TtrpcContext,
+        q: api::EndDebugRequest,
+    ) -> Rpc<api::EndDebugResponse> {
+        self.debugs.end(&q.id).await?;
+        Ok(api::EndDebugResponse::new())
     }
 
     async fn spans(&self, _: &TtrpcContext, q: api::SpansRequest) -> Rpc<api::SpansResponse> {

@@ -11,6 +11,7 @@
 //! * [`containers`]: the Task API's runtime, over the built-in OCI engine, with a storage of its
 //!   own for each container;
 //! * [`engine`]: the Task API for engines that call the guest themselves;
+//! * [`debug`]: programs beside the containers, in guests whose kernel was told so;
 //! * [`guest`]: the guest API, with [`network`], [`storage`], [`files`], [`clock`], [`hotplug`], [`power`];
 //! * [`reaper`]: forks and reaps, everything, with no exit lost.
 //!
@@ -27,6 +28,7 @@ pub mod channel;
 pub mod clock;
 pub mod cmdline;
 pub mod containers;
+pub mod debug;
 pub mod devices;
 pub mod engine;
 pub mod events;

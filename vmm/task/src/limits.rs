@@ -39,6 +39,14 @@ pub const EVENTS_TIME: Duration = Duration::from_secs(600);
 pub const FORWARDS: usize = 256;
 /// How long a port-forward waits for its stream.
 pub const FORWARD_TIME: Duration = Duration::from_secs(30);
+/// Debug sessions that wait for their stream, or have one.
+pub const DEBUGS: usize = 8;
+/// How long a debug session waits for its stream.
+pub const DEBUG_TIME: Duration = Duration::from_secs(60);
+/// Words of a debug session's program and arguments, and bytes of all of them.
+pub const DEBUG_WORDS: (usize, usize) = (64, 32 << 10);
+/// How long a debug session's program may take to end when its stream has.
+pub const HANG_UP: Duration = Duration::from_secs(2);
 /// How long a plugged device may take to appear.
 pub const DEVICE_TIME: Duration = Duration::from_secs(10);
 /// Between two looks for a vsock device of which the kernel has not told.

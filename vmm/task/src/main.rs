@@ -10,6 +10,7 @@ fn main() -> ExitCode {
         Some(vmm_task::containers::EXECS) => {
             kuasar_oci::builtin::serve::main("vmm-task execs", arguments).into()
         }
+        Some(vmm_task::debug::WORD) if std::process::id() != 1 => vmm_task::debug::main(arguments),
         Some("pod-init") => vmm_task::init::main(),
         // The kernel passes words of its command line on that it does not know.
         _ if std::process::id() == 1 => vmm_task::agent::main(),
