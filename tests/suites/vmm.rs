@@ -138,6 +138,19 @@ pub(crate) fn vmm_pid_of(id: &str) -> u32 {
     vmm.unwrap_or_else(|| panic!("no QEMU among {all:?}")).0
 }
 
+/// What names a namespace of a process.
+pub(crate) fn link(pid: u32, what: &str) -> String {
+    let path = format!("/proc/{pid}/ns/{what}");
+    std::fs::read_link(path).unwrap().to_string_lossy().into_owned()
+}
+
+/// A line of `/proc/PID/status`.
+pub(crate) fn status(pid: u32, key: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.trim_start_matches(':').trim().to_owned()
+}
+
 pub(crate) fn kill(pid: u32) {
     // SAFETY: a pid that we have just found in the pod's own cgroup.
     unsafe { libc::kill(pid as i32, libc::SIGKILL) };

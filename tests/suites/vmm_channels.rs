@@ -10,7 +10,7 @@ use kuasar_protos::shim::api as tasks;
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, inside, leaks, switch, task, wait_for, wire};
 
-use crate::vmm::{HANDLER, Settings, kill, machine, machine_dirs, vmm_pid};
+use crate::vmm::{HANDLER, Settings, kill, machine, machine_dirs, status, vmm_pid};
 use crate::vmm_q35::netns;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -110,11 +110,6 @@ fn forwards_a_port(pod: &Pod) {
 fn relay(pod: &Pod) -> u32 {
     let all = machine(pod);
     let (pid, _) = all.iter().find(|(_, name)| name.starts_with("vmm-sandboxer")).unwrap();
-    let status = |pid: u32, key: &str| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap().to_owned();
-        line.trim_start_matches(':').trim().to_owned()
-    };
     for (key, wanted) in [("NoNewPrivs", "1"), ("Seccomp", "2"), ("CapEff", "0000000000000000")] {
         assert_eq!(status(*pid, key), wanted, "{key}");
     }

@@ -2,7 +2,9 @@
 //! Debian's kernel, as the other tests of templates.
 
 use crate::ctl::{ctl_on, out};
-use crate::vmm::{HANDLER, Settings, kill, log, machine, machine_dirs, strangers, vmm_pid};
+use crate::vmm::{
+    HANDLER, Settings, kill, link, log, machine, machine_dirs, status, strangers, vmm_pid,
+};
 use crate::vmm_q35::{netns, pod, template, with_templates_on};
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, daemon_pid, inside, switch, wait_for};
@@ -77,18 +79,6 @@ fn pooled_vmm() -> u32 {
 /// Directories of machines that are the pool's.
 fn pooled_dirs() -> usize {
     machine_dirs().iter().filter(|dir| dir.join("pooled").exists()).count()
-}
-
-fn link(pid: u32, what: &str) -> String {
-    let path = format!("/proc/{pid}/ns/{what}");
-    std::fs::read_link(path).unwrap().to_string_lossy().into_owned()
-}
-
-/// A line of `/proc/PID/status`.
-fn status(pid: u32, key: &str) -> String {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
-    line.trim_start_matches(':').trim().to_owned()
 }
 
 /// What holds of a pod's VMM wherever it came from, and what is different when it was pooled.

@@ -5,19 +5,10 @@ use std::time::Duration;
 use kuasar_tests::cri::*;
 use kuasar_tests::wait_for;
 
-use crate::vmm::{Settings, able, log, machine, pod, vmm_pid};
+use crate::vmm::{Settings, able, link, log, machine, pod, status, vmm_pid};
 
 /// What virtiofsd has at most: it acts for every user of its guest (`jail::privileges`).
 const FILE_SERVER: u64 = 0x8804_01db;
-
-fn read(pid: u32, file: &str) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap()
-}
-
-fn link(pid: u32, namespace: &str) -> String {
-    let link = std::fs::read_link(format!("/proc/{pid}/ns/{namespace}"));
-    link.unwrap().display().to_string()
-}
 
 #[test]
 fn every_process_of_a_machine_is_jailed_and_bounded() {
@@ -32,11 +23,7 @@ fn every_process_of_a_machine_is_jailed_and_bounded() {
     assert!(all.len() >= 4, "{all:?}");
     let own = std::process::id();
     for (pid, name) in &all {
-        let status = read(*pid, "status");
-        let field = |key: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
-            line.trim().to_owned()
-        };
+        let field = |key: &str| status(*pid, key);
         let serves_files = name == "virtiofsd";
         assert_eq!(field("NoNewPrivs:"), "1", "{name}");
         assert_eq!(field("Seccomp:"), "2", "{name}");
@@ -54,7 +41,7 @@ fn every_process_of_a_machine_is_jailed_and_bounded() {
         for namespace in ["mnt", "pid", "ipc", "uts", "net"] {
             assert_ne!(link(*pid, namespace), link(own, namespace), "{name}: {namespace}");
         }
-        let limits = read(*pid, "limits");
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
         let limit = |what: &str| {
             let line = limits.lines().find_map(|line| line.strip_prefix(what)).unwrap();
             let both: Vec<&str> = line.split_whitespace().take(2).collect();

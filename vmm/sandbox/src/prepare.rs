@@ -213,11 +213,15 @@ impl Host {
         Ok((place, root))
     }
 
+    /// Ids of the containers that have a private directory.
+    pub fn containers(&self) -> impl Iterator<Item = String> + use<> {
+        let entries = std::fs::read_dir(self.pod_dir.join("containers")).into_iter().flatten();
+        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok())
+    }
+
     /// Records of the containers other than `id`.
     fn others(&self, id: &str) -> impl Iterator<Item = Meta> {
-        let entries = std::fs::read_dir(self.pod_dir.join("containers")).into_iter().flatten();
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(move |name| name != id).filter_map(|name| self.meta(&name).ok())
+        self.containers().filter(move |name| name != id).filter_map(|name| self.meta(&name).ok())
     }
 
     /// Disks that containers other than `id` have.

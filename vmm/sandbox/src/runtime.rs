@@ -447,9 +447,7 @@ impl Runtime for Containers {
     }
 
     async fn existing(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.pod.dir.join("containers")).into_iter().flatten();
-        let mut all: Vec<String> =
-            entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut all: Vec<String> = self.host.containers().collect();
         all.extend(self.host.share.containers());
         all.sort();
         all.dedup();

@@ -132,10 +132,16 @@ impl Cgroup {
             self.set("pids", "pids.max", &max(v))?;
         }
         self.block_v1(r)?;
+        self.limit_hugepages(r, "limit_in_bytes")
+    }
+
+    /// What is reserved counts, too, where the kernel can count it: a mapping that is too large fails,
+    /// instead of its use (SIGBUS). `file` is what the limit is called.
+    fn limit_hugepages(&self, r: &Resources, file: &str) -> Result<()> {
         for (size, limit) in r.hugepages()? {
             let limit = limit.to_string();
-            self.set("hugetlb", &format!("hugetlb.{size}.limit_in_bytes"), &limit)?;
-            self.set_if_there("hugetlb", &format!("hugetlb.{size}.rsvd.limit_in_bytes"), &limit)?;
+            self.set("hugetlb", &format!("hugetlb.{size}.{file}"), &limit)?;
+            self.set_if_there("hugetlb", &format!("hugetlb.{size}.rsvd.{file}"), &limit)?;
         }
         Ok(())
     }
@@ -244,12 +250,7 @@ impl Cgroup {
             self.set("pids", "pids.max", &max(v))?;
         }
         self.block_v2(r)?;
-        for (size, limit) in r.hugepages()? {
-            let limit = limit.to_string();
-            self.set("hugetlb", &format!("hugetlb.{size}.max"), &limit)?;
-            // What is reserved counts, too: a mapping that is too large fails, instead of its use (SIGBUS).
-            self.set_if_there("hugetlb", &format!("hugetlb.{size}.rsvd.max"), &limit)?;
-        }
+        self.limit_hugepages(r, "max")?;
         for (key, value) in r.0.get("unified").and_then(Value::as_object).into_iter().flatten() {
             let plain = key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
             // `cgroup.*` moves processes and controllers: that is not a resource.
