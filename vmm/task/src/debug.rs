@@ -15,7 +15,7 @@ mod program;
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::Duration;
 
 use containerd_task::error::{Error, Result};
 use containerd_task::host::blocking;
@@ -23,6 +23,7 @@ use kuasar_host::cgroup::{Cgroup, Layout};
 use kuasar_oci::processes::{Command, Processes, new_cookie};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use vmm_common::DEBUG_FILES;
 use vmm_common::guest::{DebugRequest, SteerDebugRequest, steer_debug_request::What};
 
@@ -49,6 +50,8 @@ pub struct Debugs {
     exe: String,
     /// Where sessions get their cgroups; without one a session is its process group.
     layout: Option<Layout>,
+    /// How long a session waits for its stream.
+    patience: Duration,
     sessions: Mutex<HashMap<String, Entry>>,
 }
 
@@ -93,19 +96,21 @@ impl Debugs {
         // Only root can make groups.
         let root = nix::unistd::geteuid().is_root();
         let layout = (enabled && root).then(|| Layout::detect().ok()).flatten();
-        Arc::new(Self { enabled, reaper, files, exe, layout, sessions: Mutex::default() })
+        let (patience, sessions) = (limits::DEBUG_TIME, Mutex::default());
+        Arc::new(Self { enabled, reaper, files, exe, layout, patience, sessions })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stream with this id may come and start a program.
+    /// A stream with this id may come and start a program. One that comes too late finds neither it nor
+    /// its files: the host may have gone in between.
     ///
     /// # Errors
     /// [`Error::FailedPrecondition`] where there is no debug console; [`Error::InvalidArgument`],
     /// [`Error::AlreadyExists`], [`Error::ResourceExhausted`].
-    pub fn expect(&self, question: DebugRequest) -> Result<()> {
+    pub fn expect(self: &Arc<Self>, question: DebugRequest) -> Result<()> {
         if !self.enabled {
             return Err(Error::FailedPrecondition(OFF.into()));
         }
@@ -124,8 +129,6 @@ impl Debugs {
         let size = size(question.width, question.height)?;
         let wanted = Wanted { argv, terminal: question.terminal.then_some(size) };
         let mut sessions = self.lock();
-        let late = |since: &Instant| since.elapsed() >= limits::DEBUG_TIME;
-        sessions.retain(|_, entry| !entry.waits.as_ref().is_some_and(|(_, since)| late(since)));
         if sessions.contains_key(&question.id) {
             return Err(Error::AlreadyExists(format!("debug session {} is there", question.id)));
         }
@@ -134,9 +137,25 @@ impl Debugs {
             return Err(Error::ResourceExhausted(text));
         }
         let orders = watch::Sender::new(Orders::default());
-        let waits = Some((wanted, Instant::now()));
-        sessions.insert(question.id, Entry { waits, orders, terminal: None });
+        let since = Instant::now();
+        let entry = Entry { waits: Some((wanted, since)), orders, terminal: None };
+        sessions.insert(question.id.clone(), entry);
+        tokio::spawn(self.clone().expire(question.id, since));
         Ok(())
+    }
+
+    /// Forgets a session for which no stream comes.
+    async fn expire(self: Arc<Self>, id: String, since: Instant) {
+        tokio::time::sleep_until(since + self.patience).await;
+        let waits = |entry: &Entry| entry.waits.as_ref().is_some_and(|(_, own)| *own == since);
+        let still = self.lock().get(&id).is_some_and(waits);
+        if !still {
+            return;
+        }
+        tracing::info!(session = id, "nobody has come for a debug session");
+        if let Err(error) = self.end(&id).await {
+            tracing::warn!(session = id, error = %error.chain(), "its files stay");
+        }
     }
 
     /// Changes a session.
@@ -456,6 +475,20 @@ mod tests {
         let large = DebugRequest { width: 65_536, ..question("s", &["/bin/sh"]) };
         assert!(matches!(debugs.expect(large), Err(Error::InvalidArgument(_))));
         assert!(debugs.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_session_for_which_no_stream_comes_is_forgotten() {
+        let mut debugs = debugs(true);
+        Arc::get_mut(&mut debugs).unwrap().patience = Duration::from_millis(5);
+        debugs.expect(question("s", &["/bin/sh"])).unwrap();
+        let gone = async {
+            while !debugs.lock().is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), gone).await.unwrap();
+        assert!(matches!(debugs.start("s").await, Err(Error::NotFound(_))));
     }
 
     #[tokio::test]
