@@ -5,14 +5,22 @@ use std::path::{Path, PathBuf};
 
 use crate::{Context, Result};
 
-/// A program by absolute path, or by name in `PATH`.
+/// Where distributions put programs that nobody calls by hand, such as virtiofsd: Debian, Fedora and openEuler
+/// in the first, Arch in the last.
+const HELPERS: [&str; 3] = ["/usr/libexec", "/usr/lib/qemu", "/usr/lib"];
+
+/// A program by absolute path; or by name in `PATH`, then where helper programs are.
 pub fn find_program(name: &Path) -> Option<PathBuf> {
     if name.is_absolute() {
         return name.is_file().then(|| name.to_owned());
     }
     let default = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into();
     let path = std::env::var_os("PATH").unwrap_or(default);
-    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_file())
+    find_in(name, std::env::split_paths(&path).chain(HELPERS.map(PathBuf::from)))
+}
+
+fn find_in(name: &Path, mut dirs: impl Iterator<Item = PathBuf>) -> Option<PathBuf> {
+    dirs.find_map(|dir| Some(dir.join(name)).filter(|path| path.is_file()))
 }
 
 /// Opens a pidfd (close-on-exec).
@@ -158,8 +166,21 @@ pub fn names_dir(pid: u32, dir: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
+
+    #[test]
+    fn a_program_is_the_first_file_of_its_name_and_no_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = ["a", "b", "c"].map(|name| dir.path().join(name));
+        dirs.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+        let find = || find_in(Path::new("helper"), dirs.clone().into_iter());
+        assert_eq!(find(), None);
+        std::fs::create_dir(dirs[0].join("helper")).unwrap();
+        std::fs::write(dirs[2].join("helper"), "").unwrap();
+        assert_eq!(find(), Some(dirs[2].join("helper")));
+        std::fs::write(dirs[1].join("helper"), "").unwrap();
+        assert_eq!(find(), Some(dirs[1].join("helper")));
+    }
 
     #[test]
     fn a_child_is_found_by_the_directory_that_it_names() {

@@ -328,8 +328,7 @@ fn engines(daemons: &[Daemon]) -> Vec<Finding> {
             let wanted = of.clone().next().is_some();
             let found = of
                 .find_map(|daemon| configured(daemon, program.key))
-                .or_else(|| crate::config::program(program.name))
-                .or_else(|| libexec(program.name));
+                .or_else(|| crate::config::program(program.name));
             match found {
                 Some(path) => Finding::good(ENGINES, program.name, path.display().to_string()),
                 None => {
@@ -363,12 +362,6 @@ fn engines(daemons: &[Daemon]) -> Vec<Finding> {
         ),
     });
     all
-}
-
-/// Where distributions put programs that are not for people.
-fn libexec(name: &str) -> Option<PathBuf> {
-    let dirs = ["/usr/libexec", "/usr/lib/qemu", "/usr/lib/kuasar", "/usr/libexec/kuasar"];
-    dirs.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.is_file())
 }
 
 #[cfg(test)]
