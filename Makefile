@@ -33,6 +33,20 @@ WORKER_OPT_LEVEL ?= 2
 WORKER = CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
   CARGO_PROFILE_RELEASE_OPT_LEVEL=$(WORKER_OPT_LEVEL)
 
+# The profile that vmm-task is built with. Its own takes minutes, since all that it uses is compiled once more;
+# with `release` it is larger, and shares that with the daemons.
+AGENT_PROFILE ?= agent
+
+# The profile of wasm-worker-wasmedge, which no other program shares what it uses with: with `dev` the tests do.
+WASMEDGE_PROFILE ?= release
+ifeq ($(WASMEDGE_PROFILE),dev)
+WASMEDGE = cargo build --workspace --exclude wasm-worker --features kuasar-tests/e2e --bin wasm-worker-wasmedge
+WASMEDGE_BIN = target/debug/wasm-worker-wasmedge
+else
+WASMEDGE = $(WORKER) cargo build --release --target $(HOST) -p wasm-worker-wasmedge --target-dir target/static
+WASMEDGE_BIN = $(BUILT)/release/wasm-worker-wasmedge
+endif
+
 # FAKES: what stands for engines that nobody packages; for tests, never installed. Named together with
 # the programs, so that cargo compiles what they share once.
 FAKES ?=
@@ -40,18 +54,19 @@ FAKES ?=
 build: deps ## all programs, optimised, into target/release
 	$(STATIC) cargo build --release --target $(HOST) -p runc-sandboxer -p gvisor-sandboxer \
 	  -p quark-sandboxer -p wasm-sandboxer -p vmm-sandboxer -p containerd-shim-kuasar -p kuasar-ctl \
-	  $(addprefix -p ,$(FAKES)) --target-dir target/static
+	  $(addprefix -p ,$(FAKES)) $(if $(filter release,$(AGENT_PROFILE)),-p vmm-task) --target-dir target/static
 	$(STATIC) cargo build --profile parent --target $(HOST) -p sandbox-parent --no-default-features \
 	  --bin sandbox-parent --target-dir target/static
-	$(STATIC) cargo build --profile agent --target $(HOST) -p vmm-task --target-dir target/static
+	$(if $(filter release,$(AGENT_PROFILE)),,$(STATIC) cargo build --profile $(AGENT_PROFILE) --target $(HOST) \
+	  -p vmm-task --target-dir target/static)
 	$(STATIC) $(WORKER) cargo build --release --target $(HOST) -p wasm-worker --target-dir target/static
 	@# It loads libwasmedge, which a static program cannot.
-	$(WORKER) cargo build --release --target $(HOST) -p wasm-worker-wasmedge --target-dir target/static
+	$(WASMEDGE)
 	@install -d $(BIN)
 	cp --remove-destination $(BUILT)/release/runc-sandboxer $(BUILT)/release/gvisor-sandboxer \
 	  $(BUILT)/release/quark-sandboxer $(BUILT)/release/vmm-sandboxer \
-	  $(BUILT)/release/wasm-sandboxer $(BUILT)/release/wasm-worker $(BUILT)/release/wasm-worker-wasmedge \
-	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/agent/vmm-task \
+	  $(BUILT)/release/wasm-sandboxer $(BUILT)/release/wasm-worker $(WASMEDGE_BIN) \
+	  $(BUILT)/release/containerd-shim-kuasar $(BUILT)/$(AGENT_PROFILE)/vmm-task \
 	  $(BUILT)/release/kuasar-ctl $(BUILT)/parent/sandbox-parent $(BIN)/
 	@set -e; for fake in $(FAKES); do cp --remove-destination $(BUILT)/release/$$fake $(BIN)/; done
 	for kind in $(KINDS) wasmedge; do ln -sf containerd-shim-kuasar $(BIN)/containerd-shim-kuasar-$$kind-v1; done

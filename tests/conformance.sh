@@ -94,4 +94,5 @@ for round in 1 2 3; do
   run "$H-$round" --runtime-handler "$H"
   rounds+=("$round")
 done
+echo "critest: $SECONDS s"
 compare
