@@ -3,6 +3,8 @@
 # which our packages are installed and stock containerd makes pods. QEMU boots it, without the help of KVM,
 # on the kernel of our own guests. What is checked there is in tests/node/inside.sh.
 # node.sh [make]: with `make`, only makes the image, below target/bed/node.
+# With NODE_VMM=1 microVMs are tried there in place of all that: QEMU inside of QEMU, both emulated, which takes
+# minutes for one pod. Not part of `make test`.
 set -euo pipefail
 TOP=$(cd "$(dirname "$0")/.." && pwd)
 B=${BED:-$TOP/target/bed}
@@ -12,6 +14,12 @@ SUITE=${NODE_SUITE:-forky}
 LIMIT=${NODE_LIMIT:-1800}
 QEMU=$B/vmm/bin/qemu-system-x86_64
 PACKAGES=systemd,systemd-sysv,dbus,containerd,runc,containernetworking-plugins,iproute2,kmod,procps,curl,ca-certificates
+OURS=(kuasar-common kuasar-runc kuasar-wasm kuasar-ctl)
+if [ -n "${NODE_VMM:-}" ]; then
+  N=$B/node-vmm
+  PACKAGES=$PACKAGES,qemu-system-x86,virtiofsd,vhost-device-vsock
+  OURS=(kuasar-common kuasar-guest kuasar-vmm kuasar-ctl)
+fi
 # shellcheck source=tests/bed/apt.sh
 . "$TOP/tests/bed/apt.sh"
 
@@ -24,7 +32,7 @@ skip() { # REASON
 [ "$(uname -m)" = x86_64 ] || skip "node: the machine is made for x86_64 alone"
 [ "$(id -u)" = 0 ] || skip "node: making its image needs root"
 
-stamp=$N/stamp-$({ cat "$TOP/tests/node.sh"; echo "$SUITE"; } | sha256sum | cut -c1-12)
+stamp=$N/stamp-$({ cat "$TOP/tests/node.sh"; echo "$SUITE $PACKAGES"; } | sha256sum | cut -c1-12)
 image() {
   local unit m
   command -v mmdebstrap >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends mmdebstrap; } >/dev/null
@@ -61,7 +69,7 @@ trap 'rm -rf "$T"' EXIT
 mkdir -p "$T/share/images"
 cp "$TOP/tests/node/inside.sh" "$B/bin/crictl" "$T/share/"
 cp "$B"/images/*.tar "$T/share/images/"
-COMPRESSION=none OUT=$T/share/debs RELEASE=1 "$TOP/packaging/build.sh" deb kuasar-common kuasar-runc kuasar-wasm kuasar-ctl >/dev/null
+COMPRESSION=none OUT=$T/share/debs RELEASE=1 "$TOP/packaging/build.sh" deb "${OURS[@]}" >/dev/null
 # Nothing is written to the image, and the machine has no network but its own.
 timeout --kill-after=5 "$LIMIT" "$QEMU" -machine microvm,acpi=off,pcie=off,rtc=on -accel tcg,thread=multi -cpu Nehalem \
   -smp 2 -m 2G -nodefaults -no-user-config -display none -no-reboot -kernel "$TOP/target/guest/vmlinux" \

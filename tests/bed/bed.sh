@@ -169,7 +169,7 @@ end_rest() {
     esac
     pid=${exe#/proc/}; pid=${pid%/exe}
     # The machine of tests/node.sh runs beside the bed, and is not of it.
-    ! grep -qzF "file=$B/node/" "/proc/$pid/cmdline" 2>/dev/null || continue
+    ! grep -qzF "file=$B/node" "/proc/$pid/cmdline" 2>/dev/null || continue
     kill -KILL "$pid" 2>/dev/null || continue
     wait_for 5 gone "$pid" || true
     echo "bed: ended what was left: ${path% (deleted)} ($pid)"

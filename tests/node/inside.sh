@@ -31,12 +31,14 @@ wait_for() { # SECONDS COMMAND…
 }
 active() { [ "$(systemctl is-active "$1")" = active ]; }
 crictl() { "$HERE/crictl" "$@"; }
-printf 'runtime-endpoint: unix:///run/containerd/containerd.sock\nimage-endpoint: unix:///run/containerd/containerd.sock\ntimeout: 120\n' > /etc/crictl.yaml
-# pod NAME HANDLER PARENT: its id
+# Those of the packages that are here.
+KINDS=$(for kind in runc wasm vmm; do ! compgen -G "$HERE/debs/kuasar-${kind}_*" >/dev/null || echo "$kind"; done)
+printf 'runtime-endpoint: unix:///run/containerd/containerd.sock\nimage-endpoint: unix:///run/containerd/containerd.sock\ntimeout: 900\n' > /etc/crictl.yaml
+# pod NAME HANDLER PARENT [NAMESPACES]: its id
 pod() {
   cat > "$T/$1.json" <<JSON
 { "metadata": { "name": "$1", "namespace": "node", "uid": "uid-$1", "attempt": 1 }, "hostname": "$1", "log_directory": "$T/logs/$1",
-  "linux": { "cgroup_parent": "$3", "security_context": { "namespace_options": { "pid": 1 } } } }
+  "linux": { "cgroup_parent": "$3", "security_context": { "namespace_options": { "pid": 1${4:+, $4} } } } }
 JSON
   crictl runp --runtime "$2" "$T/$1.json"
 }
@@ -65,7 +67,7 @@ it_is_a_node_with_systemd_and_cgroup_v2() {
 packages_start_their_daemons() {
   dpkg -i "$HERE"/debs/*.deb
   local kind
-  for kind in runc wasm; do
+  for kind in $KINDS; do
     wait_for 60 active "kuasar-$kind"
     systemctl is-enabled "kuasar-$kind"
     [ "$(systemctl show -P Type "kuasar-$kind")" = notify ]
@@ -90,7 +92,7 @@ JSON
     echo "runtime_type = 'io.containerd.runc.v2'"
     echo "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]"
     echo "SystemdCgroup = true"
-    cat /usr/share/doc/kuasar-runc/containerd.toml /usr/share/doc/kuasar-wasm/containerd.toml
+    for kind in $KINDS; do cat "/usr/share/doc/kuasar-$kind/containerd.toml"; done
   } > /etc/containerd/config.toml
   cat /etc/containerd/config.toml
   systemctl restart containerd
@@ -231,11 +233,77 @@ packages_are_removed() {
   ! systemctl list-units --all --no-legend 'kuasar*' | grep -v not-found | grep loaded || fail "units are left"
   ! pgrep -f 'sandboxer|sandbox-parent' || fail "processes are left"
 }
-check it_is_a_node_with_systemd_and_cgroup_v2 packages_start_their_daemons containerd_takes_the_lines_of_the_package \
-  a_pod_runs_below_its_slice a_container_that_takes_too_much_memory_is_oom_killed limits_are_changed_and_devices_are_refused \
-  pods_outlive_the_daemon a_daemon_that_hangs_is_started_again_by_its_watchdog pods_outlive_containerd \
-  systemd_reloads_without_touching_pods runc_asks_systemd_where_it_is_told_to a_module_runs_with_its_limits metrics_come_from_one_socket check_finds_nothing_wrong an_upgrade_keeps_pods \
-  a_removed_pod_leaves_nothing packages_are_removed
+# Of each program that a machine consists of, its cgroup.
+groups_of_machines() {
+  local name pid
+  for name in qemu-system virtiofsd vhost-device; do
+    for pid in $(pgrep -f "$name"); do
+      [ "$(readlink "/proc/$pid/exe" | grep -c "$name")" = 0 ] || echo "$name $(cut -d: -f3 "/proc/$pid/cgroup")"
+    done
+  done
+}
+a_machine_is_below_its_pods_slice() {
+  # A guest that an emulated processor emulates.
+  # The kernel of this node, which is our guests', has none of what redirects packets to a tap.
+  cat > /etc/kuasar/vmm-sandboxer.toml.d/slow.toml <<TOML
+host_network = "none"
+[qemu]
+accel = "tcg"
+[timeouts]
+start = "900s"
+stuck = "1800s"
+[guest_timeouts]
+boot = "800s"
+connect = "300s"
+call = "300s"
+create = "300s"
+health = "0s"
+TOML
+  systemctl restart kuasar-vmm
+  local slice=kubepods-burstable-poduid1 id c name
+  systemd-run --quiet --unit="hold-$slice" --slice="$slice.slice" sleep infinity
+  systemctl set-property --runtime "$slice.slice" CPUAccounting=yes MemoryAccounting=yes TasksAccounting=yes IOAccounting=yes
+  id=$(pod first kuasar-vmm "$slice.slice" '"network": 2')
+  c=$(container "$id" first c '"memory_limit_in_bytes": 67108864, "cpu_quota": 50000, "cpu_period": 100000' sleep 10000)
+  echo "$id" > $T/first; echo "$c" > $T/first-c
+  groups_of_machines | tee $T/groups
+  for name in qemu-system virtiofsd vhost-device; do grep -q "^$name" $T/groups || fail "no $name"; done
+  ! grep -v "/kubepods.slice/kubepods-burstable.slice/$slice.slice/" $T/groups || fail "not below the pod's slice"
+  # The limits hold in the guest, whose cgroups the host does not see.
+  [ "$(in_first cat /sys/fs/cgroup/memory.max)" = 67108864 ] || fail "memory.max in the guest"
+  [ "$(in_first cat /sys/fs/cgroup/cpu.max)" = "50000 100000" ] || fail "cpu.max in the guest"
+  is_first "in a machine"
+}
+a_machines_limit_is_changed() {
+  crictl update --memory 134217728 "$(cat $T/first-c)"
+  [ "$(in_first cat /sys/fs/cgroup/memory.max)" = 134217728 ] || fail "memory.max in the guest"
+}
+machines_outlive_the_daemon() {
+  local before; before=$(pgrep -f qemu-system)
+  systemctl kill --kill-whom=main -s KILL kuasar-vmm
+  wait_for 60 active kuasar-vmm
+  is_first after kill -9
+  systemctl restart kuasar-vmm
+  is_first after a restart
+  [ "$(pgrep -f qemu-system)" = "$before" ] || fail "another machine"
+}
+a_removed_machine_leaves_nothing() {
+  crictl rmp -f "$(cat $T/first)"
+  systemctl stop hold-kubepods-burstable-poduid1
+  [ -z "$(groups_of_machines)" ] || fail "processes are left"
+  ! find /sys/fs/cgroup -name "*$(cat $T/first)*" -type d | grep . || fail "cgroups are left"
+  ! grep kuasar-vmm/ /proc/self/mounts || fail "mounts are left"
+}
+if [[ $KINDS = *vmm* ]]; then
+  check it_is_a_node_with_systemd_and_cgroup_v2 packages_start_their_daemons containerd_takes_the_lines_of_the_package \
+    a_machine_is_below_its_pods_slice a_machines_limit_is_changed machines_outlive_the_daemon a_removed_machine_leaves_nothing
+else
+  check it_is_a_node_with_systemd_and_cgroup_v2 packages_start_their_daemons containerd_takes_the_lines_of_the_package \
+    a_pod_runs_below_its_slice a_container_that_takes_too_much_memory_is_oom_killed limits_are_changed_and_devices_are_refused \
+    pods_outlive_the_daemon a_daemon_that_hangs_is_started_again_by_its_watchdog pods_outlive_containerd \
+    systemd_reloads_without_touching_pods runc_asks_systemd_where_it_is_told_to a_module_runs_with_its_limits \
+    metrics_come_from_one_socket check_finds_nothing_wrong an_upgrade_keeps_pods a_removed_pod_leaves_nothing packages_are_removed
+fi
 word=ok; [ $failed = 0 ] || word=FAILED
 echo "test result: $word. $passed passed; $failed failed; 0 ignored; node"
 [ -z "${KEEP:-}" ] && systemctl reboot --force --force
