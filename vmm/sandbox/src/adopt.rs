@@ -173,7 +173,8 @@ impl VmmSandboxer {
         state.vm = Some(vm.state());
         state.token.clone_from(&token);
         self.save(ctx, state).await?;
-        Ok(Running { vm: vm.clone(), token, dir: pooled.dir.clone(), cpus: change.cpus })
+        let (dir, cpus) = (pooled.dir.clone(), change.cpus);
+        Ok(Running { vm: vm.clone(), token, dir, cpus, saved_nic: false })
     }
 
     /// Everything as it was `before` a machine was taken, which is ended.

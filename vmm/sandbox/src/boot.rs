@@ -15,17 +15,19 @@ use vmm_common::guest as wire;
 
 use crate::channel;
 use crate::config::{Config, ShareBy};
+use crate::drivers;
 use crate::errors::machine;
 use crate::growth::huge_of;
 use crate::guest::service;
 use crate::images::RootImage;
 use crate::making::Template;
 use crate::network::{Plan, Taps};
+use crate::nics;
 use crate::sandboxer::{PodState, VmmSandboxer};
 use crate::share::ShareTree;
 use crate::vmm::{
-    self, Boot, Channel, Console, Disk, DiskFormat, Feature, Features, Launcher, Nic, Range, Root,
-    Share, Vm, VmSpec, Vmm,
+    self, Boot, Channel, Console, CopyNics, Disk, DiskFormat, Feature, Features, Launcher, Nic,
+    Range, Root, Share, Vm, VmSpec, Vmm,
 };
 
 /// A pod's console log, in its state directory.
@@ -142,6 +144,8 @@ pub(crate) struct Running {
     pub dir: PathBuf,
     /// CPUs that it was given since its kernel booted, all together: the guest has to use them.
     pub cpus: Option<u32>,
+    /// Its NIC is that of its template, as its guest sees it.
+    pub saved_nic: bool,
 }
 
 impl VmmSandboxer {
@@ -158,10 +162,7 @@ impl VmmSandboxer {
         user: Option<u32>,
     ) -> Result<(Arc<dyn Vmm>, Taps)> {
         let (driver, launcher) = self.vmm(config, Self::kind_of(ctx, config)?, user)?;
-        let taps = match driver.opens_taps() {
-            true => Taps::Named { owner: launcher.owner().map_or(0, |(uid, _)| uid) },
-            false => Taps::Held { queues: 1 },
-        };
+        let taps = drivers::taps(&*driver, &launcher);
         Ok((driver, taps))
     }
 
@@ -214,17 +215,21 @@ impl VmmSandboxer {
         let spec = self.vm_spec(ctx, config, &*driver, &dir, netns, nics, &cgroup)?;
         let spec = channel::give(&*driver, spec);
         let template = self.template(config, &driver, &spec).await;
+        let saved_nic = matches!(driver.copies(spec.hugepages), Ok(CopyNics::Declared));
         let pooled = match &template {
-            Some(_) => self.take_pooled(ctx, config, state, &driver, &spec, &cgroup).await?,
-            None => None,
+            // With that there is no pool.
+            Some(_) if !saved_nic => {
+                self.take_pooled(ctx, config, state, &driver, &spec, &cgroup).await?
+            }
+            _ => None,
         };
         let running = match pooled {
             Some(running) => running,
             None => {
                 let started =
                     self.start_machine(ctx, config, state, (&driver, &launcher), &spec, &template);
-                let (vm, token) = started.await?;
-                Running { vm, token, dir, cpus: None }
+                let (vm, token, copied) = started.await?;
+                Running { vm, token, dir, cpus: None, saved_nic: copied && saved_nic }
             }
         };
         if let Some(Template { key, dir: None }) = template
@@ -238,7 +243,7 @@ impl VmmSandboxer {
         // The machine has its own copies; ours would keep the taps.
         drop(spec);
         let gone = watch::channel(false);
-        let Running { vm, token, dir, cpus } = running;
+        let Running { vm, token, dir, cpus, saved_nic } = running;
         let pid = vm.pid();
         let dial = channel::dial(Some(&vm.state().channel), &dir);
         let own = (config, state.share);
@@ -249,7 +254,10 @@ impl VmmSandboxer {
                 guest.call_again(service::GUEST, "Online", &plugged).await?;
         }
         let begun = Instant::now();
-        let question = Self::setup(ctx, config, state.share, plan)?;
+        let mut question = Self::setup(ctx, config, state.share, plan)?;
+        if saved_nic {
+            nics::was_saved(question.network.mut_or_insert_default());
+        }
         let limit = Some(config.guest_timeouts.create);
         let answer: wire::SetupResponse =
             guest.call_for(service::GUEST, "Setup", &question, limit).await?;
@@ -268,7 +276,8 @@ impl VmmSandboxer {
         Ok(pid)
     }
 
-    /// Starts the pod's own machine: from its template where there is one, else cold.
+    /// Starts the pod's own machine: from its template where there is one, else cold. Answers it with its
+    /// agent's token, and whether it is a copy.
     async fn start_machine(
         &self,
         ctx: &SandboxContext,
@@ -277,7 +286,7 @@ impl VmmSandboxer {
         (driver, launcher): (&Arc<dyn Vmm>, &Launcher),
         spec: &VmSpec,
         template: &Option<Template>,
-    ) -> Result<(Arc<dyn Vm>, String)> {
+    ) -> Result<(Arc<dyn Vm>, String, bool)> {
         if let Some(parent) = spec.dir.parent() {
             kuasar_host::record::private_dir(parent)
                 .map_err(host("make the machines' directory"))?;
@@ -299,10 +308,12 @@ impl VmmSandboxer {
             }
             _ => None,
         };
-        match copied {
-            Some(running) => Ok(running),
-            None => self.attempt(ctx, config, state, driver, launcher, spec, None).await,
-        }
+        let is_copy = copied.is_some();
+        let (vm, token) = match copied {
+            Some(running) => running,
+            None => self.attempt(ctx, config, state, driver, launcher, spec, None).await?,
+        };
+        Ok((vm, token, is_copy))
     }
 
     /// Starts a machine, cold or from what was `saved`, and welcomes its agent. Answers it with

@@ -10,6 +10,7 @@ use sandbox_parent::client::Parent;
 
 use crate::config::Config;
 use crate::jail::Users;
+use crate::network::Taps;
 use crate::template::Templates;
 use crate::vmm::cloud_hypervisor::CloudHypervisor;
 use crate::vmm::firecracker::Firecracker;
@@ -17,6 +18,14 @@ use crate::vmm::helpers::HelpersConfig;
 use crate::vmm::qemu::{Qemu, QemuConfig};
 use crate::vmm::stratovirt::StratoVirt;
 use crate::vmm::{self, Launcher, Vmm};
+
+/// How machines of this driver, started by this launcher, come by their taps.
+pub(crate) fn taps(driver: &dyn Vmm, launcher: &Launcher) -> Taps {
+    match driver.opens_taps() {
+        true => Taps::Named { owner: launcher.owner().map_or(0, |(uid, _)| uid) },
+        false => Taps::Held { queues: 1 },
+    }
+}
 
 /// What pods, templates and the pool have in common to start machines.
 pub struct Machinery {

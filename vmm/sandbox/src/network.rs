@@ -26,7 +26,7 @@ use nix::sched::CloneFlags;
 use serde::{Deserialize, Serialize};
 use vmm_common::guest;
 
-pub use tap::Taps;
+pub use tap::{Taps, alone};
 
 /// Most interfaces of a pod.
 pub const MAX_NICS: usize = 16;

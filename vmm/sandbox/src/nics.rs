@@ -22,7 +22,7 @@ use vmm_common::guest as wire;
 
 use crate::errors::chain;
 use crate::guest::{Guest, GuestError, service};
-use crate::network::{self, Interface, Plan};
+use crate::network::{self, Interface, Plan, Taps};
 use crate::vmm::{Feature, Nic, Vm};
 use crate::watch::is_ending;
 
@@ -82,6 +82,33 @@ impl Changes {
         let quiet = async { while tokio::time::timeout(QUIET, self.next()).await.is_ok() {} };
         let _ = tokio::time::timeout(LOUD, quiet).await;
         Ok(())
+    }
+}
+
+/// MAC address of the NIC of a machine that becomes a template, where copies have that NIC: locally
+/// administered, and no pod's. Each copy's guest exchanges it for its pod's.
+const SAVED_MAC: [u8; 6] = [0x02, b'k', b'u', b'a', b's', 0];
+/// Name of its tap.
+const SAVED_TAP: &str = "kuasar0";
+
+/// Name of a pod's NIC from its start.
+pub(crate) fn id(number: usize) -> String {
+    format!("net{number}")
+}
+
+/// The NIC of a machine that becomes a template, and the network namespace of its VMM: with the tap, and
+/// nothing to which that leads. Blocks.
+pub(crate) fn to_save(taps: Taps) -> network::Result<(OwnedFd, Nic)> {
+    let (netns, held) = network::alone(SAVED_TAP, taps)?;
+    let tap = held.into_iter().map(Arc::new).collect();
+    let tap_name = Some((SAVED_TAP.to_owned(), None));
+    Ok((netns, Nic { id: id(0), mac: SAVED_MAC, mtu: 1500, tap, tap_name }))
+}
+
+/// Tells the guest of a copy which of its NICs is the pod's interface.
+pub(crate) fn was_saved(network: &mut wire::Network) {
+    for interface in &mut network.interfaces {
+        interface.saved_mac = network::mac_text(&SAVED_MAC);
     }
 }
 
@@ -193,7 +220,7 @@ async fn plug(netns: &Arc<OwnedFd>, vm: &Arc<dyn Vm>, interface: Interface) -> R
     let (of, one) = (netns.clone(), interface.clone());
     let joined = blocking(move || {
         let plan = Plan { interfaces: vec![one], ..Plan::default() };
-        network::join(of.as_fd(), &plan, network::Taps::Held { queues: 1 })
+        network::join(of.as_fd(), &plan, Taps::Held { queues: 1 })
     })
     .await?;
     for joined in joined {

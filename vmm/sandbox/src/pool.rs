@@ -41,10 +41,9 @@ use crate::config::{Config, ShareBy};
 use crate::drivers::Machinery;
 use crate::errors::{machine, task};
 use crate::guest::{Waiting, random_hex};
-use crate::making::can_be_copied;
 use crate::sandboxer::CGROUP;
 use crate::share::ShareTree;
-use crate::vmm::{Event, Feature, Kind, Range, Vm, VmSpec, VmState, Vmm};
+use crate::vmm::{CopyNics, Event, Feature, Kind, Range, Vm, VmSpec, VmState, Vmm};
 
 /// Kind of the record in a pooled machine's directory, and its version.
 const RECORD: (&str, u32) = ("vm-pooled", 1);
@@ -259,13 +258,16 @@ impl Pool {
         let kind = config.vmm.kind();
         let (driver, _) = self.machinery.vmm(config, kind, None)?;
         let features = driver.features();
-        if !can_be_copied(features) || crate::boot::serves_pods(&*driver, config.share).is_err() {
-            let missing = [Feature::Snapshot, Feature::NicHotplug];
-            let missing = missing.into_iter().find(|feature| !features.has(*feature));
-            let why = match missing {
-                Some(feature) => driver.cannot(feature).to_string(),
-                None => format!("{} runs no pods", driver.name()),
-            };
+        let why = match driver.copies(config.size.hugepages) {
+            _ if crate::boot::serves_pods(&*driver, config.share).is_err() => {
+                Some(format!("{} runs no pods", driver.name()))
+            }
+            Ok(CopyNics::Plugged) => None,
+            // Its tap would have to be there before its pod.
+            Ok(CopyNics::Declared) => Some(driver.cannot(Feature::NicHotplug).to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = why {
             if self.state().hindrance.replace(why.clone()).as_ref() != Some(&why) {
                 tracing::error!(
                     "template.pool = {}: no pool is kept, and pods start without one: {why}",

@@ -50,6 +50,7 @@ use crate::errors::{chain, machine, net, task};
 use crate::growth::{Machine, huge_of};
 use crate::guest::{Dial, Guest, Limits, service};
 use crate::network::{self, Interface, Plan};
+use crate::nics;
 use crate::pool::Pool;
 use crate::runtime::{Containers, Pod};
 use crate::share::ShareTree;
@@ -482,7 +483,7 @@ impl Sandboxer for VmmSandboxer {
         .await?;
         kuasar_daemon::metrics::observe("pod_network", begun.elapsed());
         let joined = joined.into_iter().enumerate();
-        let nics = joined.map(|(n, one)| crate::nics::nic(format!("net{n}"), one)).collect();
+        let nics = joined.map(|(n, one)| nics::nic(nics::id(n), one)).collect();
         let pid = self.boot(ctx, &config, &mut state, netns, nics, &plan).await?;
         let mut started = self.started(ctx, pid);
         if state.task_port != 0 {

@@ -6,6 +6,10 @@
 //! later pods: restore ─▶ plug in share, vsock, NICs ─▶ the agent dials out, as after any boot
 //! ```
 //!
+//! A VMM that plugs none of these in (Firecracker) saves a machine with its vsock and one NIC, whose tap
+//! leads nowhere. The vsock loses its connections when it is restored; the NIC gets the tap of the copy's
+//! pod, and from the guest the MAC address ([`crate::nics`]).
+//!
 //! **No secret is in it.** The machine is saved before any host has welcomed its agent: it has no
 //! token, no pod and no entropy of a host's. Each copy is welcomed by itself, with a fresh token,
 //! the time and entropy, before anything else happens in it. What copies share is what a kernel
@@ -31,7 +35,9 @@ use tokio::net::UnixStream;
 use vmm_common::handshake::{PROTOCOL, Ready, read_json};
 use vmm_common::mux::Mux;
 
-use crate::vmm::{Channel, Console, Error, Result, Root, VmSpec, Vmm};
+use crate::channel::{Listener, uds};
+use crate::guest::Waiting;
+use crate::vmm::{Channel, Console, Error, Feature, Features, Result, Root, VmSpec, Vmm};
 
 /// Kind of the record beside a template's files, and its version.
 const RECORD: (&str, u32) = ("vm-template", 1);
@@ -221,6 +227,7 @@ impl Templates {
             self.digest(root)?,
             format!("{:?}", spec.boot.params),
             format!("{:?} {:?} {} {}", spec.cpus, spec.memory_mib, spec.hugepages, spec.entropy),
+            format!("{:?}", vmm.copies(spec.hugepages).ok()),
         ];
         let mut hash = Sha256::new();
         for part in parts {
@@ -285,7 +292,8 @@ impl Templates {
     }
 
     /// Makes the template `key` of a machine like `spec`: `spec` has the template's own
-    /// directory, name and cgroup. Ends the machine in any case.
+    /// directory, name and cgroup. Its agent says READY at `listener`, where there is one, else on its
+    /// serial port. Ends the machine in any case.
     ///
     /// # Errors
     /// What went wrong; nothing is left then.
@@ -293,6 +301,7 @@ impl Templates {
         &self,
         vmm: &dyn Vmm,
         spec: &VmSpec,
+        listener: Option<&Listener>,
         key: &str,
         limit: Duration,
         most: usize,
@@ -302,14 +311,16 @@ impl Templates {
         kuasar_host::record::private_dir(&unfinished)?;
         let vm = vmm.spawn(spec).await?;
         let saved = async {
-            tokio::select! {
+            // An agent that has dialled waits for its answer when it is saved: where its connection is gone
+            // in a copy, it is told so, and dials the copy's host.
+            let _agent = tokio::select! {
                 biased;
                 exit = vm.wait() => Err(Error::Ended {
                     program: "the machine".into(),
                     status: exit?.status,
                     said: crate::vmm::console::tail(&spec.console.log, 300),
                 }),
-                ready = tokio::time::timeout(limit, ready(spec)) => ready.unwrap_or_else(|_| {
+                ready = tokio::time::timeout(limit, ready(spec, listener)) => ready.unwrap_or_else(|_| {
                     Err(Error::Deadline { what: "the template's agent".into(), limit })
                 }),
             }?;
@@ -415,9 +426,13 @@ impl Templates {
     }
 }
 
-/// Waits until the agent says on the serial channel that it serves, and leaves without an answer:
-/// so the agent waits for a host when it is saved.
-async fn ready(spec: &VmSpec) -> Result<()> {
+/// Waits until the agent says that it serves. It gets no answer, so it waits for a host when it is saved:
+/// by vsock on the connection that is answered here, on the serial channel without one.
+async fn ready(spec: &VmSpec, listener: Option<&Listener>) -> Result<Option<Waiting>> {
+    if let Some(listener) = listener {
+        let agent = Waiting::accept(listener).await;
+        return agent.map(Some).map_err(|error| Error::State(error.to_string()));
+    }
     let Channel::Serial { socket, .. } = &spec.channel else {
         return Err(Error::Invalid("a template is made with a serial channel".into()));
     };
@@ -440,19 +455,32 @@ async fn ready(spec: &VmSpec) -> Result<()> {
     if ready.protocol != PROTOCOL {
         return Err(Error::State(format!("its agent speaks version {}", ready.protocol)));
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The machine that becomes the template of machines like `spec`. `dir` is its directory, and
-/// `cgroups` are the entrances of its cgroup.
-pub fn machine(spec: &VmSpec, key: &str, dir: &Path, cgroups: Vec<PathBuf>) -> VmSpec {
+/// `cgroups` are the entrances of its cgroup. Where `features` have no serial port, it has the channel of
+/// its copies.
+pub fn machine(
+    spec: &VmSpec,
+    key: &str,
+    dir: &Path,
+    cgroups: Vec<PathBuf>,
+    features: Features,
+) -> VmSpec {
+    let channel = match spec.channel {
+        Channel::HybridVsock { cid, .. } if !features.has(Feature::Serial) => {
+            Channel::HybridVsock { cid, uds: uds(dir) }
+        }
+        _ => Channel::Serial { socket: dir.join("serial.sock"), console: false, uds: None },
+    };
     VmSpec {
         id: format!("{PREFIX}{}", key.get(..12).unwrap_or(key)),
         dir: dir.to_owned(),
         shares: Vec::new(),
         nics: Vec::new(),
         disks: Vec::new(),
-        channel: Channel::Serial { socket: dir.join("serial.sock"), console: false, uds: None },
+        channel,
         console: Console { log: dir.join("console.log"), limit: spec.console.limit },
         netns: None,
         cgroups,

@@ -32,16 +32,18 @@ mod bench;
 mod guest;
 
 use std::fs;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncBufReadExt;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use bench::{Probe, Target, bench, image, named, nic, patience, tap};
+use bench::{Probe, Target, bench, image, named, nic, nic_alone, patience, save, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
-    Cache, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Share, ShareKind, console,
+    Cache, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Share, ShareKind, VmSpec, console,
 };
 
 async fn boots_talks_shares_and_its_exit_is_seen(target: Target) -> Option<()> {
@@ -329,16 +331,7 @@ async fn a_snapshot_is_restored(target: Target) -> Option<()> {
     assert_eq!(probe.ask("write /run/mark template").await, "ok");
     drop(probe);
     let started = Instant::now();
-    match vm.snapshot(&dir).await {
-        Ok(()) => {}
-        // A nested KVM does not give everything away.
-        Err(error) if error.chain().contains("GetNestedState") => {
-            println!("skipped: this host's KVM cannot save a machine: {}", error.chain());
-            bench.end(&vm).await;
-            return None;
-        }
-        Err(error) => panic!("{}", error.chain()),
-    }
+    save(&bench, &vm, &dir).await?;
     println!("saved after {:?}", started.elapsed());
     bench.end(&vm).await;
     for n in 0..2 {
@@ -363,6 +356,76 @@ async fn a_snapshot_is_restored(target: Target) -> Option<()> {
     let error = bench.vmm.restore(&bench.spec(bench.saved_channel()), &dir).await.unwrap_err();
     println!("{}", error.chain());
     Some(())
+}
+
+async fn a_copy_has_the_nic_that_was_saved_with_another_tap_and_mac_address(
+    target: Target,
+) -> Option<()> {
+    let bench = bench(target).await?;
+    if !bench.vmm.features().has(Feature::Snapshot) {
+        return Some(());
+    }
+    let dir = bench.dir.path().join("snapshot");
+    fs::create_dir(&dir).unwrap();
+    let (netns, nic) = need!(nic_alone(&bench, 1, "kuasar0"), "no tap device can be made");
+    let mut spec = bench.spec(bench.saved_channel());
+    (spec.netns, spec.nics) = (Some(netns), vec![nic]);
+    let vm = bench.boot(&spec).await;
+    let saved = "02:00:00:00:00:01";
+    let mut probe = bench.probe(&spec, true).await;
+    probe.until("nics", |answer| answer.contains(saved)).await;
+    drop(probe);
+    save(&bench, &vm, &dir).await?;
+    bench.end(&vm).await;
+    for last in [7, 8] {
+        let tap = format!("kuasar{last}");
+        let (netns, nic) = nic_alone(&bench, last, &tap).unwrap();
+        let mac = nic.mac_text();
+        let id = format!("copy-{last}");
+        let copy = VmSpec { id, netns: Some(netns.clone()), nics: vec![nic], ..spec.clone() };
+        let vm = bench.vmm.restore(&copy, &dir).await;
+        let vm = vm.unwrap_or_else(|error| panic!("{}", error.chain()));
+        let mut probe = bench.probe(&copy, false).await;
+        assert!(probe.ask("nics").await.contains(saved), "a guest sees what it saw");
+        assert_eq!(probe.ask(&format!("net {saved} {mac} 10.9.0.2")).await, "ok");
+        let nics = probe.ask("nics").await;
+        assert!(nics.contains(&mac) && !nics.contains(saved), "{nics}");
+        // There and back: whoever asks for its address gets the new MAC address.
+        let answered = tokio::task::block_in_place(|| talk(&netns, &tap));
+        assert_eq!(answered, copy.nics[0].mac);
+        drop(probe);
+        bench.end(&vm).await;
+    }
+    Some(())
+}
+
+/// Has 10.9.0.2 echo a packet over a tap; answers its MAC address.
+fn talk(netns: &OwnedFd, tap: &str) -> Vec<u8> {
+    use kuasar_host::netlink::{Address, Netlink};
+    let netlink = Netlink::open_in(netns.as_fd()).unwrap();
+    let link = netlink.link(tap).unwrap().index;
+    let address = "10.9.0.1".parse().unwrap();
+    netlink.add_address(&Address { link, address, prefix: 8, scope: 0 }, true).unwrap();
+    netlink.set_up(link).unwrap();
+    let network = nix::sched::CloneFlags::CLONE_NEWNET;
+    kuasar_host::namespace::enter_on_thread(netns.as_fd(), network, || {
+        let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let until = Instant::now() + patience();
+        let mut answer = [0; 16];
+        loop {
+            // The first ones may come before the link is up.
+            let _ = socket.send_to(b"hello", "10.9.0.2:7");
+            match socket.recv(&mut answer) {
+                Ok(n) => break assert_eq!(&answer[..n], b"hello"),
+                Err(error) => assert!(Instant::now() < until, "no answer: {error}"),
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+    let known = netlink.neighbours().unwrap();
+    known.into_iter().find(|one| one.address.to_string() == "10.9.0.2").unwrap().mac
 }
 
 async fn bad_kernels_and_images_are_clear_errors(target: Target) -> Option<()> {
@@ -415,5 +478,6 @@ suite! {
     disks_and_nics_come_and_go,
     it_pauses_and_changes_size,
     a_snapshot_is_restored,
+    a_copy_has_the_nic_that_was_saved_with_another_tap_and_mac_address,
     bad_kernels_and_images_are_clear_errors,
 }

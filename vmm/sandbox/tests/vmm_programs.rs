@@ -15,12 +15,13 @@ mod bench;
 mod guest;
 
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use bench::{Bench, Target, bench_with, image, nic, patience, tap};
+use bench::{Bench, Target, bench_with, image, nic, nic_alone, patience, save, tap};
 use vmm_sandboxer::vmm::qemu::Machine;
 use vmm_sandboxer::vmm::{
     Cache, Channel, Disk, DiskFormat, Error, Event, Feature, Kind, Range, Root, Share, ShareKind,
@@ -228,16 +229,7 @@ async fn it_is_saved_and_starts_again(target: Target) -> Option<()> {
         return Some(());
     }
     let mut events = vm.events();
-    match vm.snapshot(&saved).await {
-        Ok(()) => {}
-        // A nested KVM does not give everything away.
-        Err(error) if error.chain().contains("GetNestedState") => {
-            println!("skipped: this host's KVM cannot save a machine: {}", error.chain());
-            bench.end(&vm).await;
-            return None;
-        }
-        Err(error) => panic!("{}", error.chain()),
-    }
+    save(&bench, &vm, &saved).await?;
     if matches!(bench.vmm.kind(), Kind::Qemu | Kind::StratoVirt) {
         let paused = timeout(patience(), async {
             while !matches!(events.recv().await.unwrap(), Event::Paused) {}
@@ -258,7 +250,48 @@ async fn it_is_saved_and_starts_again(target: Target) -> Option<()> {
     Some(())
 }
 
+async fn a_nic_that_was_saved_gets_another_tap(target: Target) -> Option<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let (bench, spec) = sleeping(target, dir.path()).await?;
+    if !bench.vmm.features().has(Feature::Snapshot) {
+        return Some(());
+    }
+    let channel = bench.spec(bench.saved_channel()).channel;
+    let with = |nic: Option<_>| nic.map(|(netns, nic)| (Some(netns), vec![nic]));
+    let nic = with(nic_alone(&bench, 1, "kuasar0"));
+    let (netns, nics) = need!(nic, "no tap device can be made");
+    let spec = VmSpec { channel, netns, nics, ..spec };
+    let saved = bench.dir.path().join("saved");
+    fs::create_dir(&saved).unwrap();
+    let vm = bench.spawn(&spec).await;
+    save(&bench, &vm, &saved).await?;
+    bench.end(&vm).await;
+    let (netns, nics) = with(nic_alone(&bench, 7, "another")).unwrap();
+    let copy = VmSpec { id: "copy".into(), netns, nics, ..spec };
+    let vm = bench.vmm.restore(&copy, &saved).await;
+    let vm = vm.unwrap_or_else(|error| panic!("{}", error.chain()));
+    vm.ping().await.unwrap();
+    if bench.vmm.opens_taps() {
+        assert!(in_use(copy.netns.as_ref().unwrap(), "another"));
+    }
+    bench.end(&vm).await;
+    Some(())
+}
+
+/// Whether a tap is open somewhere.
+fn in_use(netns: &OwnedFd, name: &str) -> bool {
+    kuasar_host::netlink::Netlink::open_in(netns.as_fd())
+        .and_then(|netlink| {
+            let index = netlink.link(name)?.index;
+            netlink.set_up(index)?;
+            netlink.link(name)
+        })
+        // Without one who has it open there is no carrier.
+        .is_ok_and(|link| link.flags & libc::IFF_RUNNING as u32 != 0)
+}
+
 suite! {
+    a_nic_that_was_saved_gets_another_tap,
     it_takes_devices_pauses_and_is_taken_up_again,
     its_end_is_seen_at_once_and_helpers_go_with_it,
     it_is_saved_and_starts_again,

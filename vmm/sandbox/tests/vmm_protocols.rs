@@ -12,14 +12,15 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
+use vmm_sandboxer::template::{self, Templates};
 use vmm_sandboxer::vmm::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
 use vmm_sandboxer::vmm::firecracker::{Firecracker, FirecrackerConfig};
 use vmm_sandboxer::vmm::helpers::HelpersConfig;
 use vmm_sandboxer::vmm::process::Local;
 use vmm_sandboxer::vmm::stratovirt::{StratoVirt, StratoVirtConfig};
 use vmm_sandboxer::vmm::{
-    Boot, Channel, Console, Disk, DiskFormat, Error, Event, Kind, Launcher, Range, Root, Vm,
-    VmSpec, Vmm,
+    Boot, Channel, Console, Disk, DiskFormat, Error, Event, Kind, Launcher, Nic, Range, Root, Vm,
+    VmSpec, Vmm, vsock,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -149,6 +150,10 @@ impl Bench {
         left.extend(walk(&self.dir.path().join("v")));
         left.retain(|path| !path.ends_with("console.log"));
         assert!(left.is_empty(), "{left:?}");
+        self.nothing_runs();
+    }
+
+    fn nothing_runs(&self) {
         let proc = fs::read_dir("/proc").unwrap().flatten();
         let running = proc.filter(|entry| {
             fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == self.program)
@@ -376,6 +381,95 @@ async fn it_pauses_is_saved_and_others_start_from_it() {
         assert!(matches!(bench.vmm.restore(&spec, &dir).await, Err(Error::State(_))), "{kind}");
         bench.nothing_is_left();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_firecracker_gets_the_tap_of_its_pod_for_the_nic_that_was_saved() {
+    let Some(bench) = Bench::new(Kind::Firecracker, "") else { return };
+    let nic = |id: &str, last, tap: &str| Nic {
+        id: id.into(),
+        mac: [2, 0, 0, 0, 0, last],
+        mtu: 1500,
+        tap: Vec::new(),
+        tap_name: Some((tap.into(), None)),
+    };
+    let spec = VmSpec { nics: vec![nic("net0", 1, "nowhere")], ..bench.spec() };
+    let dir = bench.dir.path().join("snapshot");
+    fs::create_dir(&dir).unwrap();
+    let vm = bench.spawn(&spec).await;
+    vm.snapshot(&dir).await.unwrap_or_else(|error| panic!("{}", error.chain()));
+    bench.end(&vm).await;
+    let from = bench.log().len();
+    let pod = VmSpec { nics: vec![nic("net0", 2, "kuasar5")], ..spec.clone() };
+    let vm = bench.vmm.restore(&pod, &dir).await.unwrap_or_else(|e| panic!("{}", e.chain()));
+    assert_eq!(bench.asked(from + 1), ["GET /version", "PUT /snapshot/load"]);
+    let load = bench.body("/snapshot/load");
+    let tap = "\"network_overrides\":[{\"iface_id\":\"net0\",\"host_dev_name\":\"kuasar5\"}]";
+    let socket = format!("\"uds_path\":\"{}\"", bench.dir.path().join("v/s").display());
+    assert!(load.contains(tap) && load.contains(&socket), "{load}");
+    // It stays, as if it had been there from a boot.
+    assert!(matches!(vm.detach("net0").await, Err(Error::Invalid(_))));
+    // A copy of a copy has it still.
+    let again = bench.dir.path().join("again");
+    fs::create_dir(&again).unwrap();
+    vm.snapshot(&again).await.unwrap();
+    bench.end(&vm).await;
+    let vm = bench.vmm.restore(&spec, &again).await.unwrap();
+    bench.end(&vm).await;
+    // One that is refused has let go of everything, so that a boot with the same names may follow.
+    fs::write(bench.program.with_extension("conf"), "refuse /snapshot/load").unwrap();
+    assert!(matches!(bench.vmm.restore(&pod, &dir).await, Err(Error::Refused { .. })));
+    bench.nothing_runs();
+    let vm = bench.spawn(&pod).await;
+    bench.end(&vm).await;
+    // Nobody else's, none too many and none too few.
+    let others =
+        [vec![], vec![nic("net1", 2, "a")], vec![nic("net0", 2, "a"), nic("net1", 3, "b")]];
+    for nics in others {
+        let pod = VmSpec { nics, ..spec.clone() };
+        assert!(matches!(bench.vmm.restore(&pod, &dir).await, Err(Error::State(_))));
+    }
+    bench.nothing_is_left();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_without_a_serial_port_is_saved_while_its_agent_waits_for_an_answer() {
+    use tokio::io::AsyncReadExt;
+    use vmm_common::handshake::{PROTOCOL, Ready, write_json};
+    let Some(bench) = Bench::new(Kind::Firecracker, "") else { return };
+    let templates = Templates::new(bench.dir.path().join("templates"));
+    let pod = bench.spec();
+    let key = templates.key(&*bench.vmm, &pod).unwrap();
+    let own = bench.dir.path().join("t");
+    let spec = template::machine(&pod, &key, &own, Vec::new(), bench.vmm.features());
+    let uds = spec.channel.uds().unwrap().to_owned();
+    assert!(uds.starts_with(&spec.dir), "its own: {uds:?}");
+    let ready = vsock::bind(&uds, 1023, None).unwrap().into();
+    let log = bench.program.with_extension("log");
+    let agent = tokio::spawn(async move {
+        let mut stream =
+            tokio::net::UnixStream::connect(vsock::port_path(&uds, 1023)).await.unwrap();
+        let ready = Ready {
+            protocol: PROTOCOL,
+            agent_version: "x".into(),
+            kernel_release: "x".into(),
+            boot_id: "x".into(),
+        };
+        write_json(&mut stream, &ready).await.unwrap();
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).await.unwrap();
+        (heard, fs::read_to_string(log).unwrap())
+    });
+    let made = templates.make(&*bench.vmm, &spec, Some(&ready), &key, PATIENCE, 1).await;
+    made.unwrap_or_else(|error| panic!("{}", error.chain()));
+    let (heard, log) = agent.await.unwrap();
+    assert_eq!(heard, b"", "no secret is in a template");
+    assert!(log.contains("/snapshot/create"), "it was hung up on before it was saved: {log}");
+    let saved = templates.find(&key).unwrap();
+    // Of the same machine with huge pages there is none.
+    assert!(bench.vmm.copies(false).is_ok() && bench.vmm.copies(true).is_err());
+    let vm = bench.vmm.restore(&pod, &saved).await.unwrap_or_else(|e| panic!("{}", e.chain()));
+    bench.end(&vm).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

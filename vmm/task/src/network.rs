@@ -5,7 +5,7 @@
 //! twice changes nothing the second time.
 //!
 //! * Links are found by MAC address, and waited for: a NIC that was just plugged may not have
-//!   been found yet.
+//!   been found yet. One that a copy of a machine has from that machine gets its own first.
 //! * Names that are in each other's way (`eth0` and `eth1` the other way round) go over temporary
 //!   ones.
 //! * IPv6 addresses are usable at once (`nodad`): CNI has made sure that they are unique.
@@ -28,8 +28,27 @@ const LOCAL_SCOPES: [u8; 2] = [253, 254];
 struct Interface {
     name: String,
     mac: Vec<u8>,
+    /// The MAC address that it may have instead, and gives up.
+    saved: Option<Vec<u8>>,
     mtu: u32,
     addresses: Vec<(IpAddr, u8)>,
+}
+
+impl Interface {
+    /// The link that it is, or is to become.
+    fn link<'a>(&self, links: &'a [Link]) -> Result<&'a Link> {
+        match (find(links, &self.mac), &self.saved) {
+            (Err(error), Some(saved)) => find(links, saved).map_err(|_| error),
+            (found, _) => found,
+        }
+    }
+
+    /// Whether a link could be taken for either.
+    fn is_like(&self, other: &Self) -> bool {
+        let both = |one: &Self| [Some(one.mac.clone()), one.saved.clone()];
+        let others = both(other);
+        both(self).iter().flatten().any(|mac| others.iter().flatten().any(|other| other == mac))
+    }
 }
 
 /// A checked [`guest::Network`].
@@ -119,11 +138,15 @@ impl Plan {
             let interface = Interface {
                 name: name(&i.name)?,
                 mac: mac(&i.mac)?,
+                saved: Some(&i.saved_mac)
+                    .filter(|text| !text.is_empty())
+                    .map(|m| mac(m))
+                    .transpose()?,
                 mtu: i.mtu,
                 addresses: i.addresses.iter().map(|a| cidr(a)).collect::<Result<_>>()?,
             };
             let twice =
-                plan.interfaces.iter().any(|o| o.name == interface.name || o.mac == interface.mac);
+                plan.interfaces.iter().any(|o| o.name == interface.name || o.is_like(&interface));
             if twice {
                 return Err(bad("name and MAC address of a single interface", &i.name));
             }
@@ -172,7 +195,7 @@ impl Plan {
         let wanted: Vec<(u32, &str)> = self
             .interfaces
             .iter()
-            .map(|i| Ok((find(&links, &i.mac)?.index, i.name.as_str())))
+            .map(|i| Ok((i.link(&links)?.index, i.name.as_str())))
             .collect::<Result<_>>()?;
         let current: Vec<(u32, &str)> = links.iter().map(|l| (l.index, l.name.as_str())).collect();
         for (index, name) in renames(&current, &wanted) {
@@ -184,7 +207,13 @@ impl Plan {
         }
         let addresses = netlink.addresses().map_err(failed("list addresses"))?;
         for (i, (index, name)) in self.interfaces.iter().zip(&wanted) {
-            let link = find(&links, &i.mac)?;
+            let link = i.link(&links)?;
+            if link.mac != i.mac {
+                // Before it is up: its own IPv6 address is made of it.
+                netlink
+                    .set_mac(*index, &i.mac)
+                    .map_err(failed(format!("set the MAC address of {name}")))?;
+            }
             if i.mtu != 0 && link.mtu != i.mtu {
                 netlink
                     .set_mtu(*index, i.mtu)
@@ -294,7 +323,7 @@ pub async fn set(network: &guest::Network) -> Result<()> {
     let begun = Instant::now();
     crate::uevent::wait_for("a network interface", limits::DEVICE_TIME, || {
         let links = Netlink::open().and_then(|n| n.links()).map_err(failed("list interfaces"))?;
-        Ok(plan.interfaces.iter().all(|i| find(&links, &i.mac).is_ok()).then_some(()))
+        Ok(plan.interfaces.iter().all(|i| i.link(&links).is_ok()).then_some(()))
     })
     .await?;
     let there = begun.elapsed();
@@ -358,6 +387,39 @@ mod tests {
         assert!(with(&|n| n.routes[1].gateway = "fd00::1".into()));
         assert!(with(&|n| n.routes[0].scope = 256));
         assert!(with(&|n| n.routes = vec![n.routes[0].clone(); limits::ENTRIES + 1]));
+    }
+
+    #[test]
+    fn an_interface_is_found_by_its_own_address_first_and_else_by_the_saved_one() {
+        let link = |index, last| Link { index, mac: vec![2, 0, 0, 0, 0, last], ..Link::default() };
+        let index = |saved: &str, links: &[Link]| {
+            let mut n = network();
+            n.interfaces[0].saved_mac = saved.into();
+            Plan::new(&n).unwrap().interfaces[0].link(links).map(|link| link.index)
+        };
+        let saved = "02:00:00:00:00:07";
+        assert_eq!(index(saved, &[link(2, 7), link(3, 1)]).unwrap(), 3);
+        assert_eq!(index(saved, &[link(2, 7), link(3, 9)]).unwrap(), 2);
+        assert!(index("", &[link(2, 7)]).is_err());
+        // Who is missing is the one that is wanted.
+        let error = index(saved, &[]).unwrap_err().to_string();
+        assert!(error.contains("02:00:00:00:00:01"), "{error}");
+        // No link is two interfaces.
+        let mut n = network();
+        n.interfaces.push(guest::Interface {
+            name: "eth1".into(),
+            mac: "02:00:00:00:00:02".into(),
+            ..Default::default()
+        });
+        for (first, second) in
+            [("02:00:00:00:00:02", ""), (saved, saved), ("", "02:00:00:00:00:01")]
+        {
+            n.interfaces[0].saved_mac = first.into();
+            n.interfaces[1].saved_mac = second.into();
+            assert!(Plan::new(&n).is_err(), "{first} {second}");
+        }
+        n.interfaces[1].saved_mac = "02:00".into();
+        assert!(Plan::new(&n).is_err());
     }
 
     #[test]

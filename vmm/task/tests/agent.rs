@@ -167,11 +167,15 @@ struct Pod {
 
 impl Pod {
     async fn new(tools: &Tools, shared_pid: bool) -> Self {
+        Self::of(tools, &[], setup(shared_pid)).await
+    }
+
+    async fn of(tools: &Tools, devices: &[&str], setup: guest::SetupRequest) -> Self {
         let options = std::env::var("KUASAR_OPTIONS").unwrap_or_default();
-        let vm = Vm::boot(tools, &options).await;
+        let vm = Vm::boot_with(tools, &options, devices).await;
         let client = vm.control().await;
         let (task, guest) = (TaskClient::new(client.clone()), GuestClient::new(client));
-        guest.setup(soon(), &setup(shared_pid)).await.unwrap_or_else(|e| {
+        guest.setup(soon(), &setup).await.unwrap_or_else(|e| {
             panic!("setup: {e}; console:\n{}", vm.log());
         });
         Self { vm, task, guest }
@@ -327,6 +331,45 @@ async fn a_guest_boots_and_runs_containers() {
     guest.shutdown(soon(), &guest::ShutdownRequest::new()).await.unwrap();
     assert!(pod.vm.ended().await.success());
     println!("figure: shutdown {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_nic_that_was_saved_with_a_machine_gets_the_pods_mac_address() {
+    let tools = tools!();
+    let interface = guest::Interface {
+        name: "pod0".into(),
+        mac: "02:00:00:00:0a:0b".into(),
+        saved_mac: "02:6b:75:61:73:00".into(),
+        mtu: 1400,
+        addresses: vec!["10.9.0.2/24".into()],
+        ..Default::default()
+    };
+    let network = guest::Network { interfaces: vec![interface], ..Default::default() };
+    let network = MessageField::some(network);
+    let setup = guest::SetupRequest { network: network.clone(), ..setup(false) };
+    let devices = [
+        "-netdev",
+        "hubport,id=n0,hubid=0",
+        "-device",
+        "virtio-net-device,netdev=n0,mac=02:6b:75:61:73:00",
+    ];
+    let pod = Pod::of(&tools, &devices, setup).await;
+    let looks = async |id: &str| {
+        let (status, output) = pod.run(&tools, id, &["busybox", "ifconfig", "-a"]).await;
+        assert_eq!(status, 0);
+        let output = String::from_utf8(output).unwrap();
+        for part in ["pod0 ", "HWaddr 02:00:00:00:0A:0B", "inet addr:10.9.0.2", "MTU:1400", "UP "] {
+            assert!(output.contains(part), "{part} in {output}");
+        }
+        assert!(!output.contains("02:6B:75:61:73:00") && !output.contains("eth0"), "{output}");
+    };
+    looks("n1").await;
+    // What it has is found again, told the same or without a word of what it had.
+    let mut later = guest::SetNetworkRequest { network, ..Default::default() };
+    pod.guest.set_network(soon(), &later).await.unwrap();
+    later.network.as_mut().unwrap().interfaces[0].saved_mac.clear();
+    pod.guest.set_network(soon(), &later).await.unwrap();
+    looks("n2").await;
 }
 
 #[tokio::test]

@@ -199,6 +199,16 @@ impl Netlink {
         self.ask(libc::RTM_NEWLINK, ACK, &body.0, |_, _| {})
     }
 
+    /// Sets the hardware address. Whether that needs the interface down is its driver's affair.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn set_mac(&self, index: u32, mac: &[u8]) -> Result<()> {
+        let mut body = link_body(index, 0, 0);
+        body.attribute(libc::IFLA_ADDRESS, mac);
+        self.ask(libc::RTM_NEWLINK, ACK, &body.0, |_, _| {})
+    }
+
     /// Adds an address, or leaves it as it is. With `nodad` an IPv6 address is usable at once,
     /// without a search for duplicates (RFC 4862).
     ///
@@ -308,6 +318,8 @@ mod tests {
             netlink.set_down(lo.index).unwrap();
             netlink.rename(lo.index, "net1").unwrap();
             netlink.set_mtu(lo.index, 1400).unwrap();
+            let mac = [2, 0, 0, 0, 0, 7];
+            netlink.set_mac(lo.index, &mac).unwrap();
             netlink.set_up(lo.index).unwrap();
             for _ in 0..2 {
                 for (address, prefix) in [("10.9.0.2", 24), ("fd00::2", 64)] {
@@ -328,7 +340,7 @@ mod tests {
                 netlink.add_route(&v6).unwrap();
             }
             let link = netlink.link("net1").unwrap();
-            assert!(link.is_up() && link.mtu == 1400);
+            assert!(link.is_up() && link.mtu == 1400 && link.mac == mac);
             let addresses = netlink.addresses().unwrap();
             assert!(addresses.iter().any(|a| a.address.to_string() == "fd00::2"));
             let routes = netlink.static_routes().unwrap();

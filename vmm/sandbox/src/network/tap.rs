@@ -1,6 +1,7 @@
 //! Tap devices in a pod's network namespace.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::sched::CloneFlags;
 
@@ -27,6 +28,25 @@ pub enum Taps {
         /// User of the VMM.
         owner: u32,
     },
+}
+
+/// A network namespace with a tap of this name, and nothing else.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn alone(name: &str, taps: Taps) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+    let context = || "make a network namespace".to_owned();
+    let made = std::thread::Builder::new().name("new-netns".into()).spawn(|| {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)?;
+        kuasar_host::namespace::open(Path::new("/proc/thread-self/ns/net"))
+            .map_err(std::io::Error::other)
+    });
+    // The thread ends with it, and takes no other along.
+    let made = made.map_err(system(context()))?.join();
+    let netns = made.unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+    let netns = netns.map_err(system(context()))?;
+    let held = open(netns.as_fd(), name, taps)?;
+    Ok((netns, held))
 }
 
 /// Keeps the namespace's own IPv6 off the tap: its router solicitations would go to the guest.

@@ -1,5 +1,6 @@
 //! What one machine is for every driver: its processes, its record, and how it ends.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::sync::{Mutex as AsyncMutex, broadcast};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::error::{Error, Result};
+use super::error::{Doing, Error, Result};
 use super::process::{Exit, Process, Record};
 use super::spec::{Disk, DiskFormat, VmSpec};
 use super::{Event, Kind, Processes, STATE_VERSION, Vm, VmState, Vmm, console, vsock};
@@ -21,6 +22,20 @@ const EVENTS: usize = 32;
 const QUIT: Duration = Duration::from_secs(2);
 /// Name of the kept reading end of a VMM's pipe of events, behind the machine's id.
 pub(super) const EVENT_PIPE: &str = "events";
+
+/// [`super::Vmm::identity`] of the program at `path`, run with `config`.
+///
+/// # Errors
+/// [`Error::NoProgram`], [`Error::Io`].
+pub(super) fn identity(path: &Path, config: &impl Serialize) -> Result<String> {
+    let wanted = path.display().to_string();
+    let program =
+        kuasar_host::process::find_program(wanted.as_ref()).ok_or(Error::NoProgram(wanted))?;
+    let meta = std::fs::metadata(&program).doing(|| format!("look at {}", program.display()))?;
+    let config = serde_json::to_string(config).unwrap_or_default();
+    let changed = (meta.ctime(), meta.ctime_nsec());
+    Ok(format!("{} {} {} {changed:?} {config}", program.display(), meta.ino(), meta.len()))
+}
 
 /// One machine; `P` is what only its driver keeps of it in [`VmState::driver`].
 pub(super) struct Core<P> {

@@ -39,16 +39,19 @@ pub(super) fn take_over(from: &Path, to: &Path) -> Result<()> {
         .doing(|| format!("close {}", to.display()))
 }
 
-/// Lets the user of jailed VMMs read a file, through a read-only mount of a jail.
+/// Lets jailed VMMs read a file, through a read-only mount of a jail. Each has a user of its own, and
+/// several may start from it at a time: so the file lets everybody read it, and its directory, which is
+/// ours alone, nobody in. Done once: a file that does not change need not be looked at again.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub(super) fn lend(path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
-    let Some((uid, gid)) = owner else { return Ok(()) };
-    std::os::unix::fs::lchown(path, Some(uid), Some(gid))
-        .doing(|| format!("give {} to user {uid}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o400))
-        .doing(|| format!("close {}", path.display()))
+    let mode = fs::metadata(path).doing(|| format!("look at {}", path.display()))?.permissions();
+    if owner.is_none() || mode.mode() & 0o777 == 0o444 {
+        return Ok(());
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o444))
+        .doing(|| format!("open {} to VMMs", path.display()))
 }
 
 /// Makes a directory, empty, in which a VMM may write.
@@ -68,6 +71,27 @@ pub(super) fn fresh_dir(path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_one_vmm_starts_from_is_not_touched_for_another() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        fs::write(&path, "memory").unwrap();
+        let look = || {
+            let meta = fs::metadata(&path).unwrap();
+            (meta.mode() & 0o777, meta.uid(), (meta.ctime(), meta.ctime_nsec()))
+        };
+        let before = look();
+        lend(&path, None).unwrap();
+        assert_eq!(look(), before);
+        lend(&path, Some((70_001, 70_001))).unwrap();
+        let lent = look();
+        assert_eq!((lent.0, lent.1), (0o444, before.1));
+        // Another user's: the first one reads it still, and nobody computes its digest again.
+        lend(&path, Some((70_002, 70_002))).unwrap();
+        assert_eq!(look(), lent);
+    }
 
     #[test]
     fn a_link_in_place_of_a_file_is_not_taken_over() {

@@ -195,6 +195,15 @@ impl fmt::Debug for Features {
     }
 }
 
+/// How a copy of a saved machine comes by its NICs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyNics {
+    /// They are plugged in.
+    Plugged,
+    /// The saved machine has one. Its copy gets another tap, and its guest another MAC address.
+    Declared,
+}
+
 /// A VMM with its configuration: makes machines.
 #[async_trait]
 pub trait Vmm: fmt::Debug + Send + Sync {
@@ -226,6 +235,19 @@ pub trait Vmm: fmt::Debug + Send + Sync {
         Err(self.cannot(Feature::Snapshot))
     }
 
+    /// How copies of its machines come by their NICs; `hugepages` as in [`VmSpec::hugepages`].
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where pods start from no copies.
+    fn copies(&self, hugepages: bool) -> Result<CopyNics> {
+        let _ = hugepages;
+        Err(Error::Unsupported {
+            vmm: self.name(),
+            what: "start pods from templates".into(),
+            way_out: "use qemu with machine q35, or firecracker".into(),
+        })
+    }
+
     /// Starts a machine. When it answers the VMM has taken its configuration and the CPUs run;
     /// the guest says itself when it is ready. On failure nothing is left.
     ///
@@ -235,7 +257,8 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>>;
 
     /// Starts a machine from a snapshot that [`Vm::snapshot`] of a machine with an equal `spec`
-    /// (paths, tap descriptors and context id may differ) has made. It runs when this answers.
+    /// (paths, taps, MAC addresses and context id may differ) has made. What the guest sees of a NIC that
+    /// was saved is as it was. It runs when this answers.
     ///
     /// # Errors
     /// As [`Vmm::spawn`]; a damaged snapshot is [`Error::Ended`] or [`Error::Refused`].

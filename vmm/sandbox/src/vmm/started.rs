@@ -27,23 +27,30 @@ impl Started {
         self.files.clear();
         std::mem::take(&mut self.processes)
     }
-}
 
-impl Drop for Started {
-    fn drop(&mut self) {
+    /// Undoes it before it answers: for one whose machine is started another way next, with the same
+    /// names and taps.
+    pub async fn undo(mut self) {
+        if let Some(rest) = self.begin_to_undo() {
+            rest.await;
+        }
+    }
+
+    /// Undoes what needs no waiting; answers what does.
+    fn begin_to_undo(&mut self) -> Option<impl Future<Output = ()> + Send + use<>> {
         let processes = std::mem::take(&mut self.processes);
         let forget = self.forget.take();
         for process in &processes {
             process.signal(libc::SIGKILL);
         }
-        if let Some(disks) = &self.disks {
+        if let Some(disks) = self.disks.take() {
             disks.release();
         }
-        self.files.iter().for_each(|path| super::core::remove(path));
+        self.files.drain(..).for_each(|path| super::core::remove(&path));
         if processes.is_empty() && forget.is_none() {
-            return;
+            return None;
         }
-        tokio::spawn(async move {
+        Some(async move {
             for process in processes {
                 if let Err(error) = process.kill().await {
                     tracing::error!(%error, "a process of a failed start is left");
@@ -53,6 +60,14 @@ impl Drop for Started {
             if let Some((processes, id)) = forget {
                 super::core::forget_pipes(&*processes, &id).await;
             }
-        });
+        })
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(rest) = self.begin_to_undo() {
+            tokio::spawn(rest);
+        }
     }
 }

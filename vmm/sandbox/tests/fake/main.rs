@@ -28,6 +28,7 @@ struct State {
     running: bool,
     paused: bool,
     devices: Vec<(String, String)>,
+    nics: Vec<(String, String)>,
     leaving: Vec<String>,
     balloon: u64,
     nodes: Vec<String>,
@@ -237,7 +238,23 @@ fn firecracker(fake: &Fake, method: &str, path: &str, body: &str) -> Answer {
             }
             let saved = fs::read_to_string(field(body, "snapshot_path").unwrap()).unwrap();
             let devices = saved.lines().filter_map(|line| line.split_once(' '));
-            state.devices = devices.map(|(id, path)| (id.into(), path.into())).collect();
+            let mut devices: Vec<(String, String)> =
+                devices.map(|(id, path)| (id.into(), path.into())).collect();
+            state.nics = devices.extract_if(.., |(id, _)| id.starts_with("net")).collect();
+            state.devices = devices;
+            let overrides = &body[body.find("\"network_overrides\":").unwrap()..];
+            let overrides = &overrides[..overrides.find(']').unwrap()];
+            for entry in overrides.split('{').skip(1) {
+                let id = field(entry, "iface_id").unwrap();
+                let Some(nic) = state.nics.iter_mut().find(|(nic, _)| nic == &id) else {
+                    return fail("Unknown Network Device.");
+                };
+                nic.1 = field(entry, "host_dev_name").unwrap();
+            }
+            if let Some(at) = body.find("\"vsock_override\":") {
+                let socket = field(&body[at..], "uds_path").unwrap();
+                std::mem::forget(UnixListener::bind(socket).unwrap());
+            }
             state.running = true;
             ok()
         }
@@ -261,7 +278,10 @@ fn firecracker(fake: &Fake, method: &str, path: &str, body: &str) -> Answer {
             state.devices.push((id, host));
             ok()
         }
-        ("PUT", _) if path.starts_with("/network-interfaces/") => ok(),
+        ("PUT", _) if path.starts_with("/network-interfaces/") => {
+            state.nics.push((field(body, "iface_id").unwrap(), field(body, "host_dev_name").unwrap()));
+            ok()
+        }
         ("PUT", "/actions") => {
             state.running = true;
             ok()
@@ -290,7 +310,7 @@ fn firecracker(fake: &Fake, method: &str, path: &str, body: &str) -> Answer {
             ok()
         }
         ("PUT", "/snapshot/create") if state.paused => {
-            let lines = state.devices.iter().map(|(id, path)| format!("{id} {path}\n"));
+            let lines = state.devices.iter().chain(&state.nics).map(|(id, path)| format!("{id} {path}\n"));
             let text: String = lines.collect();
             fs::write(field(body, "snapshot_path").unwrap(), text).unwrap();
             fs::write(field(body, "mem_file_path").unwrap(), [0; 4096]).unwrap();

@@ -36,6 +36,7 @@ mod c {
         pub fn listen(fd: i32, backlog: i32) -> i32;
         pub fn connect(fd: i32, address: *const Vm, size: u32) -> i32;
         pub fn accept(fd: i32, address: *mut u8, size: *mut u32) -> i32;
+        pub fn ioctl(fd: i32, request: u64, argument: *mut u8) -> i32;
         pub fn tcgetattr(fd: i32, to: *mut Termios) -> i32;
         pub fn tcsetattr(fd: i32, when: i32, from: *const Termios) -> i32;
         pub fn cfmakeraw(attributes: *mut Termios);
@@ -102,6 +103,38 @@ fn online() -> String {
     first_line("/sys/devices/system/cpu/online")
 }
 
+/// Gives the interface with MAC address `from` another, and an IPv4 address, sets it up, and echoes there.
+fn net(from: &str, to: &str, ip: &str) -> Result<(), String> {
+    let dir = "/sys/class/net";
+    let has = |name: &&String| first_line(format!("{dir}/{name}/address")) == from;
+    let all = names(dir);
+    let name = all.iter().find(has).ok_or("no such interface")?;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:7").map_err(|error| error.to_string())?;
+    let mac = to.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap());
+    let ip: std::net::Ipv4Addr = ip.parse().unwrap();
+    // `struct ifreq`: the name, then a family and an address, or flags.
+    let set = |request: u64, what: &[u8]| {
+        let mut ifreq = [0; 40];
+        ifreq[..name.len()].copy_from_slice(name.as_bytes());
+        ifreq[16..16 + what.len()].copy_from_slice(what);
+        match unsafe { c::ioctl(socket.as_raw_fd(), request, ifreq.as_mut_ptr()) } {
+            0 => Ok(()),
+            _ => Err(format!("{request:#x}: {}", std::io::Error::last_os_error())),
+        }
+    };
+    // SIOCSIFHWADDR with ARPHRD_ETHER, SIOCSIFADDR with AF_INET, SIOCSIFFLAGS with IFF_UP.
+    set(0x8924, &[1, 0].into_iter().chain(mac).collect::<Vec<u8>>())?;
+    set(0x8916, &[2, 0, 0, 0].into_iter().chain(ip.octets()).collect::<Vec<u8>>())?;
+    set(0x8914, &[1, 0])?;
+    std::thread::spawn(move || {
+        let mut packet = [0; 1500];
+        while let Ok((n, peer)) = socket.recv_from(&mut packet) {
+            let _ = socket.send_to(&packet[..n], peer);
+        }
+    });
+    Ok(())
+}
+
 fn obey(line: &str) -> String {
     let words: Vec<&str> = line.split_whitespace().collect();
     match words.as_slice() {
@@ -116,6 +149,10 @@ fn obey(line: &str) -> String {
             .map(|name| first_line(format!("/sys/class/net/{name}/address")))
             .collect::<Vec<_>>()
             .join(" "),
+        ["net", from, to, ip] => match net(from, to, ip) {
+            Ok(()) => "ok".into(),
+            Err(error) => error,
+        },
         ["cpus"] => first_line("/sys/devices/system/cpu/online"),
         ["online"] => online(),
         ["memory"] => {

@@ -12,6 +12,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use vmm_sandboxer::jail::JailConfig;
+use vmm_sandboxer::network::{self, Taps};
 use vmm_sandboxer::vmm::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
 use vmm_sandboxer::vmm::firecracker::{Firecracker, FirecrackerConfig};
 use vmm_sandboxer::vmm::helpers::HelpersConfig;
@@ -403,6 +404,34 @@ pub fn tap() -> Option<Arc<std::os::fd::OwnedFd>> {
 
 pub fn nic(id: &str, last: u8, tap: Arc<std::os::fd::OwnedFd>) -> Nic {
     Nic { id: id.into(), mac: [2, 0, 0, 0, 0, last], mtu: 1500, tap: vec![tap], tap_name: None }
+}
+
+/// A NIC with a tap of this name, and the network namespace that has nothing else: as root.
+#[allow(dead_code)] // each suite uses its own of these
+pub fn nic_alone(bench: &Bench, last: u8, name: &str) -> Option<(Arc<std::os::fd::OwnedFd>, Nic)> {
+    let taps = match bench.vmm.opens_taps() {
+        true => Taps::Named { owner: bench.owner.map_or(0, |(uid, _)| uid) },
+        false => Taps::Held { queues: 1 },
+    };
+    let (netns, tap) = network::alone(name, taps).ok()?;
+    let tap = tap.into_iter().map(Arc::new).collect();
+    let (mac, tap_name) = ([2, 0, 0, 0, 0, last], Some((name.into(), None)));
+    Some((Arc::new(netns), Nic { id: "net0".into(), mac, mtu: 1500, tap, tap_name }))
+}
+
+/// Saves a machine, where this host's KVM can.
+#[allow(dead_code)]
+pub async fn save(bench: &Bench, vm: &Arc<dyn Vm>, dir: &Path) -> Option<()> {
+    match vm.snapshot(dir).await {
+        Ok(()) => Some(()),
+        // A nested KVM does not give everything away.
+        Err(error) if error.chain().contains("GetNestedState") => {
+            println!("skipped: this host's KVM cannot save a machine: {}", error.chain());
+            bench.end(vm).await;
+            None
+        }
+        Err(error) => panic!("{}", error.chain()),
+    }
 }
 
 /// Each test with each VMM, in a module of its name.

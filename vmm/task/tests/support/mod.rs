@@ -136,6 +136,11 @@ pub fn log(dir: &Path) -> String {
 impl Vm {
     /// Boots with a share of `share` (below the VM's directory).
     pub async fn boot(tools: &Tools, options: &str) -> Self {
+        Self::boot_with(tools, options, &[]).await
+    }
+
+    /// The same with further arguments of QEMU.
+    pub async fn boot_with(tools: &Tools, options: &str, devices: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let mut cpio = Cpio::default();
@@ -193,6 +198,7 @@ impl Vm {
             .args(["-device", "vhost-user-vsock-device,chardev=vs"])
             .args(["-chardev", &format!("socket,id=fs,path={}", text("vhost-fs"))])
             .args(["-device", "vhost-user-fs-device,chardev=fs,tag=kuasar"])
+            .args(devices)
             .arg("-kernel")
             .arg(&tools.vmlinux)
             .args(&root)

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::core::{need_kvm, need_raw, or_last_words, work_dir};
+use super::core::{identity, need_kvm, need_raw, or_last_words, work_dir};
 use super::disks::{Disks, Placed};
 use super::error::{Error, Result};
 use super::helpers::Watch;
@@ -29,7 +29,7 @@ use super::http::Http;
 use super::process::{Fds, Launcher, Process, Program, text};
 use super::spec::{Channel, Disk, Nic, Root, VmSpec, check_socket, root_params};
 use super::started::Started;
-use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
+use super::{CopyNics, Feature, Features, Kind, Vm, VmState, Vmm, console, vsock};
 use crate::jail::{Role, View};
 use machine::{Machine, Private};
 
@@ -174,7 +174,7 @@ impl Firecracker {
         Ok(Served { started, process, http, disks })
     }
 
-    /// Runs what makes the machine; on failure nothing is left.
+    /// Runs what makes the machine; on failure nothing is left, and its tap can be opened again.
     async fn make(
         &self,
         spec: &VmSpec,
@@ -187,6 +187,7 @@ impl Firecracker {
             Ok(own) => own,
             Err(error) => {
                 started.processes.push(process);
+                started.undo().await;
                 return Err(error);
             }
         };
@@ -340,6 +341,22 @@ impl Vmm for Firecracker {
 
     fn opens_taps(&self) -> bool {
         true
+    }
+
+    fn identity(&self) -> Result<String> {
+        identity(&self.config.path, &*self.config)
+    }
+
+    fn copies(&self, hugepages: bool) -> Result<CopyNics> {
+        if hugepages {
+            // It maps the file of a snapshot, and that is not made of any.
+            return Err(Error::Unsupported {
+                vmm: self.name(),
+                what: "restore guests in huge pages".into(),
+                way_out: "set size.hugepages = false".into(),
+            });
+        }
+        Ok(CopyNics::Declared)
     }
 
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {

@@ -21,14 +21,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::net::UnixStream;
 
-use super::core::{abandon, or_last_words};
+use super::core::{abandon, identity, or_last_words};
 use super::error::{Doing, Error, Result};
 use super::helpers::{self, Helper, HelpersConfig};
 use super::process::{Fds, Launcher, Process, Program};
 use super::qmp::Qmp;
 use super::spec::{Channel, Root, ShareKind, VmSpec, Way, check_socket};
 use super::started::Started;
-use super::{Feature, Features, Kind, Vm, VmState, Vmm, console, vhost, vsock};
+use super::{CopyNics, Feature, Features, Kind, Vm, VmState, Vmm, console, vhost, vsock};
 use crate::jail::{Role, View};
 use argv::Sockets;
 use machine::Machine as QemuVm;
@@ -219,15 +219,15 @@ impl Vmm for Qemu {
     }
 
     fn identity(&self) -> Result<String> {
-        use std::os::unix::fs::MetadataExt;
-        let wanted = self.config.path.display().to_string();
-        let program =
-            kuasar_host::process::find_program(wanted.as_ref()).ok_or(Error::NoProgram(wanted))?;
-        let meta =
-            std::fs::metadata(&program).doing(|| format!("look at {}", program.display()))?;
-        let config = serde_json::to_string(&*self.config).unwrap_or_default();
-        let changed = (meta.ctime(), meta.ctime_nsec());
-        Ok(format!("{} {} {} {changed:?} {config}", program.display(), meta.ino(), meta.len()))
+        identity(&self.config.path, &*self.config)
+    }
+
+    fn copies(&self, _: bool) -> Result<CopyNics> {
+        match self.features().has(Feature::NicHotplug) {
+            true => Ok(CopyNics::Plugged),
+            // Nor could shares and vsock be plugged in.
+            false => Err(Vmm::cannot(self, Feature::NicHotplug)),
+        }
     }
 
     async fn spawn(&self, spec: &VmSpec) -> Result<Arc<dyn Vm>> {
