@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wasm_common::kind::{Detected, detect};
 use wasm_image::layout::{Archive, Blobs, hex, layer, program};
+use wasm_image::origin::origin;
 
 const MAX: u64 = 1 << 16;
 
@@ -41,6 +42,11 @@ fn archive(data: &[u8]) -> Option<File> {
 }
 
 fn hold(blobs: &dyn Blobs, images: &[Value]) {
+    for image in images.iter().take(16) {
+        if let Ok(origin) = origin(blobs, image.clone()) {
+            assert!(origin.platform.len() <= 65 && origin.platform.is_ascii());
+        }
+    }
     if let Ok(found) = program(blobs, images, MAX) {
         assert!(found.bytes.len() as u64 <= MAX);
         let artifact = layer(blobs, images, MAX).is_ok();

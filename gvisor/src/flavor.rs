@@ -278,7 +278,7 @@ impl Flavor for Gvisor {
         Ok(true)
     }
 
-    fn info(&self, value: &Value) -> Map<String, Value> {
+    async fn info(&self, _ctx: &SandboxContext, value: &Value) -> Map<String, Value> {
         let own = own(value);
         let mut info = Map::new();
         info.insert("runsc".into(), json!(own.runsc));

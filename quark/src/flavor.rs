@@ -217,7 +217,7 @@ impl Flavor for QuarkFlavor {
         Ok(true)
     }
 
-    fn info(&self, value: &Value) -> Map<String, Value> {
+    async fn info(&self, _ctx: &SandboxContext, value: &Value) -> Map<String, Value> {
         let own = own(value);
         let mut info = Map::new();
         info.insert("quark".into(), json!(own.program));

@@ -303,6 +303,7 @@ path = "$B/bin/runsc"
 EOF
   cat > "$B/etc/kuasar-wasm.toml" <<EOF
 events_address = "$B/run/containerd.sock.ttrpc"
+containerd.address = "$B/run/containerd.sock"
 metrics_listen = "$B/run/kuasar-wasm-metrics.sock"
 allowed_annotations = ["io.kuasar.wasm.http-port", "io.kuasar.wasm.engine", "io.kuasar.wasm.fuel", "io.kuasar.wasm.time-budget"]
 max_threads = 16

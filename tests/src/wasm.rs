@@ -5,6 +5,7 @@
 
 mod components;
 mod onnx;
+mod sockets;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -393,7 +394,9 @@ pub fn programs() -> BTreeMap<&'static str, Vec<u8>> {
         ("print.wasm", wat::parse_str(include_str!("wasm/print.wat")).unwrap()),
         ("http.wasm", wat::parse_str(include_str!("wasm/http.wat")).unwrap()),
         ("files.wasm", components::files()),
-        ("connects.wasm", components::connects()),
+        ("connects.wasm", sockets::connects()),
+        ("datagrams.wasm", sockets::datagrams()),
+        ("looks-up.wasm", sockets::looks_up()),
         ("clocks.wasm", components::clocks()),
         ("nn.wasm", infers(&onnx::twice())),
         ("nn-bad.wasm", infers(b"no model")),

@@ -122,9 +122,9 @@ pub trait Flavor: Send + Sync + 'static {
         let _ = known;
     }
 
-    /// More members for the entry in Status' `info`.
-    fn info(&self, own: &Value) -> Map<String, Value> {
-        let _ = own;
+    /// More members for the entry in `info` of a verbose Status, within `timeouts.read`.
+    async fn info(&self, ctx: &SandboxContext, own: &Value) -> Map<String, Value> {
+        let _ = (ctx, own);
         Map::new()
     }
 }

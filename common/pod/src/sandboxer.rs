@@ -490,7 +490,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
             "sandboxParent": self.parent.pid(),
         });
         if let Some(members) = value.as_object_mut() {
-            members.append(&mut self.flavor.info(&state.own));
+            members.append(&mut self.flavor.info(ctx, &state.own).await);
         }
         Ok(BTreeMap::from([(self.flavor.name().to_owned(), value.to_string())]))
     }

@@ -1,4 +1,4 @@
-//! Components of WASI 0.2 that do one thing each: files, a connection, clocks and random numbers.
+//! Components of WASI 0.2 that do one thing each: files, clocks and random numbers; sockets are beside.
 //!
 //! What they import is written as the component model has it: an interface is an instance with the
 //! types that its functions name. Canonical ABI: what does not fit into one value is written to where the
@@ -64,7 +64,7 @@ const MAIN: &str = r#"
 "#;
 
 /// A function of the host's: what the module calls it, where it is, its type in the module.
-type Host = (&'static str, &'static str, &'static str);
+pub(super) type Host = (&'static str, &'static str, &'static str);
 
 const STDOUT: [Host; 2] = [
     ("get-stdout", r#"$stdout "get-stdout""#, "(result i32)"),
@@ -76,7 +76,7 @@ const STDOUT: [Host; 2] = [
 ];
 
 /// A command that imports this, calls these functions, and whose module is `main`.
-fn command(imports: &str, host: &[Host], main: &str) -> Vec<u8> {
+pub(super) fn command(imports: &str, host: &[Host], main: &str) -> Vec<u8> {
     let (mut lowered, mut taken, mut given) = (String::new(), String::new(), String::new());
     for (name, function, kind) in STDOUT.iter().chain(host) {
         lowered += &format!(
@@ -169,121 +169,6 @@ pub fn files() -> Vec<u8> {
           (i32.const 96))
         (if (i32.load8_u (i32.const 96)) (then (return (i32.const 1))))
         (call $say (i32.const 2070) (i32.const 8))
-        (i32.const 0))"#;
-    command(imports, &host, main)
-}
-
-/// Connects to port 9000 of its own network, sends a line, and says what it gets; or the number of the
-/// error, and 100 or 101 where it cannot send or gets nothing.
-pub fn connects() -> Vec<u8> {
-    let imports = r#"
-      (import "wasi:sockets/network@0.2.0" (instance $network
-        (export "network" (type $network (sub resource)))
-        (type $codes (enum "unknown" "access-denied" "not-supported" "invalid-argument" "out-of-memory"
-          "timeout" "concurrency-conflict" "not-in-progress" "would-block" "invalid-state"
-          "new-socket-limit" "address-not-bindable" "address-in-use" "remote-unreachable"
-          "connection-refused" "connection-reset" "connection-aborted" "datagram-too-large"
-          "name-unresolvable" "temporary-resolver-failure" "permanent-resolver-failure"))
-        (export "error-code" (type $error-code (eq $codes)))
-        (type $families (enum "ipv4" "ipv6"))
-        (export "ip-address-family" (type $ip-address-family (eq $families)))
-        (type $four (tuple u8 u8 u8 u8))
-        (export "ipv4-address" (type $ipv4-address (eq $four)))
-        (type $eight (tuple u16 u16 u16 u16 u16 u16 u16 u16))
-        (export "ipv6-address" (type $ipv6-address (eq $eight)))
-        (type $v4 (record (field "port" u16) (field "address" $ipv4-address)))
-        (export "ipv4-socket-address" (type $ipv4-socket-address (eq $v4)))
-        (type $v6 (record (field "port" u16) (field "flow-info" u32) (field "address" $ipv6-address)
-          (field "scope-id" u32)))
-        (export "ipv6-socket-address" (type $ipv6-socket-address (eq $v6)))
-        (type $any (variant (case "ipv4" $ipv4-socket-address) (case "ipv6" $ipv6-socket-address)))
-        (export "ip-socket-address" (type (eq $any)))))
-      (alias export $network "network" (type $network-type))
-      (alias export $network "error-code" (type $error-code))
-      (alias export $network "ip-address-family" (type $family))
-      (alias export $network "ip-socket-address" (type $address))
-      (import "wasi:sockets/instance-network@0.2.0" (instance $instance-network
-        (alias outer 1 $network-type (type $outer-network))
-        (export "network" (type $network (eq $outer-network)))
-        (export "instance-network" (func (result (own $network))))))
-      (import "wasi:sockets/tcp@0.2.0" (instance $tcp
-        (export "tcp-socket" (type $tcp-socket (sub resource)))
-        (alias outer 1 $network-type (type $outer-network))
-        (export "network" (type $network (eq $outer-network)))
-        (alias outer 1 $error-code (type $outer-error-code))
-        (export "error-code" (type $error-code (eq $outer-error-code)))
-        (alias outer 1 $address (type $outer-address))
-        (export "ip-socket-address" (type $ip-socket-address (eq $outer-address)))
-        (alias outer 1 $pollable (type $outer-pollable))
-        (export "pollable" (type $pollable (eq $outer-pollable)))
-        (alias outer 1 $input (type $outer-input))
-        (export "input-stream" (type $input-stream (eq $outer-input)))
-        (alias outer 1 $output (type $outer-output))
-        (export "output-stream" (type $output-stream (eq $outer-output)))
-        (export "[method]tcp-socket.start-connect" (func (param "self" (borrow $tcp-socket))
-          (param "network" (borrow $network)) (param "remote-address" $ip-socket-address)
-          (result (result (error $error-code)))))
-        (export "[method]tcp-socket.finish-connect" (func (param "self" (borrow $tcp-socket))
-          (result (result (tuple (own $input-stream) (own $output-stream)) (error $error-code)))))
-        (export "[method]tcp-socket.subscribe" (func (param "self" (borrow $tcp-socket))
-          (result (own $pollable))))))
-      (alias export $tcp "tcp-socket" (type $tcp-socket))
-      (import "wasi:sockets/tcp-create-socket@0.2.0" (instance $create
-        (alias outer 1 $error-code (type $outer-error-code))
-        (export "error-code" (type $error-code (eq $outer-error-code)))
-        (alias outer 1 $family (type $outer-family))
-        (export "ip-address-family" (type $ip-address-family (eq $outer-family)))
-        (alias outer 1 $tcp-socket (type $outer-socket))
-        (export "tcp-socket" (type $tcp-socket (eq $outer-socket)))
-        (export "create-tcp-socket" (func (param "address-family" $ip-address-family)
-          (result (result (own $tcp-socket) (error $error-code)))))))"#;
-    let host = [
-        ("create", r#"$create "create-tcp-socket""#, "(param i32 i32)"),
-        ("network", r#"$instance-network "instance-network""#, "(result i32)"),
-        (
-            "connect",
-            r#"$tcp "[method]tcp-socket.start-connect""#,
-            "(param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32)",
-        ),
-        ("finish", r#"$tcp "[method]tcp-socket.finish-connect""#, "(param i32 i32)"),
-        ("subscribe", r#"$tcp "[method]tcp-socket.subscribe""#, "(param i32) (result i32)"),
-        ("block", r#"$poll "[method]pollable.block""#, "(param i32)"),
-        ("read", r#"$streams "[method]input-stream.blocking-read""#, "(param i32 i64 i32)"),
-    ];
-    // Error 8 is that it would block.
-    let main = r#"
-      (data (i32.const 2000) "hello over a socket\n")
-      (func (export "run") (result i32)
-        (local $socket i32)
-        (call $create (i32.const 0) (i32.const 16))
-        (if (i32.load8_u (i32.const 16)) (then
-          (call $number (i64.load8_u (i32.const 20)))
-          (return (i32.const 1))))
-        (local.set $socket (i32.load (i32.const 20)))
-        (call $connect (local.get $socket) (call $network) (i32.const 0) (i32.const 9000)
-          (i32.const 127) (i32.const 0) (i32.const 0) (i32.const 1)
-          (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
-          (i32.const 32))
-        (if (i32.load8_u (i32.const 32)) (then
-          (call $number (i64.load8_u (i32.const 33)))
-          (return (i32.const 1))))
-        (loop $more
-          (call $block (call $subscribe (local.get $socket)))
-          (call $finish (local.get $socket) (i32.const 48))
-          (br_if $more (i32.and (i32.load8_u (i32.const 48))
-            (i32.eq (i32.load8_u (i32.const 52)) (i32.const 8)))))
-        (if (i32.load8_u (i32.const 48)) (then
-          (call $number (i64.load8_u (i32.const 52)))
-          (return (i32.const 1))))
-        (call $write (i32.load (i32.const 56)) (i32.const 2000) (i32.const 20) (i32.const 64))
-        (if (i32.load8_u (i32.const 64)) (then
-          (call $number (i64.const 100))
-          (return (i32.const 1))))
-        (call $read (i32.load (i32.const 52)) (i64.const 64) (i32.const 80))
-        (if (i32.load8_u (i32.const 80)) (then
-          (call $number (i64.const 101))
-          (return (i32.const 1))))
-        (call $say (i32.load (i32.const 84)) (i32.load (i32.const 88)))
         (i32.const 0))"#;
     command(imports, &host, main)
 }

@@ -1,10 +1,12 @@
 //! Where programs come from: images, artifacts, the cache; and what is no program.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use kuasar_tests::cri::*;
-use kuasar_tests::settings::log;
+use kuasar_tests::settings::{Settings, log};
 use kuasar_tests::{bed, inside, leaks, switch};
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -89,6 +91,54 @@ fn an_oci_artifact_runs_as_the_image_that_is_made_of_it() {
     });
     assert_eq!(c.wait(), 0);
     assert_eq!(text(&c, "stdout"), "hello from wasm\n");
+    assert_eq!(
+        came_from(&pod, &c),
+        json!({ "name": name, "kind": "artifact", "platform": here() })
+    );
+}
+
+/// What Status says of the image of a container.
+fn came_from(pod: &Pod, container: &Container) -> Value {
+    info(pod)["modules"][&container.id]["image"].clone()
+}
+
+/// This machine's platform.
+fn here() -> String {
+    format!("linux/{}", if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" })
+}
+
+#[test]
+fn status_tells_of_an_images_kind_where_containerd_can_be_asked_and_does_not_wait_for_it() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-origin"));
+    let c = start(&pod, &["/sleep.wasm"]);
+    let expected = json!({ "name": wasm::IMAGE, "kind": "rootfs", "platform": "linux/amd64" });
+    assert_eq!(came_from(&pod, &c), expected);
+    let settings = Settings::open();
+    let run = bed().join("run");
+    let silent = run.join("silent.sock");
+    let _ = std::fs::remove_file(&silent);
+    // Connections are taken by the kernel, and nobody speaks.
+    let _listener = std::os::unix::net::UnixListener::bind(&silent).unwrap();
+    let key = |address: &Path| format!("containerd.address = \"{}\"", address.display());
+    let ours = key(&run.join("containerd.sock"));
+    assert!(settings.text.contains(&ours));
+    for address in [run.join("none.sock"), silent.clone(), PathBuf::new()] {
+        let text = settings.text.replace(&ours, &key(&address));
+        settings.reload_as(&text, "configuration read again");
+        // What is known already stays.
+        assert_eq!(came_from(&pod, &c), expected, "{address:?}");
+        let other = start(&pod, &["/sleep.wasm"]);
+        let begun = Instant::now();
+        let told = info(&pod)["modules"][&other.id].clone();
+        assert!(begun.elapsed() < Duration::from_secs(4), "{address:?}: {:?}", begun.elapsed());
+        assert_eq!(told["path"], "/sleep.wasm", "{address:?}");
+        assert_eq!(told["image"], Value::Null, "{address:?}");
+        other.stop(0).unwrap();
+        other.remove().unwrap();
+    }
+    drop(settings);
+    std::fs::remove_file(silent).unwrap();
 }
 
 /// Precompiles by the daemon's configuration; answers what that has said.
@@ -179,6 +229,9 @@ fn an_image_of_webassemblys_platform_runs_where_its_name_leads_to_a_manifest() {
             let c = pod.start_with(&[], |config| config.image = image.clone());
             assert_eq!(c.wait(), 0, "{os}: {}", text(&c, "stderr"));
             assert_eq!(text(&c, "stdout"), "hello from wasm\n", "{os}");
+            let platform = format!("{os}/wasm");
+            let expected = json!({ "name": name, "kind": "wasi/wasm", "platform": platform });
+            assert_eq!(came_from(&pod, &c), expected);
             c.remove().unwrap();
         }
         assert!(wasm::ctr(&["images", "rm", &name]).status.success());

@@ -1,5 +1,7 @@
 //! What programs see of WASI: arguments, files, exit codes, terminals, SIMD, threads.
 
+use std::net::UdpSocket;
+
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, leaks, on, wait_for, wasm};
 
@@ -110,6 +112,91 @@ fn a_component_connects_over_the_pods_network() {
     assert_eq!(said, "an answer\n");
     assert_eq!(listens.wait(), 0);
     assert_eq!(text(&listens, "stdout"), "hello over a socket\n");
+}
+
+/// A UDP socket of a pod's network, which a process of the pod's is in.
+fn socket_of(pid: u32, address: &'static str) -> UdpSocket {
+    let make = move || {
+        let net = std::fs::File::open(format!("/proc/{pid}/ns/net")).unwrap();
+        // Of this thread alone, which ends.
+        nix::sched::setns(net, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        UdpSocket::bind(address).unwrap()
+    };
+    let socket = std::thread::spawn(make).join().unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket
+}
+
+#[test]
+fn a_component_sends_datagrams_over_the_pods_network_and_gets_them() {
+    let Some(_on) = handler() else { return };
+    let pod = Pod::run(pod_config("wasm-component-udp"));
+    let sleeps = start(&pod, &["/bin/sleep", "600"]);
+    let socket = socket_of(sleeps.pid(), "127.0.0.1:9001");
+    let c = start(&pod, &["/datagrams.wasm"]);
+    let mut bytes = [0; 100];
+    let (length, sender) = socket.recv_from(&mut bytes).unwrap();
+    assert_eq!(&bytes[..length], b"hello in a datagram\n");
+    socket.send_to(b"an answer\n", sender).unwrap();
+    assert_eq!(c.wait(), 0, "{}{}", text(&c, "stdout"), text(&c, "stderr"));
+    assert_eq!(text(&c, "stdout"), "an answer\n");
+}
+
+/// The answer to a query of one question: this address where one of IPv4 is wanted, else none.
+fn answer(query: &[u8], address: [u8; 4]) -> Vec<u8> {
+    // RFC 1035: a header of 12 bytes; of the question its name, which ends with 0, its type and its class.
+    let end = 12 + query[12..].iter().position(|byte| *byte == 0).unwrap() + 5;
+    let wanted = query[end - 3] == 1;
+    // The same id; an answer, recursive; one question, and one answer or none.
+    let mut bytes = query[..2].to_vec();
+    bytes.extend([0x81, 0x80, 0, 1, 0, u8::from(wanted), 0, 0, 0, 0]);
+    bytes.extend(&query[12..end]);
+    if wanted {
+        // The question's name, an address, of the Internet, for a minute.
+        bytes.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        bytes.extend(address);
+    }
+    bytes
+}
+
+#[test]
+fn a_component_looks_names_up_in_the_pods_hosts_and_by_its_name_server() {
+    let Some(_on) = handler() else { return };
+    let mut config = pod_config("wasm-component-names");
+    config.dns_config = Some(DnsConfig { servers: vec!["127.0.0.1".into()], ..Default::default() });
+    let pod = Pod::run(config);
+    let sleeps = start(&pod, &["/bin/sleep", "600"]);
+    let socket = socket_of(sleeps.pid(), "127.0.0.1:53");
+    let serve = std::thread::spawn(move || {
+        let mut bytes = [0; 512];
+        // Nothing more comes.
+        while let Ok((length, client)) = socket.recv_from(&mut bytes) {
+            if bytes[..length] == *b"end" {
+                return;
+            }
+            socket.send_to(&answer(&bytes[..length], [10, 9, 8, 7]), client).unwrap();
+        }
+    });
+    let said = |c: &Container| {
+        assert_eq!(c.wait(), 0, "{}{}", text(c, "stdout"), text(c, "stderr"));
+        text(c, "stdout")
+    };
+    assert_eq!(said(&start(&pod, &["/looks-up.wasm"])), "10\n9\n8\n7\n");
+    socket_of(sleeps.pid(), "127.0.0.1:0").send_to(b"end", "127.0.0.1:53").unwrap();
+    serve.join().unwrap();
+    let hosts = bed().join(format!("run/wasm-hosts-{}", unique()));
+    std::fs::write(&hosts, "127.0.0.1 localhost\n192.0.2.4 app.example\n").unwrap();
+    let c = pod.start_with(&["/looks-up.wasm"], |config| {
+        image(config);
+        config.mounts = vec![Mount {
+            container_path: "/etc/hosts".into(),
+            host_path: hosts.display().to_string(),
+            readonly: true,
+            ..Default::default()
+        }];
+    });
+    assert_eq!(said(&c), "192\n0\n2\n4\n");
+    std::fs::remove_file(hosts).unwrap();
 }
 
 #[test]

@@ -28,7 +28,7 @@ const MAX_ENTRIES: usize = 10_000;
 /// Most manifests that are looked at, of all indexes together.
 const MAX_MANIFESTS: usize = 256;
 /// Operating systems that images of WebAssembly are made for.
-const WASI: [&str; 3] = ["wasi", "wasip1", "wasip2"];
+pub(crate) const WASI: [&str; 3] = ["wasi", "wasip1", "wasip2"];
 /// What a module is called that has no title.
 const UNTITLED: &str = "module.wasm";
 
@@ -177,7 +177,7 @@ pub(crate) fn bounded(reader: impl Read, max: u64) -> std::io::Result<Vec<u8>> {
 }
 
 /// The bytes of a blob of at most `max`, a bound that `key` sets.
-fn blob(blobs: &dyn Blobs, of: &Value, max: u64, key: &str) -> Result<Vec<u8>, String> {
+pub(crate) fn blob(blobs: &dyn Blobs, of: &Value, max: u64, key: &str) -> Result<Vec<u8>, String> {
     let mut blob = Checked::open(blobs, of)?;
     let bytes = bounded(&mut blob, max);
     let bytes = bytes.map_err(|error| format!("the blob {}: {error}{key}", blob.digest))?;
@@ -185,11 +185,11 @@ fn blob(blobs: &dyn Blobs, of: &Value, max: u64, key: &str) -> Result<Vec<u8>, S
     Ok(bytes)
 }
 
-fn document(bytes: &[u8], what: &str) -> Result<Value, String> {
+pub(crate) fn document(bytes: &[u8], what: &str) -> Result<Value, String> {
     serde_json::from_slice(bytes).map_err(|error| format!("{what}: {error}"))
 }
 
-fn list(value: &Value, key: &str) -> Vec<Value> {
+pub(crate) fn list(value: &Value, key: &str) -> Vec<Value> {
     value.get(key).and_then(Value::as_array).cloned().unwrap_or_default()
 }
 
@@ -198,6 +198,8 @@ fn list(value: &Value, key: &str) -> Vec<Value> {
 pub struct Layer {
     /// Its digest.
     pub digest: String,
+    /// That of the manifest that names it.
+    pub manifest: String,
     /// Its name, as one of a file.
     pub title: String,
     /// Itself.
@@ -205,8 +207,8 @@ pub struct Layer {
 }
 
 /// The layer of a manifest that is a module or a component, of at most `max` bytes; `None` where it has none.
-fn layer_of(blobs: &dyn Blobs, manifest: &Value, max: u64) -> Result<Option<Layer>, String> {
-    let mut found = list(manifest, "layers").into_iter().filter(|layer| {
+fn layer_of(blobs: &dyn Blobs, manifest: &Manifest, max: u64) -> Result<Option<Layer>, String> {
+    let mut found = list(&manifest.document, "layers").into_iter().filter(|layer| {
         let kind = layer.get("mediaType").and_then(Value::as_str).unwrap_or_default();
         LAYERS.contains(&kind)
     });
@@ -218,7 +220,7 @@ fn layer_of(blobs: &dyn Blobs, manifest: &Value, max: u64) -> Result<Option<Laye
     let title = file_name(title.and_then(Value::as_str));
     let bytes = blob(blobs, &layer, max, " (compiler.max_module)")?;
     let digest = layer.get("digest").and_then(Value::as_str).unwrap_or_default();
-    Ok(Some(Layer { digest: digest.into(), title, bytes }))
+    Ok(Some(Layer { digest: digest.into(), manifest: manifest.digest.clone(), title, bytes }))
 }
 
 /// The module or component that an artifact consists of, of at most `max` bytes.
@@ -226,7 +228,7 @@ fn layer_of(blobs: &dyn Blobs, manifest: &Value, max: u64) -> Result<Option<Laye
 /// # Errors
 /// When none of these images is one.
 pub fn layer(blobs: &dyn Blobs, images: &[Value], max: u64) -> Result<Layer, String> {
-    for (_, manifest) in manifests(blobs, images)? {
+    for manifest in manifests(blobs, images)? {
         if let Some(layer) = layer_of(blobs, &manifest, max)? {
             return Ok(layer);
         }
@@ -243,9 +245,16 @@ fn file_name(title: Option<&str>) -> String {
     if usable { last.to_owned() } else { UNTITLED.to_owned() }
 }
 
-/// All manifests that are there, with how well their platform fits; 0 is best. What an index names and its
-/// author has not given, such as another platform's, is left.
-fn manifests(blobs: &dyn Blobs, images: &[Value]) -> Result<Vec<(u8, Value)>, String> {
+/// A manifest that is there.
+struct Manifest {
+    /// How well its platform fits; 0 is best.
+    fit: u8,
+    digest: String,
+    document: Value,
+}
+
+/// All manifests that are there. What an index names and its author has not given, such as another platform's, is left.
+fn manifests(blobs: &dyn Blobs, images: &[Value]) -> Result<Vec<Manifest>, String> {
     let mut found = Vec::new();
     let mut missing = None;
     let mut open: Vec<Value> = images.iter().rev().cloned().collect();
@@ -258,11 +267,12 @@ fn manifests(blobs: &dyn Blobs, images: &[Value]) -> Result<Vec<(u8, Value)>, St
             missing.get_or_insert(error);
             continue;
         }
-        let manifest = document(&blob(blobs, &descriptor, MAX_DOCUMENT, "")?, "manifest")?;
-        if manifest.get("manifests").is_some() {
-            open.extend(list(&manifest, "manifests").into_iter().rev());
+        let document = document(&blob(blobs, &descriptor, MAX_DOCUMENT, "")?, "manifest")?;
+        if document.get("manifests").is_some() {
+            open.extend(list(&document, "manifests").into_iter().rev());
         } else {
-            found.push((fit, manifest));
+            let digest = descriptor.get("digest").and_then(Value::as_str).unwrap_or_default();
+            found.push(Manifest { fit, digest: digest.to_owned(), document });
         }
     }
     match missing {
@@ -272,7 +282,7 @@ fn manifests(blobs: &dyn Blobs, images: &[Value]) -> Result<Vec<(u8, Value)>, St
 }
 
 /// How well a platform fits; `None` for another machine's.
-fn fit(platform: Option<&Value>) -> Option<u8> {
+pub(crate) fn fit(platform: Option<&Value>) -> Option<u8> {
     let Some(platform) = platform else { return Some(2) };
     let text = |key: &str| platform.get(key).and_then(Value::as_str).unwrap_or_default();
     match (text("os"), text("architecture")) {
@@ -303,12 +313,12 @@ pub struct Found {
 /// When there is none, or it has more than `max` bytes.
 pub fn program(blobs: &dyn Blobs, images: &[Value], max: u64) -> Result<Found, String> {
     let manifests = manifests(blobs, images)?;
-    let best = manifests.iter().min_by_key(|(fit, _)| *fit);
-    let (_, manifest) = best.ok_or("it has no manifest for this machine or for WebAssembly")?;
+    let best = manifests.iter().min_by_key(|manifest| manifest.fit);
+    let manifest = best.ok_or("it has no manifest for this machine or for WebAssembly")?;
     if let Some(layer) = layer_of(blobs, manifest, max)? {
         return Ok(Found { path: layer.title.into(), bytes: layer.bytes });
     }
-    let config = manifest.get("config").ok_or("its manifest names no configuration")?;
+    let config = manifest.document.get("config").ok_or("its manifest names no configuration")?;
     let config = document(&blob(blobs, config, MAX_DOCUMENT, "")?, "configuration")?;
     let text = |key: &str| {
         let value = config.pointer("/config").and_then(|config| config.get(key));
@@ -321,7 +331,7 @@ pub fn program(blobs: &dyn Blobs, images: &[Value], max: u64) -> Result<Found, S
         "args": args, "cwd": text("WorkingDir").unwrap_or("/"), "env": all("Env"),
     }});
     let places = crate::places(&spec)?;
-    layers::find(blobs, &list(manifest, "layers"), &places, max)
+    layers::find(blobs, &list(&manifest.document, "layers"), &places, max)
 }
 
 #[cfg(test)]

@@ -4,10 +4,12 @@
 //! that `..`, absolute links and links out of it end in it. What is found is opened only when it
 //! is a regular file: a FIFO would hold us up.
 //!
-//! The same of images that are not mounted, by their layers, is [`layout::program`].
+//! The same of images that are not mounted, by their layers, is [`layout::program`]; what kind of an image one is,
+//! [`origin::origin`].
 
 mod layers;
 pub mod layout;
+pub mod origin;
 
 use std::ffi::OsStr;
 use std::fs::File;

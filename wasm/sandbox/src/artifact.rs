@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wasm_common::kind::{Detected, detect};
 use wasm_image::layout::{self, Archive, architecture};
+use wasm_image::origin::ARTIFACT;
 
 use crate::verify::hex;
 
@@ -29,7 +30,7 @@ pub fn convert(from: &Path, to: &Path, name: &str, max: u64) -> Result<String, S
     let Detected::Wasm(kind) = detect(&layer.bytes) else {
         return Err(format!("the layer {} is no WebAssembly", layer.digest));
     };
-    let archive = image(&layer.bytes, &layer.title, name).map_err(|error| error.to_string())?;
+    let archive = image(&layer, name).map_err(|error| error.to_string())?;
     // Whole or not at all.
     let draft = to.with_extension("draft");
     let write = || {
@@ -54,9 +55,9 @@ fn add(tar: &mut tar::Builder<Vec<u8>>, name: &str, bytes: &[u8]) -> std::io::Re
 }
 
 /// An image layout with one image of one file.
-fn image(module: &[u8], title: &str, name: &str) -> std::io::Result<Vec<u8>> {
+fn image(of: &layout::Layer, name: &str) -> std::io::Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
-    add(&mut layer, title, module)?;
+    add(&mut layer, &of.title, &of.bytes)?;
     let layer = layer.into_inner()?;
     let oci = |kind: &str| format!("application/vnd.oci.image.{kind}");
     let mut out = tar::Builder::new(Vec::new());
@@ -70,7 +71,8 @@ fn image(module: &[u8], title: &str, name: &str) -> std::io::Result<Vec<u8>> {
     let config = json!({
         "architecture": architecture(),
         "os": "linux",
-        "config": { "Entrypoint": [format!("/{title}")] },
+        // What it was made of, for Status.
+        "config": { "Entrypoint": [format!("/{}", of.title)], "Labels": { ARTIFACT: of.manifest } },
         // The layer is not compressed, so that its digest is that of its content.
         "rootfs": { "type": "layers", "diff_ids": [layer.get("digest")] },
     });
@@ -149,6 +151,8 @@ mod tests {
         let manifest = document(&images[0]);
         let config = document(&manifest["config"]);
         assert_eq!(config["config"]["Entrypoint"], json!(["/app.wasm"]));
+        let artifact = wasm_image::origin::origin(&made, images[0].clone()).unwrap();
+        assert_eq!(artifact.kind, "artifact");
         assert_eq!(config["rootfs"]["diff_ids"][0], manifest["layers"][0]["digest"]);
         let layer = blob(&made, &manifest["layers"][0]);
         let mut files = tar::Archive::new(layer.as_slice());

@@ -73,6 +73,8 @@ pub struct Config {
     pub wasmedge: WasmEdgeConfig,
     /// Wasmtime with WASI-NN.
     pub wasi_nn: WasiNnConfig,
+    /// containerd, as it is asked for images.
+    pub containerd: ContainerdConfig,
     /// How long an engine may take.
     pub engine_timeouts: Limits,
     /// Size of a pod's `/dev/shm` in bytes.
@@ -143,6 +145,23 @@ impl Default for WasmEdgeConfig {
             compile: true,
             image_code: false,
         }
+    }
+}
+
+/// containerd, as it is asked what kind of an image a container came from.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdConfig {
+    /// Its socket; empty for never.
+    pub address: PathBuf,
+    /// How long a verbose Status may wait for all answers together.
+    #[serde(with = "kuasar_host::duration")]
+    pub timeout: Duration,
+}
+
+impl Default for ContainerdConfig {
+    fn default() -> Self {
+        Self { address: "/run/containerd/containerd.sock".into(), timeout: Duration::from_secs(1) }
     }
 }
 
@@ -231,6 +250,7 @@ impl Default for Config {
             wasmtime: WasmtimeConfig::default(),
             wasmedge: WasmEdgeConfig::default(),
             wasi_nn: WasiNnConfig::default(),
+            containerd: ContainerdConfig::default(),
             engine_timeouts: Limits::default(),
             shm_size: 64 << 20,
             unprivileged_ports: true,
@@ -250,6 +270,8 @@ impl Config {
                 .into_iter()
                 .filter(|name| common.heeds(name))
                 .collect();
+            // Otherwise the rest of what a verbose Status has would be lost with the answer.
+            own.containerd.timeout = own.containerd.timeout.min(common.timeouts.read / 2);
         };
         kuasar_daemon::config::load_checked(file, adopt, Self::check)
     }
@@ -260,6 +282,7 @@ impl Config {
         for (key, value) in [
             ("worker_timeout", self.worker_timeout),
             ("compiler.timeout", self.compiler.timeout),
+            ("containerd.timeout", self.containerd.timeout),
             ("engine_timeouts.create", self.engine_timeouts.create),
             ("engine_timeouts.other", self.engine_timeouts.other),
         ] {
@@ -298,6 +321,10 @@ impl Config {
         }
         if !self.cache.dir.is_absolute() {
             return Err(format!("cache.dir = {:?}: an absolute path", self.cache.dir));
+        }
+        let containerd = &self.containerd.address;
+        if !containerd.as_os_str().is_empty() && !containerd.is_absolute() {
+            return Err("containerd.address: an absolute path, or \"\" for never".into());
         }
         if self.compiler.memory < 256 << 20 {
             return Err("compiler.memory: at least 268435456 bytes".into());
@@ -432,6 +459,9 @@ mod tests {
         assert!(check("[compiler]\nuid = 0").contains("compiler.uid"));
         assert!(check("[compiler]\njobs = 0").contains("compiler.jobs"));
         assert!(check("[cache]\ndir = 'x'").contains("cache.dir"));
+        assert!(check("containerd.address = 'x'").contains("containerd.address"));
+        assert!(check("containerd.timeout = '0s'").contains("containerd.timeout"));
+        assert!(toml::from_str::<Config>("containerd.address = ''").unwrap().check().is_ok());
         assert!(check("[http]\nport = 0").contains("http.port"));
         assert!(check("engine = 'v8'").contains("wasmtime, wasmedge"));
         assert!(check("[runtimes]\nx = 'v8'").contains("runtimes.x"));

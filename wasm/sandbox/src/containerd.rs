@@ -1,6 +1,6 @@
 //! Images that containerd has, by its own services: where an image's name leads, and blobs by digest.
 //!
-//! For the command line alone: the daemon asks containerd for nothing.
+//! For the command line, and for what a verbose Status says of images: no pod and no container waits for it.
 
 use std::io::Read;
 use std::path::Path;
@@ -18,6 +18,7 @@ use protobuf::Message;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 use tonic::body::Body;
 use tonic::client::Grpc;
 use tonic::codegen::http::{Request, Response, Uri};
@@ -52,14 +53,19 @@ pub struct Store {
     client: Grpc<Connection>,
     namespace: String,
     handle: Handle,
+    until: Option<Instant>,
 }
 
 impl Store {
-    /// Connects to containerd's socket.
+    /// Connects to containerd's socket. Everything that is asked for is answered before `until`, or not at all.
     ///
     /// # Errors
     /// When nobody answers there.
-    pub async fn connect(address: &Path, namespace: &str) -> Result<Self, String> {
+    pub async fn connect(
+        address: &Path,
+        namespace: &str,
+        until: Option<Instant>,
+    ) -> Result<Self, String> {
         let wrap = |error: String| format!("{}: {error}", address.display());
         let socket = UnixStream::connect(address).await.map_err(|error| wrap(error.to_string()))?;
         let shaken = http2::handshake(TokioExecutor::new(), TokioIo::new(socket));
@@ -71,7 +77,7 @@ impl Store {
         });
         // No name is looked up: the connection is there.
         let client = Grpc::with_origin(Connection(sender), Uri::from_static("http://containerd"));
-        Ok(Self { client, namespace: namespace.to_owned(), handle: Handle::current() })
+        Ok(Self { client, namespace: namespace.to_owned(), handle: Handle::current(), until })
     }
 
     fn request<Q>(&self, message: Q) -> Result<tonic::Request<Q>, Status> {
@@ -89,10 +95,18 @@ impl Store {
     ) -> Result<Streaming<A>, Status> {
         let request = self.request(message)?;
         let mut client = self.client.clone();
-        client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
         let path = tonic::codegen::http::uri::PathAndQuery::from_static(path);
         let codec = MessageCodec::<Q, A>::default();
-        client.server_streaming(request, path, codec).await.map(tonic::Response::into_inner)
+        let answer = async {
+            client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+            client.server_streaming(request, path, codec).await.map(tonic::Response::into_inner)
+        };
+        within(self.until, answer).await
+    }
+
+    /// The next message.
+    async fn next<A>(&self, stream: &mut Streaming<A>) -> Result<Option<A>, Status> {
+        within(self.until, stream.message()).await
     }
 
     /// Where the name of an image leads: the descriptor of an index or a manifest.
@@ -102,7 +116,7 @@ impl Store {
     pub async fn image(&self, name: &str) -> Result<Value, String> {
         let q = GetImageRequest { name: name.to_owned(), ..Default::default() };
         let get = "/containerd.services.images.v1.Images/Get";
-        let answer = async { next(&mut self.ask(get, q).await?).await }.await;
+        let answer = async { self.next(&mut self.ask(get, q).await?).await }.await;
         let answer: Option<GetImageResponse> = answer.map_err(said)?;
         let target = answer.and_then(|answer| answer.image.into_option());
         let target = target.and_then(|image| image.target.into_option());
@@ -111,9 +125,12 @@ impl Store {
     }
 }
 
-/// The next message, within a bound.
-async fn next<A>(stream: &mut Streaming<A>) -> Result<Option<A>, Status> {
-    tokio::time::timeout(PATIENCE, stream.message())
+/// A part of an answer, within a bound.
+async fn within<T>(
+    until: Option<Instant>,
+    part: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    tokio::time::timeout_at(until.unwrap_or_else(|| Instant::now() + PATIENCE), part)
         .await
         .map_err(|_| Status::deadline_exceeded("containerd does not answer"))?
 }
@@ -132,18 +149,18 @@ impl Blobs for Store {
         let opened: Result<_, Status> = self.handle.block_on(async {
             let mut stream = self.ask(read, q).await?;
             // Whether there is such a blob is told with the first part.
-            let first: Option<ReadContentResponse> = next(&mut stream).await?;
+            let first: Option<ReadContentResponse> = self.next(&mut stream).await?;
             Ok((stream, first))
         });
         let (stream, first) = opened.map_err(said)?;
         let part = first.map(|part| part.data).unwrap_or_default();
-        Ok(Box::new(Blob { handle: &self.handle, stream, part, at: 0 }))
+        Ok(Box::new(Blob { store: self, stream, part, at: 0 }))
     }
 }
 
 /// A blob as it comes.
 struct Blob<'a> {
-    handle: &'a Handle,
+    store: &'a Store,
     stream: Streaming<ReadContentResponse>,
     part: Vec<u8>,
     at: usize,
@@ -152,7 +169,7 @@ struct Blob<'a> {
 impl Read for Blob<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         while self.at >= self.part.len() {
-            let message = self.handle.block_on(next(&mut self.stream));
+            let message = self.store.handle.block_on(self.store.next(&mut self.stream));
             let message = message.map_err(|status| std::io::Error::other(said(status)))?;
             let Some(message) = message else { return Ok(0) };
             (self.part, self.at) = (message.data, 0);

@@ -1,6 +1,6 @@
 //! Pods whose containers are WebAssembly: nothing runs in them but containers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +23,7 @@ use crate::compile::Compiler;
 use crate::config::{
     Config, ENGINE_ANNOTATION, ENGINES, FUEL_ANNOTATION, PORT_ANNOTATION, TIME_ANNOTATION, WASMTIME,
 };
+use crate::origins::{self, Origins};
 use crate::payloads::{Asked, Modules};
 use crate::worker::Workers;
 
@@ -59,8 +60,16 @@ pub struct Wasm {
     workers: Arc<Workers>,
     compiler: Arc<Compiler>,
     cgroups: Arc<Layout>,
-    /// Directories of pods' containers, by the pod's id.
-    pods: Mutex<HashMap<String, PathBuf>>,
+    /// What Status tells of, by the pod's id.
+    pods: Mutex<HashMap<String, Arc<Told>>>,
+}
+
+/// What Status tells of a pod's containers.
+struct Told {
+    /// Their directories.
+    dir: PathBuf,
+    /// Their images.
+    origins: Origins,
 }
 
 /// Most containers of a pod that are told of in Status.
@@ -78,7 +87,7 @@ impl Wasm {
         Self { config, engines, workers, compiler, cgroups, pods: Mutex::default() }
     }
 
-    fn pods(&self) -> MutexGuard<'_, HashMap<String, PathBuf>> {
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Told>>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -154,12 +163,12 @@ pub fn budget<'a>(
     Ok(budget)
 }
 
-/// What is known of a pod's containers: written down in their directories.
-fn modules(dir: &Path) -> Map<String, Value> {
+/// What is known of a pod's containers, written down in their directories; and the names of their images.
+fn modules(dir: &Path) -> (Map<String, Value>, BTreeMap<String, String>) {
     let read = |path: PathBuf| -> Option<Value> {
         serde_json::from_slice(&std::fs::read(path).ok()?).ok()
     };
-    let mut all = Map::new();
+    let (mut all, mut names) = (Map::new(), BTreeMap::new());
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten().take(MAX_SHOWN) {
         let Some(spec) = read(entry.path().join("config.json")) else { continue };
         let Some(text) = crate::spec::annotation(&spec, job::ANNOTATION) else { continue };
@@ -170,9 +179,13 @@ fn modules(dir: &Path) -> Map<String, Value> {
             "kind": job.kind,
             "form": job.form,
         });
-        all.insert(entry.file_name().to_string_lossy().into_owned(), shown);
+        let id = entry.file_name().to_string_lossy().into_owned();
+        if let Some(name) = crate::spec::annotation(&spec, origins::NAME) {
+            names.insert(id.clone(), name.to_owned());
+        }
+        all.insert(id, shown);
     }
-    all
+    (all, names)
 }
 
 #[async_trait]
@@ -222,7 +235,8 @@ impl Flavor for Wasm {
 
     fn runtime(&self, pod: Arc<Pod>, own: &Value) -> Result<Arc<dyn Runtime>> {
         let own = Own::of(own);
-        self.pods().insert(pod.id.clone(), pod.dir.join("containers"));
+        let told = Told { dir: pod.dir.join("containers"), origins: Origins::default() };
+        self.pods().insert(pod.id.clone(), Arc::new(told));
         let modules = Modules::new(
             self.config.clone(),
             self.workers.clone(),
@@ -243,15 +257,18 @@ impl Flavor for Wasm {
         Ok(())
     }
 
-    fn info(&self, own: &Value) -> Map<String, Value> {
+    async fn info(&self, ctx: &SandboxContext, own: &Value) -> Map<String, Value> {
         let own = Own::of(own);
         let mut info = Map::new();
         let worker = self.workers.worker(&own.engine).ok();
         let version = worker.and_then(|worker| worker.known()).map(|hello| hello.version.clone());
         info.insert("engine".into(), json!({ "name": own.engine, "version": version }));
-        let dir = self.pods().get(&own.id).cloned();
-        if let Some(dir) = dir {
-            info.insert("modules".into(), Value::Object(modules(&dir)));
+        let told = self.pods().get(&own.id).cloned();
+        if let Some(told) = told {
+            let (mut modules, names) = modules(&told.dir);
+            let containerd = self.config.get().containerd.clone();
+            told.origins.add(&containerd, &ctx.spec.namespace, &names, &mut modules).await;
+            info.insert("modules".into(), Value::Object(modules));
         }
         info
     }

@@ -12,6 +12,7 @@ mod containerd;
 mod control;
 mod daemon;
 mod flavor;
+mod origins;
 mod payloads;
 mod precompile;
 mod spec;
@@ -48,8 +49,7 @@ enum Command {
         /// Engine: wasmtime or wasmedge; code is the same for wasmtime-nn. Default: the configuration's
         #[arg(long)]
         engine: Option<String>,
-        /// containerd's socket, for images that it has. Default: the configuration's `events_address`
-        /// without `.ttrpc`
+        /// containerd's socket, for images that it has. Default: the configuration's `containerd.address`
         #[arg(long)]
         containerd: Option<PathBuf>,
         /// containerd's namespace of them
@@ -89,17 +89,12 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let given = arguments.daemon;
     let (common, config) = Config::load(given.config.as_deref()).map_err(|e| anyhow!(e))?;
-    let events = common.events().to_owned();
     let setup = Setup::new("wasm", &given, common);
     match arguments.command {
         Some(Command::Common(command)) => return Ok(command.run(&setup)?),
         Some(Command::Precompile { engine, containerd, namespace, programs }) => {
             let engine = engine.unwrap_or_else(|| config.engine.clone());
-            let default = match events.trim_end_matches(".ttrpc") {
-                "" => "/run/containerd/containerd.sock",
-                address => address,
-            };
-            let address = containerd.unwrap_or_else(|| default.into());
+            let address = containerd.unwrap_or_else(|| config.containerd.address.clone());
             let images = Images { address, namespace };
             return kuasar_daemon::memory::runtime()?
                 .block_on(precompile::precompile(&config, &engine, &programs, &images))

@@ -154,7 +154,10 @@ async fn find(given: &Path, images: &Images, max: u64) -> Result<Program, String
 /// The program of an image that containerd has.
 async fn pulled(name: &Path, images: &Images, max: u64) -> Result<Program, String> {
     let name = name.to_str().ok_or("its name is no UTF-8")?.to_owned();
-    let store = Store::connect(&images.address, &images.namespace).await?;
+    if images.address.as_os_str().is_empty() {
+        return Err("containerd.address is empty: name its socket by --containerd".into());
+    }
+    let store = Store::connect(&images.address, &images.namespace, None).await?;
     let target = store.image(&name).await.map_err(|reason| {
         let Images { address, namespace } = images;
         format!(
