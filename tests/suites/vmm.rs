@@ -8,7 +8,7 @@ use kuasar_tests::{
     bed, cri, daemon_pid, inside, leaks, on, programs, skip, switch, top, wait_for, wire,
 };
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::{own_kernel, terminal};
 
