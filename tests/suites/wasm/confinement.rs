@@ -1,7 +1,11 @@
 //! What a container cannot do, and what it has to itself.
 
+use std::path::PathBuf;
+
 use kuasar_tests::cri::*;
 use kuasar_tests::wait_for;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::*;
 
@@ -132,4 +136,133 @@ fn one_programs_loop_and_trap_touch_no_other() {
     assert_eq!(start(&pod, &["/trap.wasm"]).wait(), 134);
     assert_eq!(start(&pod, &["/recurse.wasm"]).wait(), 134);
     assert!(spin.is_running() && sleep.is_running());
+}
+
+/// A module that takes long to compile.
+fn slow() -> Vec<u8> {
+    let body =
+        "(local.set 0 (i64.rotl (i64.mul (local.get 0) (i64.load (i32.wrap_i64 (local.get 1)))) \
+                (i64.add (local.get 1) (local.get 0))))"
+            .repeat(1000);
+    let function = format!("(func (param i64 i64) (result i64) {body} (local.get 0))");
+    let unique = unique();
+    let text = format!(
+        r#"(module (memory 1) (data (i32.const 0) "{unique}") {} (func (export "_start")))"#,
+        function.repeat(150)
+    );
+    wat::parse_str(text).unwrap()
+}
+
+/// A compiler of this bed's that has given up what it had: its filter is the last step.
+fn compiler() -> Option<u32> {
+    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        let words = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let compiles = words.split(|byte| *byte == 0).nth(1) == Some(b"compile");
+        let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+        (compiles && status.contains("Seccomp:\t2") && parent_is_ours(pid)).then_some(pid)
+    })
+}
+
+#[test]
+fn a_compiler_at_work_has_the_module_its_code_and_nothing_else() {
+    with_engines(a_compiler_at_work_has_the_module_its_code_and_nothing_else_with);
+}
+
+fn a_compiler_at_work_has_the_module_its_code_and_nothing_else_with(engine: &str) {
+    let name = format!("localhost/wasm-slow:{}", unique());
+    let dir = bed().join(format!("run/wasm-slow-{}", unique()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("slow.wasm"), slow()).unwrap();
+    let archive = dir.join("image.tar");
+    wasm::pack(&name, &dir, &archive);
+    wasm::load(&archive, &[]);
+    let pod = Pod::run(pod_config("wasm-slow"));
+    std::thread::scope(|scope| {
+        let container = scope.spawn(|| {
+            let image = Some(ImageSpec { image: name.clone(), ..Default::default() });
+            // containerd creates the task when it is started.
+            let container = pod.create_with(&["/slow.wasm"], |config| config.image = image)?;
+            container.start()
+        });
+        let mut found = None;
+        wait_for("it compiles", SOON, || {
+            found = compiler();
+            let over = found.is_none() && container.is_finished();
+            assert!(!over, "it was not seen: make it take longer");
+            found.is_some()
+        });
+        let pid = found.unwrap();
+        let signal = |signal| kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+        // It stays while we look.
+        signal(Signal::SIGSTOP);
+        assert_confined(engine, pid);
+        signal(Signal::SIGCONT);
+        // A slow machine may need longer than the bed allows.
+        if let Err(error) = container.join().unwrap() {
+            assert!(error.message().contains("compiler.timeout"), "{error}");
+        }
+    });
+    pod.remove().unwrap();
+    std::fs::remove_dir_all(dir).unwrap();
+    assert!(wasm::ctr(&["images", "rm", &name]).status.success());
+}
+
+fn assert_confined(engine: &str, pid: u32) {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let read = |name: &str| std::fs::read_to_string(proc.join(name)).unwrap();
+    let status = read("status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{name}:")));
+        line.unwrap_or_default().split_whitespace().collect::<Vec<_>>()
+    };
+    // `compiler.uid`.
+    for id in ["Uid", "Gid"] {
+        assert_eq!(field(id), ["65534"; 4], "{status}");
+    }
+    assert!(field("Groups").is_empty(), "{status}");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(field(set), ["0000000000000000"], "{set}");
+    }
+    assert_eq!((field("NoNewPrivs"), field("Seccomp")), (vec!["1"], vec!["2"]));
+    let limits = read("limits");
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    // `compiler.memory` and `compiler.timeout` of the bed.
+    assert_eq!(limit("Max address space"), ["4294967296"; 2]);
+    assert_eq!(limit("Max file size"), ["4294967296"; 2]);
+    assert_eq!(limit("Max cpu time"), ["20"; 2]);
+    assert_eq!(limit("Max core file size"), ["0"; 2]);
+    let namespace =
+        |of: u32, kind: &str| std::fs::read_link(format!("/proc/{of}/ns/{kind}")).unwrap();
+    for kind in ["mnt", "net", "ipc", "uts"] {
+        assert_ne!(namespace(pid, kind), namespace(parent(pid).unwrap(), kind), "{kind}");
+    }
+    // There may be a heading.
+    let routes = read("net/route");
+    assert!(routes.lines().count() <= 1, "{routes}");
+    let mounts = read("mountinfo");
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    let mount: Vec<&str> = mounts.split(' ').collect();
+    assert_eq!(mount[4], "/", "{mounts}");
+    for option in ["nosuid", "nodev", "noexec"] {
+        assert!(mount[5].split(',').any(|word| word == option), "{mounts}");
+    }
+    let files = || std::fs::read_dir(proc.join("root")).unwrap().flatten();
+    if engine == "wasmtime" {
+        assert_eq!(limit("Max processes"), ["0"; 2]);
+        assert!(mount[5].starts_with("ro,"), "{mounts}");
+        assert_eq!(files().count(), 0);
+        assert_eq!(field("Threads"), ["1"]);
+    }
+    // The module, the code (twice), the words; what it makes for itself is in its own root.
+    for entry in std::fs::read_dir(proc.join("fd")).unwrap().flatten() {
+        let to = std::fs::read_link(entry.path()).unwrap().to_string_lossy().into_owned();
+        let fd: u32 = entry.file_name().to_str().unwrap().parse().unwrap();
+        let code = std::fs::read_link(proc.join("fd/1")).unwrap();
+        let own = std::path::Path::new(&to) == code || engine == "wasmedge" && !to.contains(':');
+        assert!(fd <= 2 || own, "{fd}: {to}");
+    }
 }

@@ -7,6 +7,7 @@ mod images;
 mod limits;
 mod nn;
 mod programs;
+mod testsuite;
 mod users;
 mod wasip3;
 mod wasmedge;
