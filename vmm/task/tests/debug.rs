@@ -99,9 +99,10 @@ async fn sessions_have_what_they_need_and_end_and_leave_nothing() {
     none_is_left().await;
 
     // With its stream, even one that does not want to.
-    for terminal in [true, false] {
+    for (id, terminal) in [("deaf-tty", true), ("deaf-pipes", false)] {
         let script = "trap '' HUP TERM; echo ready; while :; do sleep 1000; done";
-        let mut stream = open(&debugs, "deaf", &["/bin/sh", "-c", script], terminal).await;
+        // Not the same id: a session's name is free a little after its processes have gone.
+        let mut stream = open(&debugs, id, &["/bin/sh", "-c", script], terminal).await;
         until(&mut stream, "ready").await;
         drop(stream);
         none_is_left().await;
