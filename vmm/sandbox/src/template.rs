@@ -8,7 +8,7 @@
 //!
 //! A VMM that plugs none of these in (Firecracker) saves a machine with its vsock and one NIC, whose tap
 //! leads nowhere. The vsock loses its connections when it is restored; the NIC gets the tap of the copy's
-//! pod, and from the guest the MAC address ([`crate::nics`]).
+//! pod, and from the guest the MAC address (module `nics`).
 //!
 //! **No secret is in it.** The machine is saved before any host has welcomed its agent: it has no
 //! token, no pod and no entropy of a host's. Each copy is welcomed by itself, with a fresh token,
