@@ -30,11 +30,11 @@ pub enum Taps {
     },
 }
 
-/// A network namespace with a tap of this name, and nothing else.
+/// A network namespace of its own, with nothing in it.
 ///
 /// # Errors
 /// [`Error::Host`].
-pub fn alone(name: &str, taps: Taps) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+pub(super) fn empty() -> Result<OwnedFd> {
     let context = || "make a network namespace".to_owned();
     let made = std::thread::Builder::new().name("new-netns".into()).spawn(|| {
         nix::sched::unshare(CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)?;
@@ -43,8 +43,16 @@ pub fn alone(name: &str, taps: Taps) -> Result<(OwnedFd, Vec<OwnedFd>)> {
     });
     // The thread ends with it, and takes no other along.
     let made = made.map_err(system(context()))?.join();
-    let netns = made.unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
-    let netns = netns.map_err(system(context()))?;
+    let made = made.unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+    made.map_err(system(context()))
+}
+
+/// A network namespace with a tap of this name, and nothing else.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn alone(name: &str, taps: Taps) -> Result<(OwnedFd, Vec<OwnedFd>)> {
+    let netns = empty()?;
     let held = open(netns.as_fd(), name, taps)?;
     Ok((netns, held))
 }
