@@ -188,7 +188,9 @@ image() {
 }
 
 # What vmm-task needs of a kernel and distributions have as modules, or built in.
+# Tests want others, which MODULES names.
 WANTED=(virtio_pci virtio_console virtio_net virtio_blk virtio_balloon vmw_vsock_virtio_transport virtiofs erofs ext4 overlay)
+[ -z "${MODULES:-}" ] || read -ra WANTED <<< "$MODULES"
 
 # The kernel inside of a bzImage (Documentation/arch/x86/boot.rst: setup_sects, payload_offset,
 # payload_length). VMMs load it without a firmware's help, and nothing is unpacked at each boot.

@@ -6,10 +6,13 @@
 //! routes and permanent neighbours, so for the rest of the network it *is* that interface. The
 //! interface itself stays where it is with its counters, which are the pod's network statistics.
 //!
-//! This works alike for every kind that delivers Ethernet frames through the host's stack: `veth`
-//! (bridge, ptp, Calico, Cilium, …), `macvlan`, `ipvlan` in L2 mode, SR-IOV functions and other
-//! physical interfaces. A `macvtap` delivers frames to its character device instead, and is
-//! refused; so are an `ipvlan` that routes (L3), and a pod whose interfaces are not Ethernet.
+//! This works alike for every kind of Ethernet interface: `veth` (bridge, ptp, Calico, Cilium, …),
+//! `macvlan`, `macvtap`, `ipvlan` in L2 mode, SR-IOV functions and other physical interfaces. What comes
+//! in at a `macvtap` is for its character device; tc's filters see it before that, and send it to the tap,
+//! so every VMM can have it, those too that open a tap by name. Refused are an `ipvlan` that routes (L3),
+//! and a pod whose interfaces are not Ethernet. An `ipvlan` has the MAC address of what it lies on, and so
+//! has the guest; which packets are the pod's the kernel knows by the addresses of the interface, which
+//! stay there.
 //!
 //! Taps are not persistent: they live as long as a descriptor of them is open, so nothing is left
 //! of them after the VMM and the daemon are gone. Only a VMM that opens them itself, by name, gets
@@ -121,13 +124,6 @@ pub fn plan(netns: BorrowedFd<'_>) -> Result<Plan> {
     let links = netlink.links().map_err(read("interfaces"))?;
     let mut interfaces = Vec::new();
     for link in links.iter().filter(|link| wanted(link)) {
-        if link.kind == "macvtap" {
-            return Err(Error::Unsupported(format!(
-                "interface {} of the pod is a macvtap, whose frames bypass the namespace: use \
-                 macvlan, a bridge or another CNI plugin",
-                link.name
-            )));
-        }
         // In its L3 modes it has no use for neighbours, and says so.
         if link.kind == "ipvlan" && link.flags & libc::IFF_NOARP as u32 != 0 {
             return Err(Error::Unsupported(format!(
@@ -451,31 +447,92 @@ mod tests {
         assert!(neighbours.iter().any(|one| one.address == "fd00:9::1"), "{neighbours:?}");
     }
 
+    /// Makes an interface `net1` of this kind on `peer`; none, and a note, where the kernel cannot.
+    fn on_peer(netns: &OwnedFd, kind: &str) -> bool {
+        let words = format!("link add link peer name net1 type {kind}");
+        let made = kuasar_host::namespace::enter_on_thread(
+            netns.as_fd(),
+            CloneFlags::CLONE_NEWNET,
+            || Ok(std::process::Command::new("ip").args(words.split(' ')).output().unwrap()),
+        );
+        let made = made.unwrap();
+        if !made.status.success() {
+            println!("skipped: no {kind} in this kernel: it is tried in tests/interfaces.sh");
+        }
+        made.status.success()
+    }
+
     #[test]
-    fn what_carries_no_frames_through_the_host_is_refused_with_what_to_use() {
-        for (kind, word) in
-            [("macvtap mode bridge", "macvtap"), ("ipvlan mode l3", "mode l2"), ("macvlan", "")]
-        {
+    fn an_ipvlan_that_routes_is_refused_with_what_to_use() {
+        let Some(netns) = pod() else { return };
+        if !on_peer(&netns, "ipvlan mode l3") {
+            return;
+        }
+        ip(&netns, "link set net1 up");
+        let error = plan(netns.as_fd()).unwrap_err().to_string();
+        assert!(error.contains("net1") && error.contains("mode l2"), "{error}");
+    }
+
+    /// An IPv4 packet of a protocol that nobody speaks, as Ethernet has it.
+    fn packet(to: [u8; 6], from: [u8; 6], ips: [[u8; 4]; 2], mark: u8) -> Vec<u8> {
+        let mut header = [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 253, 0, 0].to_vec();
+        header.extend(ips.concat());
+        let sum: u32 =
+            header.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+        let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
+        [&to[..], &from, &[8, 0], &header, &[mark; 20]].concat()
+    }
+
+    /// Reads frames until this one comes, behind `skip` bytes.
+    fn expect_whole(from: &mut std::fs::File, frame: &[u8], skip: usize) {
+        let mut buffer = [0; 4096];
+        loop {
+            let n = from.read(&mut buffer).expect("the frame did not come");
+            if buffer[..n].get(skip..) == Some(frame) {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn packets_reach_the_guest_and_leave_it_through_interfaces_of_every_kind() {
+        const OURS: [u8; 4] = [10, 9, 0, 9];
+        const THEIRS: [u8; 4] = [10, 9, 0, 2];
+        for kind in ["macvlan mode bridge", "macvtap mode bridge", "ipvlan mode l2"] {
             let Some(netns) = pod() else { return };
-            let words = format!("link add link peer name net1 type {kind}");
-            let made = kuasar_host::namespace::enter_on_thread(
-                netns.as_fd(),
-                CloneFlags::CLONE_NEWNET,
-                || Ok(std::process::Command::new("ip").args(words.split(' ')).output().unwrap()),
-            );
-            if !made.unwrap().status.success() {
-                println!("skipped: no {kind} in this kernel");
+            if !on_peer(&netns, kind) {
                 continue;
             }
+            ip(&netns, "addr add 10.9.0.9/24 dev net1");
             ip(&netns, "link set net1 up");
-            match plan(netns.as_fd()) {
-                // Frames of a macvlan go through the host's stack.
-                Ok(plan) => assert!(word.is_empty() && plan.interfaces.len() > 1, "{kind}"),
-                Err(error) => {
-                    let error = error.to_string();
-                    assert!(!word.is_empty() && error.contains(word), "{kind}: {error}");
-                }
-            }
+            let plan = plan_of(&netns, "net1");
+            let [net1] = plan.interfaces.as_slice() else { panic!("{kind}: {plan:?}") };
+            assert_eq!(net1.mtu, 1400, "{kind}");
+            let told = plan.network.interfaces.iter().find(|one| one.name == "net1").unwrap();
+            assert_eq!(told.addresses, ["10.9.0.9/24"], "{kind}");
+            let mut joined = join(netns.as_fd(), &plan, Taps::Held { queues: 1 }).unwrap();
+            let mut tap = std::fs::File::from(joined.remove(0).tap.remove(0));
+            let blocks = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty());
+            nix::fcntl::fcntl(&tap, blocks).unwrap();
+            let mut outside = raw(&netns, "eth0");
+            let outer = [2, 0, 0, 0, 0, 1];
+            println!("{kind}: from the network to the guest");
+            let comes = packet(net1.mac, outer, [THEIRS, OURS], 1);
+            outside.write_all(&comes).unwrap();
+            expect_whole(&mut tap, &comes, 10);
+            println!("{kind}: a broadcast");
+            outside.write_all(&frame(2)).unwrap();
+            expect(&mut tap, 2, 10);
+            println!("{kind}: from the guest to the network");
+            let goes = packet(outer, net1.mac, [OURS, THEIRS], 3);
+            tap.write_all(&[&[0; 10], goes.as_slice()].concat()).unwrap();
+            expect_whole(&mut outside, &goes, 0);
+            let netlink = Netlink::open_in(netns.as_fd()).unwrap();
+            let stats = netlink.link("net1").unwrap().stats;
+            assert!(stats.rx_packets >= 1 && stats.tx_packets >= 1, "{kind}: {stats:?}");
+            part(netns.as_fd(), &plan.interfaces).unwrap();
+            assert!(!netlink.is_redirected(net1.index).unwrap(), "{kind}");
         }
     }
 
