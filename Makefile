@@ -8,7 +8,7 @@ BIN := target/release
 # Kinds of sandboxers: each has a daemon, a shim name, a unit and a configuration.
 KINDS := runc vmm gvisor quark wasm
 
-.PHONY: help build deps fakes wasi-nn guest guest-distribution demo test unit check conformance bench install deb rpm packages node compat clean bed bed-and-kernel test-worker
+.PHONY: help build deps fakes wasi-nn guest guest-distribution demo test test-programs unit check conformance bench install deb rpm packages node compat clean bed bed-and-kernel test-worker
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
@@ -115,16 +115,21 @@ test-worker: deps
 	$(STATIC) $(WORKER) cargo test --release --target $(HOST) -p wasm-worker --target-dir target/static
 
 test: deps ## everything: unit tests, end-to-end suites on real containerd, critest
-	@# Beside each other: the bed waits for the network, and a linker keeps one processor at a time.
-	$(MAKE) -j2 fakes bed-and-kernel
+	@# Beside each other: the bed waits for the network, and a linker or the last crate of many keeps one
+	@# processor at a time.
+	$(MAKE) -j3 fakes test-programs bed-and-kernel
 	vmm/guest/build.sh image $(GUEST_INIT)
 	@if [ "$$(uname -m)" = x86_64 ]; then vmm/guest/build.sh distribution $(GUEST_INIT); fi
 	tests/run.sh all
 
+test-programs: deps
+	cargo test --workspace --exclude wasm-worker --features kuasar-tests/e2e --no-run
+
 bed-and-kernel: bed
-	@# Made again, and told, where it is needed.
+	@# Made again, and told, where they are needed.
 	-tests/node.sh make
 	vmm/guest/build.sh kernel
+	-tests/interfaces.sh make
 
 node: build bed guest ## a machine with systemd and cgroup v2: the packages installed, pods, restarts, removal
 	tests/run.sh node

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the tests: run.sh all | unit | guest | packages [NAME] | node | e2e [NAME] | conformance HANDLER | bench
+# Runs the tests: run.sh all | unit | guest | interfaces | packages [NAME] | node | e2e [NAME] | conformance HANDLER | bench
 # Counts what passed, failed and was skipped, and says so in its last line. With `all`, up to three tests
 # that failed run once more, by themselves: one that passes then is unsteady, which the last lines say
 # by name. It is a fault to mend all the same; it does not hide what the other tests have found.
@@ -8,16 +8,26 @@ TOP=$(cd "$(dirname "$0")/.." && pwd)
 cd "$TOP"
 B=${BED:-$TOP/target/bed}
 BED_SH=$TOP/tests/bed/bed.sh
-LOG=$TOP/target/test.log
+LOG=${TESTS_LOG:-$TOP/target/test.log}
 mkdir -p "$TOP/target"
 : > "$LOG"
-PART=$TOP/target/test.part
+PART=$LOG.part
+# A second bed: a copy of the first, with programs of its own, which are links to the same files. By their
+# programs each bed tells its own processes from the other's.
+SECOND=$TOP/target/second
 : > "$LOG.unsteady"
 failed=0
 extra=0
-again=
+again=${AGAIN:-}
 node_pid=
-trap '[ -z "$node_pid" ] || kill -- "-$node_pid" 2>/dev/null; "$BED_SH" down || true' EXIT
+second_pid=
+second_down() {
+  [ -z "$second_pid" ] || kill -- "-$second_pid" 2>/dev/null || true
+  if [ "$B" != "$SECOND/bed" ] && [ -e "$SECOND/bed/etc/crictl.yaml" ]; then
+    BED=$SECOND/bed KUASAR_BIN_DIR=$SECOND/release "$BED_SH" down
+  fi
+}
+trap '[ -z "$node_pid" ] || kill -- "-$node_pid" 2>/dev/null; second_down || true; "$BED_SH" down || true' EXIT
 
 # Named by every cargo command here: what is selected decides on features, and with other features
 # everything would be compiled again. wasm-worker's tests use the Wasmtime that `make build` compiled.
@@ -62,13 +72,53 @@ unit() {
   note_skipped
   make -s test-worker 2>&1 | tee -a "$LOG" || failed=1
 }
-e2e() {
-  [ "$(id -u)" = 0 ] || { echo "the end-to-end suites need root" >&2; exit 1; }
+# One at a time in a bed: some kill the daemon or containerd under everybody.
+in_bed() { # ARGUMENT…, of the test program
   "$BED_SH" up
-  # One at a time: some kill the daemon or containerd under everybody.
   tests timeout "${LIMIT:-1800}" cargo test "${ALL[@]}" --test e2e -- --test-threads=1 "$@"
   "$BED_SH" down
 }
+second_bed() {
+  second_down
+  rm -rf "$SECOND"
+  mkdir -p "$SECOND/bed" "$SECOND/release"
+  find "$B" -mindepth 1 -maxdepth 1 ! -name run ! -name var ! -name debs ! -name apt ! -name 'node*' \
+    -exec cp -a -t "$SECOND/bed" {} +
+  BED=$SECOND/bed "$TOP/tests/bed/setup.sh"
+  find "$TOP/target/release" -mindepth 1 -maxdepth 1 ! -type d -executable -exec cp -al -t "$SECOND/release" {} +
+  # Where the daemon looks for it in a checkout.
+  ln -s ../guest "$SECOND/guest"
+}
+e2e() {
+  local mine groups_after
+  [ "$(id -u)" = 0 ] || { echo "the end-to-end suites need root" >&2; exit 1; }
+  [ $# = 0 ] || { in_bed "$@"; return; }
+  # Machines in one bed, all else in the other: most of the time each waits for one thing.
+  second_bed
+  export KUASAR_TESTS_BESIDE=1
+  BED=$SECOND/bed KUASAR_BIN_DIR=$SECOND/release TESTS_LOG=$SECOND/log AGAIN=$again \
+    setsid "$TOP/tests/run.sh" machines > "$SECOND/output" 2>&1 &
+  second_pid=$!
+  mine=$SECONDS
+  in_bed --skip vmm
+  echo "e2e: $((SECONDS - mine)) s without those of machines, which are next"
+  wait "$second_pid" || failed=1
+  second_pid=
+  unset KUASAR_TESTS_BESIDE
+  cat "$SECOND/output"
+  cat "$SECOND/log" >> "$LOG"
+  cat "$SECOND/log.unsteady" >> "$LOG.unsteady"
+  cat "$SECOND/bed/run/skipped" >> "$B/run/skipped" 2>/dev/null || true
+  # Nobody's in particular, so neither looks at them.
+  groups_after=$(groups_of_nobody)
+  if [ "$groups_after" != "$groups_before" ]; then
+    echo "control groups are left: $groups_after"
+    failed=1
+  fi
+}
+# Control groups of containers that were given none: below /kuasar, whichever bed made them.
+groups_of_nobody() { find /sys/fs/cgroup -mindepth 2 -type d -path '/sys/fs/cgroup*/kuasar/*' 2>/dev/null | sort; }
+groups_before=$(groups_of_nobody)
 # The guest's agent as PID 1 of machines that QEMU boots, driven without containerd.
 guest() {
   [ -x "$B/vmm/bin/qemu-system-x86_64" ] && [ -e "$TOP/target/guest/vmlinux" ] || return 0
@@ -77,6 +127,16 @@ guest() {
     KUASAR_VHOST_VSOCK=$B/vmm/bin/vhost-device-vsock KUASAR_VIRTIOFSD=$B/vmm/bin/virtiofsd \
     KUASAR_VMM_TASK=$TOP/target/release/vmm-task KUASAR_BUSYBOX=$B/src/busybox \
     tests cargo test "${ALL[@]}" --test agent -- --test-threads=1 --nocapture
+}
+# Kinds of network interfaces on a kernel that has them.
+interfaces() {
+  local program
+  program=$(cargo test "${ALL[@]}" --lib --no-run --message-format=json 2>/dev/null |
+    sed -n 's|.*"executable":"\([^"]*/vmm_sandboxer-[^"]*\)".*|\1|p')
+  "$TOP/tests/interfaces.sh" "${program:?no test program of vmm-sandboxer}" > "$PART" 2>&1 || failed=1
+  cat "$PART"
+  cat "$PART" >> "$LOG"
+  note_skipped
 }
 conformance() {
   "$TOP/tests/conformance.sh" "$1" 2>&1 | tee -a "$LOG" || extra=1
@@ -105,6 +165,7 @@ case ${1:-all} in
     node_pid=$!
     timed unit
     timed guest
+    timed interfaces
     # rpm packages are made and tried where the tool is to be had.
     command -v rpmbuild >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm; } >/dev/null 2>&1 || true
     timed packages
@@ -118,16 +179,19 @@ case ${1:-all} in
     ;;
   unit) unit ;;
   guest) guest ;;
+  interfaces) interfaces ;;
   node) node ;;
   packages) shift; packages "$@" ;;
   e2e) shift; e2e "$@" ;;
   conformance) conformance "${2:-kuasar-runc}" ;;
+  # A part of e2e, which counts it and looks at what is left.
+  machines) in_bed vmm; exit "$failed" ;;
   bench)
     "$BED_SH" up
     cargo run -q --release -p kuasar-tests --features e2e --bin kuasar-bench
     exit 0
     ;;
-  *) echo "usage: run.sh all|unit|guest|packages|node|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
+  *) echo "usage: run.sh all|unit|guest|interfaces|packages|node|e2e|conformance HANDLER|bench" >&2; exit 2 ;;
 esac
 # Ours are those that run a program of this checkout, whatever they call themselves.
 left=

@@ -56,9 +56,12 @@ pub fn unique() -> u64 {
     start.wrapping_add(N.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Parent of the pods' cgroups, one for each checkout: two beds of a machine do not see each other.
+/// Parent of the pods' cgroups, one for each bed: two of a machine do not see each other.
 pub fn cgroup_root() -> String {
-    format!("kuasar-e2e-{}", crate::top().file_name().unwrap().to_string_lossy())
+    let (top, bed) = (crate::top(), crate::bed());
+    let bed = bed.strip_prefix(top.join("target")).unwrap_or(&bed);
+    let bed = bed.to_string_lossy().replace('/', "-");
+    format!("kuasar-e2e-{}-{bed}", top.file_name().unwrap().to_string_lossy())
 }
 
 /// Configuration of a pod as kubelet sends it: explicit namespace options.

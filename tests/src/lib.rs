@@ -34,6 +34,12 @@ pub fn programs() -> PathBuf {
     std::env::var_os("KUASAR_BIN_DIR").map_or_else(|| top().join("target/release"), PathBuf::from)
 }
 
+/// Whether a process that runs this program is of this bed. Others may be up on this machine, of this
+/// checkout too: each has its own programs.
+pub fn is_ours(program: &std::path::Path) -> bool {
+    program.starts_with(bed()) || program.starts_with(programs())
+}
+
 /// The handler of tests that choose one, see [`on`].
 static CHOSEN: std::sync::Mutex<Option<String>> = std::sync::Mutex::new(None);
 

@@ -57,11 +57,9 @@ fn named(wanted: &str) -> Option<u32> {
     })
 }
 
-/// Another checkout's bed may be up on this machine.
 fn parent_is_ours(pid: u32) -> bool {
     let parent = parent(pid).unwrap_or_default();
-    let exe = std::fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default();
-    exe.starts_with(kuasar_tests::top()) || exe.starts_with(kuasar_tests::programs())
+    kuasar_tests::is_ours(&std::fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default())
 }
 
 fn parent(pid: u32) -> Option<u32> {
