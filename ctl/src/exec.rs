@@ -59,8 +59,8 @@ pub fn unique(prefix: &str) -> String {
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let digest = Sha256::digest(format!("{} {now:?} {count}", crate::run::owner()));
-    let hex: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    format!("{prefix}-{hex}")
+    let digits = kuasar_host::hex(digest.get(..8).unwrap_or_default());
+    format!("{prefix}-{digits}")
 }
 
 /// `exec`: answers the process' exit code.

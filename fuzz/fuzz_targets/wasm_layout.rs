@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
 
+use kuasar_host::hex;
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wasm_common::kind::{Detected, detect};
-use wasm_image::layout::{Archive, Blobs, hex, layer, program};
+use wasm_image::layout::{Archive, Blobs, layer, program};
 use wasm_image::origin::origin;
 
 const MAX: u64 = 1 << 16;

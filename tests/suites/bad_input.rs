@@ -98,6 +98,8 @@ fn a_torn_record_costs_one_pod() {
     let pid = lost.pid();
     let cgroup = cgroup_of(pid);
     assert!(cgroup.iter().any(|dir| dir.is_dir()), "{cgroup:?}");
+    // Nobody but the daemon has made the pod's.
+    let pods: Vec<_> = cgroup.iter().filter_map(|dir| dir.parent()).collect();
     switch(&["daemon", "kill"], &[]);
     let record = bed().join("run/kuasar-runc/sandboxes").join(&bad.id).join("sandbox.json");
     inside(&["truncate", "-s", "20", &record.to_string_lossy()]);
@@ -109,6 +111,9 @@ fn a_torn_record_costs_one_pod() {
     wait_for("its cgroup goes", Duration::from_secs(10), || cgroup.iter().all(|dir| !dir.exists()));
     // containerd finds that its task is gone, after a retry.
     lost.wait();
+    wait_for("the pod's cgroup goes", Duration::from_secs(10), || {
+        pods.iter().all(|dir| !dir.exists())
+    });
     bad.remove().unwrap();
     still_works();
 }

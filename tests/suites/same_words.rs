@@ -186,10 +186,10 @@ fn wrong_permissions_are_told_by_both() {
 }
 
 #[test]
-fn two_daemons_on_one_socket_or_directory_are_told_by_both() {
+fn two_daemons_on_one_socket_are_told_by_both() {
     let node = Node::new();
     node.configure("runc", "");
-    let first = node.start("runc");
+    let mut first = node.start("runc");
     first.says("ready");
     // Both are configured, and one of them runs.
     let socket = node.state("runc").join("sandboxer.sock");
@@ -198,7 +198,15 @@ fn two_daemons_on_one_socket_or_directory_are_told_by_both() {
     // The other's configuration is somewhere else.
     std::fs::rename(node.file("runc"), node.0.join("away.toml")).unwrap();
     node.same("quark", &format!("another daemon serves {}", socket.display()));
-    std::fs::rename(node.0.join("away.toml"), node.file("runc")).unwrap();
+    assert!(first.child.try_wait().unwrap().is_none(), "the first goes on");
+}
+
+#[test]
+fn two_daemons_on_one_directory_are_told_by_both() {
+    let node = Node::new();
+    node.configure("runc", "");
+    let mut first = node.start("runc");
+    first.says("ready");
     let text = std::fs::read_to_string(node.file("runc")).unwrap();
     std::fs::write(node.file("quark"), format!("{text}\nlisten = \"{}/q\"", node.0.display()))
         .unwrap();
@@ -208,6 +216,7 @@ fn two_daemons_on_one_socket_or_directory_are_told_by_both() {
     wait_for("it ends", Duration::from_secs(10), || second.child.try_wait().unwrap().is_some());
     // Its directory is the first one's: nothing there is to be ended with it.
     second.file = PathBuf::from("/nowhere");
+    assert!(first.child.try_wait().unwrap().is_none(), "the first goes on");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kuasar_host::hex;
 use kuasar_tests::collector::{Collector, Seen};
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, cri, kind, on, ours, switch, wait_for};
@@ -41,10 +42,6 @@ impl Drop for Traced {
         switch(&["containerd", "kill"], &[]);
         switch(&["containerd", "start"], &[]);
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// A request of CRI as kubelet sends it when it traces.

@@ -376,26 +376,36 @@ fn a_machine_that_hangs_holds_up_no_pod() {
     assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
 }
 
-#[test]
-fn a_killed_helper_ends_its_pod_and_no_other() {
+/// Kills the helper of one of two pods whose program begins so: that pod ends, the other goes on.
+fn killed(helper: &str) {
     if !able() {
         return;
     }
     let other = pod("vm-other");
     let c = other.start(&["sleep", "1000"]);
-    for helper in ["virtiofsd", "vhost-device-vs"] {
-        let victim = pod(&format!("vm-victim-{helper}"));
-        let helpers = machine(&victim);
-        let (pid, _) = helpers.iter().find(|(_, name)| name.starts_with(helper)).unwrap();
-        kill(*pid);
-        wait_for("the pod is not ready", Duration::from_secs(10), || {
-            victim.state() == PodSandboxState::SandboxNotready as i32
-        });
-        assert_eq!(other.state(), PodSandboxState::SandboxReady as i32);
-        assert_eq!(c.sh("echo alive"), "alive");
-        victim.remove().unwrap();
-    }
+    let victim = pod(&format!("vm-victim-{helper}"));
+    let helpers = machine(&victim);
+    let (pid, _) = helpers.iter().find(|(_, name)| name.starts_with(helper)).unwrap();
+    kill(*pid);
+    wait_for("the pod is not ready", Duration::from_secs(10), || {
+        victim.state() == PodSandboxState::SandboxNotready as i32
+    });
+    wait_for("its machine is gone", Duration::from_secs(10), || machine(&victim).is_empty());
+    assert_eq!(other.state(), PodSandboxState::SandboxReady as i32);
+    assert_eq!(c.sh("echo alive"), "alive");
+    victim.remove().unwrap();
     other.remove().unwrap();
+    assert_eq!(machine_dirs(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_killed_virtiofsd_ends_its_pod_and_no_other() {
+    killed("virtiofsd");
+}
+
+#[test]
+fn a_killed_vsock_helper_ends_its_pod_and_no_other() {
+    killed("vhost-device-vs");
 }
 
 /// Bytes that the virtiofsd with this cache has read of the host's files for a pod.

@@ -122,6 +122,16 @@ impl Error {
     }
 }
 
+/// Bytes in hexadecimal digits, small letters.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 /// An error with the whole chain of its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -143,5 +153,14 @@ pub trait Context<T> {
 impl<T, E: Into<std::io::Error>> Context<T> for std::result::Result<T, E> {
     fn context<S: Into<String>>(self, context: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|e| Error::Io { context: context().into(), source: e.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_byte_has_two_digits() {
+        assert_eq!(super::hex(&[0, 0x0f, 0xa0, 0xff]), "000fa0ff");
+        assert_eq!(super::hex(&[]), "");
     }
 }

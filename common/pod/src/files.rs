@@ -2,6 +2,7 @@
 //! lost one has left mounted.
 
 use std::path::Path;
+use std::time::Duration;
 
 use containerd_sandbox::error::{Error, Result};
 use kuasar_host::cgroup::Layout;
@@ -119,6 +120,39 @@ pub fn create_cgroup(layout: &Layout, config: &PodSandboxConfig) -> Result<bool>
         group.update(text.as_bytes()).map_err(host("limit the pod's cgroup"))?;
     }
     Ok(true)
+}
+
+/// Name of the file with the path of the pod's cgroup, in the pod's directory.
+const OWN_CGROUP: &str = "own-cgroup";
+
+/// Notes beside the pod's record that its cgroup was made by us: where the record is lost, that is how
+/// the group is found, and told from one of kubelet's.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn note_cgroup(dir: &Path, path: &str) -> Result<()> {
+    record::write_file(&dir.join(OWN_CGROUP), path.as_bytes(), 0o600)
+        .map_err(host("note the pod's cgroup"))
+}
+
+/// Removes the cgroup that a lost pod's directory has a note of, as Stop does; not where one of
+/// `held`, the cgroups of other pods' containers, is below it.
+///
+/// # Errors
+/// When processes stay in it.
+pub fn remove_noted_cgroup(layout: &Layout, dir: &Path, held: &[String]) -> Result<()> {
+    let note = dir.join(OWN_CGROUP);
+    let Ok(path) = std::fs::read_to_string(&note) else { return Ok(()) };
+    let group = layout.group(&path).map_err(host("the pod's cgroup"))?;
+    let below = |other: &String| {
+        layout.group(other).is_ok_and(|other| other.path().starts_with(group.path()))
+    };
+    if !held.iter().any(below) {
+        group.remove(Duration::from_secs(5)).map_err(host("remove the pod's cgroup"))?;
+    }
+    // A later pod may have the same cgroup: it is not to be removed again.
+    let _ = std::fs::remove_file(note);
+    Ok(())
 }
 
 /// CRI resources plus the overhead of the sandbox, as OCI `LinuxResources`.

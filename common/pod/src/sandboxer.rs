@@ -215,8 +215,8 @@ fn lost_dirs(dir: &Path, known: &[String]) -> Vec<PathBuf> {
     list(dir.join("quarantine")).chain(unknown).map(|entry| entry.path()).collect()
 }
 
-/// Kills the processes of a lost pod's containers, and removes their cgroups and mounts; `held`
-/// are cgroups of others. Answers whether there was anything. What is done is noted by the names
+/// Kills the processes of a lost pod's containers, and removes their cgroups and mounts, and the
+/// pod's own cgroup; `held` are cgroups of others. Answers whether there was anything. What is done is noted by the names
 /// of the containers' records.
 fn clear_lost_dir(layout: &Layout, dir: &Path, held: &[String]) -> Result<bool> {
     let paths: Vec<String> =
@@ -228,6 +228,7 @@ fn clear_lost_dir(layout: &Layout, dir: &Path, held: &[String]) -> Result<bool> 
     for group in &groups {
         group.remove(Duration::from_secs(5)).map_err(host("remove a container's cgroup"))?;
     }
+    files::remove_noted_cgroup(layout, dir, held)?;
     for rootfs in container_rootfs(dir) {
         kuasar_host::mount::unmount_below(&rootfs).map_err(host("unmount a rootfs"))?;
     }
@@ -277,6 +278,7 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
         let (dir, shm_size) = (ctx.dir.clone(), self.flavor.settings().shm_size);
         let (layout, spec_of_files, spec_of_cgroup) =
             (self.cgroups.clone(), spec.clone(), spec.clone());
+        let noted_in = ctx.dir.clone();
         let wanted = state.own_cgroup.is_some();
         // All three wait for the kernel, each for another part of it: side by side.
         // The namespaces come first: sandbox-parent is at work while threads start here.
@@ -285,8 +287,15 @@ impl<F: Flavor> Sandboxer for NamespaceSandboxer<F> {
             timed("pod_cgroup", async {
                 match wanted {
                     true => {
-                        blocking(move || files::create_cgroup(&layout, &spec_of_cgroup.config))
-                            .await
+                        blocking(move || {
+                            let config = &spec_of_cgroup.config;
+                            let made = files::create_cgroup(&layout, config)?;
+                            if made {
+                                files::note_cgroup(&noted_in, &config.linux.cgroup_parent)?;
+                            }
+                            Ok(made)
+                        })
+                        .await
                     }
                     false => Ok(false),
                 }
@@ -563,5 +572,34 @@ mod tests {
         assert!(!clear_lost_dir(&layout, &at("sandboxes/stays"), &held).unwrap());
         assert!(clear_lost_dir(&layout, &at("quarantine/torn-0"), &[]).unwrap());
         assert!(!clear_lost_dir(&layout, &at("quarantine/torn-0"), &[]).unwrap());
+    }
+
+    #[test]
+    fn the_cgroup_that_was_made_for_a_lost_pod_goes_and_no_other() {
+        let Ok(layout) = Layout::detect() else { return };
+        let root = format!("/kuasar-pod-test-{}", std::process::id());
+        let group = |name: &str| layout.group(&format!("{root}/{name}")).unwrap();
+        let all = ["ours", "kubelets", "shared", "shared/other"];
+        if let Err(error) = all.iter().try_for_each(|name| group(name).create().map(drop)) {
+            return eprintln!("skipped: cgroups are not writable here: {error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let lost = |name: &str, noted: bool| {
+            let container = dir.path().join(name).join("containers/c");
+            std::fs::create_dir_all(&container).unwrap();
+            let meta = serde_json::json!({ "cgroup": format!("{root}/{name}/c") });
+            std::fs::write(container.join("meta.json"), meta.to_string()).unwrap();
+            if noted {
+                files::note_cgroup(&dir.path().join(name), &format!("{root}/{name}")).unwrap();
+            }
+            let held = [format!("{root}/shared/other")];
+            clear_lost_dir(&layout, &dir.path().join(name), &held).map(|_| group(name).exists())
+        };
+        let stays = [lost("ours", true), lost("kubelets", false), lost("shared", true)];
+        let root = layout.group(&root).unwrap();
+        let parent = root.exists();
+        root.remove(Duration::from_secs(5)).unwrap();
+        assert_eq!(stays.map(Result::unwrap), [false, true, true]);
+        assert!(parent, "what is above the pod's group is not its own");
     }
 }

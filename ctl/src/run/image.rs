@@ -133,7 +133,7 @@ impl Layout {
         let mut file = File::open(&path).map_err(Error::at("open", &path))?;
         let mut hash = Sha256::new();
         std::io::copy(&mut file, &mut hash).map_err(Error::at("read", &path))?;
-        let found: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let found = kuasar_host::hex(&hash.finalize());
         if found != hex {
             return Err(bad(format!("blob {hex} has other bytes than its digest says")));
         }

@@ -47,7 +47,7 @@ pub fn random_hex(bytes: usize) -> std::io::Result<String> {
             return Err(std::io::Error::last_os_error());
         }
     }
-    Ok(all.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(kuasar_host::hex(&all))
 }
 
 /// Nanoseconds since 1970.

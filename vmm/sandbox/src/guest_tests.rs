@@ -15,6 +15,8 @@ enum Manner {
     Hangs,
     /// Sends bytes without sense, without end.
     Floods,
+    /// Sends answers that nobody has asked for, without end.
+    Chatters,
     /// Announces a frame of 4 GiB.
     Huge,
     /// Answers every request with a payload that is no message.
@@ -25,6 +27,8 @@ enum Manner {
     Endless,
     /// Refuses with these words.
     Refuses,
+    /// Answers rightly.
+    Answers,
     /// Answers rightly but for a few bytes, which this number decides.
     Mutated(u64),
 }
@@ -81,6 +85,15 @@ async fn behave(mut stream: UnixStream, manner: Manner) {
         Manner::Silent => drop(stream.read_u8().await),
         Manner::Hangs => {}
         Manner::Floods => while stream.write_all(&[0xee; 4096]).await.is_ok() {},
+        Manner::Chatters => {
+            let mut answer = frame(2, 2);
+            // The stream of no request.
+            answer.splice(4..8, [0, 1, 0, 1]);
+            // Response { payload = no bytes }
+            answer.extend([0x12, 0]);
+            let answers = answer.repeat(256);
+            while stream.write_all(&answers).await.is_ok() {}
+        }
         Manner::Huge => {
             let _ = stream.write_all(&frame(u32::MAX, 2)).await;
             let _ = stream.read_u8().await;
@@ -92,7 +105,7 @@ async fn behave(mut stream: UnixStream, manner: Manner) {
             let _ = stream.write_all(&payload).await;
             let _ = stream.read_u8().await;
         }
-        Manner::Mutated(seed) => {
+        Manner::Answers | Manner::Mutated(_) => {
             let answer = api::PidsResponse {
                 processes: vec![Default::default(), Default::default()],
                 ..Default::default()
@@ -104,7 +117,9 @@ async fn behave(mut stream: UnixStream, manner: Manner) {
             let payload = protobuf::Message::write_to_bytes(&response).unwrap();
             let mut bytes = frame(payload.len() as u32, 2);
             bytes.extend(payload);
-            mutate(&mut bytes, seed);
+            if let Manner::Mutated(seed) = manner {
+                mutate(&mut bytes, seed);
+            }
             let _ = stream.write_all(&bytes).await;
         }
         _ => {}
@@ -141,43 +156,68 @@ async fn pids(guest: &Guest) -> Result<api::PidsResponse> {
     guest.call(service::TASK, "Pids", &question).await
 }
 
+/// How a call to this guest fails, which it does in time.
+async fn fails(guest: &Guest) -> GuestError {
+    let asked = tokio::time::timeout(SHORT * 5, pids(guest));
+    asked.await.unwrap_or_else(|_| panic!("the call hangs")).unwrap_err()
+}
+
 #[tokio::test]
-async fn a_guest_that_misbehaves_is_an_error_in_time() {
-    for manner in [
-        Manner::Silent,
-        Manner::Hangs,
-        Manner::Floods,
-        Manner::Huge,
-        Manner::Garbage,
-        Manner::Rude,
-        Manner::Endless,
-        Manner::Refuses,
-    ] {
+async fn a_guest_that_never_answers_is_an_error_at_the_calls_deadline() {
+    for manner in [Manner::Silent, Manner::Rude] {
         let (_fake, guest, _end) = guest(manner);
-        let asked = tokio::time::timeout(SHORT * 5, pids(&guest));
-        let error = asked.await.unwrap_or_else(|_| panic!("{manner:?} hangs")).unwrap_err();
-        let fits = match manner {
-            Manner::Silent | Manner::Rude => matches!(error, GuestError::Deadline { .. }),
-            Manner::Hangs => matches!(error, GuestError::Broken(_)),
-            Manner::Garbage | Manner::Endless => matches!(error, GuestError::Nonsense(_)),
-            Manner::Refuses => matches!(
-                &error,
-                GuestError::Refused { message, .. } if message == "no  [31mstream"
-            ),
-            Manner::Mutated(_) => unreachable!("tried by itself"),
-            // ttrpc throws the announced bytes away as they come: no memory is taken for them.
-            Manner::Floods | Manner::Huge => {
-                matches!(
-                    error,
-                    GuestError::Deadline { .. }
-                        | GuestError::Broken(_)
-                        | GuestError::Refused { .. }
-                        | GuestError::Nonsense(_)
-                )
-            }
-        };
-        assert!(fits, "{manner:?}: {error:?}");
+        let error = fails(&guest).await;
+        assert!(matches!(error, GuestError::Deadline { .. }), "{manner:?}: {error:?}");
     }
+}
+
+#[tokio::test]
+async fn a_guest_that_answers_garbage_is_an_error_that_calls_it_so() {
+    for manner in [Manner::Garbage, Manner::Endless] {
+        let (_fake, guest, _end) = guest(manner);
+        let error = fails(&guest).await;
+        assert!(matches!(error, GuestError::Nonsense(_)), "{manner:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_floods_is_an_error_in_time_and_holds_up_no_other() {
+    for manner in [Manner::Floods, Manner::Chatters] {
+        let (_fake, bad, _end) = guest(manner);
+        let error = fails(&bad).await;
+        assert!(matches!(error, GuestError::Deadline { .. }), "{manner:?}: {error:?}");
+        // It goes on flooding while another is asked, by the same thread.
+        let (_fake, good, _end) = guest(Manner::Answers);
+        assert_eq!(pids(&good).await.unwrap().processes.len(), 2, "{manner:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_announces_four_gibibytes_is_an_error_in_time_and_gets_no_room_for_them() {
+    // The most address space that this process has ever had.
+    let peak = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    };
+    let (_fake, guest, _end) = guest(Manner::Huge);
+    let before = peak();
+    let error = fails(&guest).await;
+    assert!(matches!(error, GuestError::Deadline { .. }), "{error:?}");
+    // Other tests run beside this one, and threads have their stacks.
+    let more = peak() - before;
+    assert!(more < 3 << 30, "{more} more bytes");
+}
+
+#[tokio::test]
+async fn what_a_guest_refuses_a_stream_with_is_said_without_its_control_characters() {
+    let (_fake, guest, _end) = guest(Manner::Refuses);
+    let error = fails(&guest).await;
+    let fits = matches!(
+        &error,
+        GuestError::Refused { message, .. } if message == "no  [31mstream"
+    );
+    assert!(fits, "{error:?}");
 }
 
 #[tokio::test]

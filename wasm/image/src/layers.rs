@@ -277,8 +277,10 @@ mod tests {
     use sha2::{Digest, Sha256};
     use tar::EntryType;
 
+    use kuasar_host::hex;
+
     use super::*;
-    use crate::layout::{hex, program};
+    use crate::layout::program;
 
     const MODULE: &[u8] = b"\0asm\x01\0\0\0";
     const COMPONENT: &[u8] = b"\0asm\x0d\0\x01\0";

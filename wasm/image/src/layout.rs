@@ -10,6 +10,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use kuasar_host::hex;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -154,16 +155,6 @@ fn hash(digest: &str) -> Result<&str, String> {
         .strip_prefix("sha256:")
         .filter(|hash| hash.len() == 64 && hash.bytes().all(lower))
         .ok_or_else(|| format!("{digest:.100?} is no digest of SHA-256"))
-}
-
-/// A digest in hexadecimal digits.
-pub fn hex(sum: &[u8]) -> String {
-    use std::fmt::Write;
-    sum.iter().fold(String::with_capacity(64), |mut text, byte| {
-        // Writing to a String does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 /// All bytes, where there are not more than `max`.

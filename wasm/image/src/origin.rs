@@ -80,11 +80,12 @@ mod tests {
     use std::collections::HashMap;
     use std::io::Read;
 
+    use kuasar_host::hex;
     use serde_json::json;
     use sha2::{Digest, Sha256};
 
     use super::*;
-    use crate::layout::{architecture, hex};
+    use crate::layout::architecture;
 
     #[derive(Default)]
     struct Memory(HashMap<String, Vec<u8>>);

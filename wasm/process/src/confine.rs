@@ -150,7 +150,8 @@ fn confine(limits: &Limits, needs: Needs) -> Result<(), String> {
     }
     nix::sched::unshare(NAMESPACES).map_err(wrap("new namespaces"))?;
     hide_files(limits, needs)?;
-    drop_bounds()?;
+    // Nothing stays in the bounding set: no capability can come back.
+    kuasar_host::capability::bound(0).map_err(|(_, errno)| wrap("drop capabilities")(errno))?;
     nix::unistd::setgroups(&[]).map_err(wrap("setgroups"))?;
     let (uid, gid) = (limits.uid.into(), limits.uid.into());
     nix::unistd::setresgid(gid, gid, gid).map_err(wrap("setresgid"))?;
@@ -160,23 +161,6 @@ fn confine(limits: &Limits, needs: Needs) -> Result<(), String> {
         return Err(format!("no_new_privs: {}", std::io::Error::last_os_error()));
     }
     filter(needs).map_err(|error| format!("seccomp: {error}"))
-}
-
-/// Empties the bounding set: no capability can come back.
-fn drop_bounds() -> Result<(), String> {
-    for number in 0..64 {
-        // SAFETY: plain system call.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) } == 0 {
-            continue;
-        }
-        let error = std::io::Error::last_os_error();
-        // The kernel knows no more.
-        if error.raw_os_error() == Some(libc::EINVAL) {
-            break;
-        }
-        return Err(format!("drop capabilities: {error}"));
-    }
-    Ok(())
 }
 
 /// The root becomes an empty file system that nothing else knows: read-only, or the compiler's own.

@@ -10,13 +10,12 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
+use kuasar_host::hex;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wasm_common::kind::{Detected, detect};
 use wasm_image::layout::{self, Archive, architecture};
 use wasm_image::origin::ARTIFACT;
-
-use crate::verify::hex;
 
 /// Reads the archive `from`, writes the archive `to` with an image called `name`. Modules have at
 /// most `max` bytes.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use containerd_task::error::{Error, Result};
 use kuasar_host::live::Live;
-use kuasar_host::process;
+use kuasar_host::{hex, process};
 use kuasar_oci::processes::{Failure, new_cookie};
 use sandbox_parent::client::{Parent, Spawn};
 use tokio::sync::Semaphore;
@@ -23,7 +23,7 @@ use wasm_image::{Program, shown};
 
 use crate::cache::{Cache, Draft};
 use crate::config::Config;
-use crate::verify::{Identity, Sum, digest, hex};
+use crate::verify::{Identity, Sum, digest};
 
 /// What code is called that neither counts nor can be interrupted.
 pub const PLAIN: &str = "plain";

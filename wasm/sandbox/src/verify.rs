@@ -10,7 +10,6 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 
 use sha2::{Digest, Sha256};
-pub use wasm_image::layout::hex;
 
 /// A SHA-256.
 pub type Sum = [u8; 32];
@@ -119,6 +118,8 @@ impl Key {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+
+    use kuasar_host::hex;
 
     use super::*;
 

@@ -64,15 +64,8 @@ fn kept(role: Role) -> u64 {
 pub(super) fn give_up(plan: &Plan) -> Result<(), Failed> {
     let keep = kept(plan.view.role);
     let (uid, gid) = user(plan);
-    for number in (0..cap::END).filter(|number| keep & 1 << number == 0) {
-        // SAFETY: integer arguments.
-        let r = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) };
-        match Errno::result(r) {
-            Ok(_) => {}
-            // This kernel has no such capability, nor any with a higher number.
-            Err(Errno::EINVAL) => break,
-            Err(e) => return Err(e).step(|| format!("give up capability {number} for good")),
-        }
+    if let Err((number, errno)) = kuasar_host::capability::bound(keep) {
+        return Err(errno).step(|| format!("give up capability {number} for good"));
     }
     // SAFETY: integer arguments.
     let r = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };

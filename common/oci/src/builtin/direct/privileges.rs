@@ -7,7 +7,7 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid};
 
-use super::plan::{Plan, Sets};
+use super::plan::Plan;
 use super::sys;
 
 /// Writes a file below the host's procfs.
@@ -63,7 +63,8 @@ pub fn labels(plan: &Plan, proc: &OwnedFd, selinux: bool) -> Result<(), String> 
 pub fn identity(plan: &Plan) -> Result<(), String> {
     let user = &plan.spec.process.user;
     let sets = &plan.capabilities;
-    bound(sets).map_err(|error| format!("bounding capabilities: {error}"))?;
+    kuasar_host::capability::bound(sets.bounding)
+        .map_err(|(_, errno)| format!("bounding capabilities: {}", std::io::Error::from(errno)))?;
     let groups: Vec<Gid> =
         user.additional_gids.iter().flatten().map(|gid| Gid::from_raw(*gid)).collect();
     match nix::unistd::setgroups(&groups) {
@@ -86,21 +87,6 @@ pub fn identity(plan: &Plan) -> Result<(), String> {
     for number in (0..64).filter(|number| sets.ambient & 1 << number != 0) {
         sys::prctl(option, libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong, number)
             .map_err(|error| format!("ambient capability {number}: {error}"))?;
-    }
-    Ok(())
-}
-
-fn bound(sets: &Sets) -> std::io::Result<()> {
-    for number in 0..64 {
-        if sets.bounding & 1 << number != 0 {
-            continue;
-        }
-        match sys::prctl(libc::PR_CAPBSET_DROP, number, 0) {
-            Ok(()) => {}
-            // Behind the last one that this kernel has.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break,
-            Err(error) => return Err(error),
-        }
     }
     Ok(())
 }
