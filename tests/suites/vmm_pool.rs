@@ -5,7 +5,8 @@ use crate::ctl::{ctl_on, out};
 use crate::vmm::{
     HANDLER, Settings, kill, link, log, machine, machine_dirs, status, strangers, vmm_pid,
 };
-use crate::vmm_q35::{netns, pod, template, with_templates_on};
+use crate::vmm_debug;
+use crate::vmm_q35::{netns, pod, template, with_templates_by};
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, daemon_pid, inside, switch, wait_for};
 use std::collections::BTreeSet;
@@ -26,14 +27,14 @@ pub(crate) struct Filled {
 
 impl Filled {
     fn with(name: &str, size: usize, lines: &str) -> Option<Self> {
-        Self::on("", name, size, lines)
+        Self::on("", "", name, size, lines)
     }
 
-    /// The same, with lines above all tables, too.
-    pub(crate) fn on(top: &str, name: &str, size: usize, lines: &str) -> Option<Self> {
+    /// The same, with lines above all tables and below `[guest]`, too.
+    pub(crate) fn on(top: &str, guest: &str, name: &str, size: usize, lines: &str) -> Option<Self> {
         // The refill of a test is that of the next one.
         let lines = format!("pool = {size}\nrefill = \"200ms\"\n{lines}");
-        let (dir, settings) = with_templates_on(top, name, &lines)?;
+        let (dir, settings) = with_templates_by(top, "", guest, name, &lines)?;
         let filled = Self { dir, settings: Some(settings) };
         wait_for("the pool is full", FILLED, || number("ready") == size as u64);
         Some(filled)
@@ -115,7 +116,8 @@ fn is_jailed(pod: &Pod) {
 
 #[test]
 fn pods_take_ready_machines_and_share_no_identity() {
-    let Some(_filled) = Filled::with("pool-take", 2, "") else { return };
+    let guest = vmm_debug::console_on();
+    let Some(_filled) = Filled::on("", &guest, "pool-take", 2, "") else { return };
     let ready = pooled();
     assert_eq!(ready.len(), 2 * MACHINE, "{ready:?}");
     let from = log().len();
@@ -135,6 +137,8 @@ fn pods_take_ready_machines_and_share_no_identity() {
     let address = containers[1].sh("ip -4 -o addr show eth0 | awk '{print $4}' | cut -d/ -f1");
     let ping = format!("ping -c 1 -w 10 {address} >/dev/null && echo yes");
     assert_eq!(containers[0].sh(&ping), "yes");
+    // What their guests were told at the template's boot holds in them.
+    vmm_debug::works(&one);
     wait_for("the pool is full again", FILLED, || number("ready") == 2);
     assert!(one.remove().is_ok() && two.remove().is_ok());
     // Nothing is left of them but the pool's own.
