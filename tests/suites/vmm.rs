@@ -48,6 +48,10 @@ impl Settings {
 impl Drop for Settings {
     fn drop(&mut self) {
         let _ = &self.chosen;
+        if !std::thread::panicking() {
+            // Whoever changes it next waits for the same word, and is not to take this one's for its own.
+            return self.reload(&self.text);
+        }
         let _ = std::fs::write(&self.file, &self.text);
         // SAFETY: the daemon of this bed.
         unsafe { libc::kill(daemon_pid() as i32, libc::SIGHUP) };

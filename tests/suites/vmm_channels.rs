@@ -11,6 +11,7 @@ use kuasar_tests::cri::*;
 use kuasar_tests::{bed, inside, leaks, switch, task, wait_for, wire};
 
 use crate::vmm::{HANDLER, Settings, kill, machine, machine_dirs, status, vmm_pid};
+use crate::vmm_debug;
 use crate::vmm_q35::netns;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -120,7 +121,10 @@ fn relay(pod: &Pod) -> u32 {
 
 /// A pod over this channel; `end` is how it ends.
 fn works(channel: &str, device: &str, end: impl FnOnce(&Pod)) {
-    let with = |text: &str| text.replace("[qemu]", &format!("[qemu]\nchannel = \"{channel}\""));
+    let with = |text: &str| {
+        let text = text.replace("[qemu]", &format!("[qemu]\nchannel = \"{channel}\""));
+        format!("{text}\n[guest]\n{}", vmm_debug::console_on())
+    };
     let Some(_settings) = Settings::with(with) else { return };
     // The first namespace of a bed makes the place of them all, which stays.
     assert!(inside(&["sh", "-c", "ip netns add first && ip netns del first"]).status.success());
@@ -142,6 +146,7 @@ fn works(channel: &str, device: &str, end: impl FnOnce(&Pod)) {
         let wanted = numbers(160_000);
         assert!(all(&writes, wanted.len()) == wanted, "bytes differ");
         input_and_terminal(&pod, &c);
+        vmm_debug::works(&pod);
         drop(held);
         killed_in_the_middle(&pod);
         // Old streams and new ones.

@@ -103,6 +103,46 @@ fn sockets() -> Vec<std::path::PathBuf> {
     all.map(|entry| entry.path()).filter(is_ours).collect()
 }
 
+/// Lines below `[guest]`: guests that boot from then on have a debug console.
+pub(crate) fn console_on() -> String {
+    let program = bed().join("src/busybox");
+    format!("debug_console = true\ndebug_program = \"{}\"\n", program.display())
+}
+
+/// What is in the guest of sessions, this one's included.
+fn left(pod: &Pod) -> usize {
+    sh(pod, "ls -d /sys/fs/cgroup/debug-* /run/kuasar/files/.debug-*").lines().count()
+}
+
+/// The debug console of a pod works, whatever machine and channel it has, and leaves nothing.
+pub(crate) fn works(pod: &Pod) {
+    // Nothing but what the program says: a script can use it.
+    assert_eq!(sh(pod, "cat /proc/1/comm; (exit 3); echo $?"), "init\n3\n");
+    let numbers: String = (1..=20_000).map(|n| format!("{n}\n")).collect();
+    let written = sh(pod, "awk 'BEGIN { while (i++ < 20000) print i }'");
+    assert!(written == numbers, "{} of {}: {written:.80}", written.len(), numbers.len());
+    let (status, said) = fed(&["debug", &pod.id, "sh", "-c", "wc -c"], &"x".repeat(100_000));
+    assert_eq!((status, said.trim()), (0, "100000"));
+    // Root's alone, and gone with its one connection.
+    assert_eq!(sockets(), Vec::<std::path::PathBuf>::new());
+
+    let mut terminal = Terminal::new(pod);
+    terminal.types("stty size\n");
+    terminal.shows("24 80");
+    terminal.resize(99, 33);
+    // It comes by another way than what is typed.
+    let line = "until [ \"$(stty size)\" = '33 99' ]; do sleep 0.1; done; echo lar''ge\n";
+    terminal.types(line);
+    terminal.shows("large");
+    // A second one beside it sees it, and neither sees more after its end than before.
+    assert_eq!(left(pod), 4);
+    terminal.types("sleep 5432 &\n");
+    wait_for("it runs", SOON, || sh(pod, "ps").contains("sleep 5432"));
+    drop(terminal);
+    wait_for("it has ended with its terminal", SOON, || !sh(pod, "ps").contains("sleep 5432"));
+    wait_for("nothing of it is left", SOON, || left(pod) == 2);
+}
+
 #[test]
 fn a_guest_has_a_debug_console_where_its_boot_allowed_it_and_nowhere_else() {
     let Some(off) = Settings::with(|text| text.to_owned()) else { return };
@@ -116,9 +156,7 @@ fn a_guest_has_a_debug_console_where_its_boot_allowed_it_and_nowhere_else() {
     };
     refused(&older);
     drop(off);
-    let program = bed().join("src/busybox");
-    let lines = format!("debug_console = true\ndebug_program = \"{}\"", program.display());
-    let settings = Settings::with(|text| format!("{text}\n[guest]\n{lines}\n")).unwrap();
+    let settings = Settings::with(|text| format!("{text}\n[guest]\n{}", console_on())).unwrap();
     // What was booted without stays without: its own agent refuses.
     refused(&older);
     let o = ctl_on(&["vmm"], &["debug", "no-such-pod"]);
@@ -126,35 +164,12 @@ fn a_guest_has_a_debug_console_where_its_boot_allowed_it_and_nowhere_else() {
 
     let pod = pod("debug-on");
     let c = pod.start(&["sleep", "4321"]);
-    // Nothing but what the program says: a script can use it.
-    assert_eq!(sh(&pod, "cat /proc/1/comm"), "init\n");
+    works(&pod);
     let release = c.sh("uname -r");
     assert_eq!(sh(&pod, "uname -r; exit; echo never"), format!("{release}\n"));
     assert!(sh(&pod, "ps").contains("sleep 4321"), "it does not see the container's process");
-    let (status, said) = fed(&["debug", &pod.id, "sh", "-c", "wc -c"], &"x".repeat(100_000));
-    assert_eq!((status, said.trim()), (0, "100000"));
     // A container does not see it, nor its files.
     assert_eq!(c.sh("ls /run/kuasar 2>/dev/null | wc -l"), "0");
-    // Root's alone, and gone with its one connection.
-    assert_eq!(sockets(), Vec::<std::path::PathBuf>::new());
-
-    let mut terminal = Terminal::new(&pod);
-    terminal.types("stty size\n");
-    terminal.shows("24 80");
-    terminal.resize(99, 33);
-    // It comes by another way than what is typed.
-    let line = "until [ \"$(stty size)\" = '33 99' ]; do sleep 0.1; done; echo lar''ge\n";
-    terminal.types(line);
-    terminal.shows("large");
-    // A second one beside it sees it, and neither sees more after its end than before.
-    assert!(sh(&pod, "ls -d /sys/fs/cgroup/debug-*").lines().count() == 2);
-    terminal.types("sleep 5432 &\n");
-    wait_for("it runs", SOON, || sh(&pod, "ps").contains("sleep 5432"));
-    drop(terminal);
-    wait_for("it has ended with its terminal", SOON, || !sh(&pod, "ps").contains("sleep 5432"));
-    wait_for("nothing of it is left", SOON, || {
-        sh(&pod, "ls -d /sys/fs/cgroup/debug-* /run/kuasar/files/.debug-*").lines().count() == 2
-    });
     assert!(sh(&pod, "ps").contains("sleep 4321"));
     let o = ctl_on(&["vmm"], &["stop", &pod.id]);
     assert_eq!(code(&o), 0, "{}", err(&o));

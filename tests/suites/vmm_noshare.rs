@@ -1,6 +1,7 @@
 //! Pods without a share (`share = "none"`): root file systems are disks, small files are copied.
 
 use crate::vmm::{HANDLER, Settings, log, machine, strangers};
+use crate::vmm_debug;
 use crate::vmm_pool::{Filled, number, pooled};
 use crate::vmm_q35::q35_and;
 use kuasar_tests::cri::*;
@@ -176,7 +177,8 @@ fn pods_of_a_template_and_of_the_pool_have_no_share_and_all_that_is_copied() {
         return;
     }
     let from = log().len();
-    let Some(filled) = Filled::on("share = \"none\"\n", "noshare-pool", 1, "") else { return };
+    let (share, guest) = ("share = \"none\"\n", vmm_debug::console_on());
+    let Some(filled) = Filled::on(share, &guest, "noshare-pool", 1, "") else { return };
     let helpers = pooled();
     assert!(helpers.iter().all(|(_, name)| name != "virtiofsd"), "{helpers:?}");
     let run = |name: &str| Pod::try_run(pod_config(name), BLOCK).unwrap();
@@ -203,6 +205,8 @@ fn pods_of_a_template_and_of_the_pool_have_no_share_and_all_that_is_copied() {
         given.write("..2", &[("key", "two")]);
         wait_for("the update is seen", PATIENCE, || c.sh("cat /config/key") == "two");
     }
+    // Nor has the console a share.
+    vmm_debug::works(&pods[1]);
     pods.into_iter().for_each(|pod| pod.remove().unwrap());
     drop(filled);
 }

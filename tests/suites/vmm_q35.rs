@@ -6,6 +6,7 @@
 
 use crate::ctl::{code, ctl_on, err, out};
 use crate::vmm::{HANDLER, Settings, log, machine, strangers, vmm_pid};
+use crate::vmm_debug;
 use kuasar_protos::controller as api;
 use kuasar_tests::cri::*;
 use kuasar_tests::{bed, cri, inside, skip, switch, top, wait_for, wire};
@@ -27,11 +28,11 @@ pub(crate) fn q35(lines: &str) -> Option<Settings> {
 
 /// The same, with these lines above all tables.
 pub(crate) fn q35_and(top: &str, lines: &str) -> Option<Settings> {
-    q35_with(top, "", lines)
+    q35_with(top, "", "", lines)
 }
 
-/// The same, with lines below `[qemu]`, too.
-fn q35_with(top: &str, qemu: &str, lines: &str) -> Option<Settings> {
+/// The same, with lines below `[qemu]` and `[guest]`, too.
+fn q35_with(top: &str, qemu: &str, guest: &str, lines: &str) -> Option<Settings> {
     let kernel = path("KUASAR_PCI_KERNEL", "vmlinux-distribution");
     let initrd = path("KUASAR_PCI_INITRD", "initramfs-distribution.cpio");
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else {
@@ -39,7 +40,7 @@ fn q35_with(top: &str, qemu: &str, lines: &str) -> Option<Settings> {
         return None;
     };
     let (kernel, initrd) = (kernel.display(), initrd.display());
-    let guest = format!("[guest]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n");
+    let guest = format!("[guest]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\n{guest}");
     let below = format!("[qemu]\nmachine = \"q35\"\n{qemu}");
     Settings::with(|text| format!("{top}{}\n{guest}{lines}\n", text.replace("[qemu]", &below)))
 }
@@ -58,11 +59,12 @@ pub(crate) fn netns(pod: &Pod) -> String {
 
 #[test]
 fn a_pod_runs_in_a_machine_with_pci() {
-    let Some(_settings) = q35("") else { return };
+    let Some(_settings) = q35_with("", "", &vmm_debug::console_on(), "") else { return };
     let pod = pod("q35-hello");
     let c = pod.start(&["sleep", "1000"]);
     assert_eq!(c.sh("hostname"), pod.config.hostname);
     assert_eq!(c.exec(&["sh", "-c", "echo out; exit 3"]), (3, "out\n".into(), String::new()));
+    vmm_debug::works(&pod);
     pod.remove().unwrap();
 }
 
@@ -253,30 +255,21 @@ fn a_machine_grows_with_its_pod_and_says_where_it_ends() {
 
 /// A daemon with q35 that makes templates, in this empty directory.
 fn with_templates(name: &str) -> Option<(PathBuf, Settings)> {
-    with_templates_and(name, "")
+    with_templates_by("", "", "", name, "")
 }
 
-/// The same, with these lines more below `[template]` and behind it.
-pub(crate) fn with_templates_and(name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
-    with_templates_on("", name, lines)
-}
-
-/// The same, with lines above all tables, too.
-pub(crate) fn with_templates_on(top: &str, name: &str, lines: &str) -> Option<(PathBuf, Settings)> {
-    with_templates_by(top, "", name, lines)
-}
-
-/// The same, with lines below `[qemu]`, too.
-fn with_templates_by(
+/// The same, with lines above all tables, below `[qemu]`, `[guest]`, and `[template]` (and behind it).
+pub(crate) fn with_templates_by(
     top: &str,
     qemu: &str,
+    guest: &str,
     name: &str,
     lines: &str,
 ) -> Option<(PathBuf, Settings)> {
     let dir = bed().join("run").join(name);
     let _ = std::fs::remove_dir_all(&dir);
     let below = format!("[template]\nenabled = true\ndir = \"{}\"\n{lines}\n", dir.display());
-    let settings = q35_with(top, qemu, &below)?;
+    let settings = q35_with(top, qemu, guest, &below)?;
     // Where templates are counts from a daemon's start.
     let vmm = [("KIND", "vmm")];
     switch(&["daemon", "stop"], &vmm);
@@ -339,7 +332,8 @@ fn a_copy_on_its_templates_port_and_one_whose_vsock_is_plugged_in_go_on_after_ki
     let vmm = [("KIND", "vmm")];
     for (chosen, wanted) in [("auto", "serial"), ("hybrid", "vsock")] {
         let (below, name) = (format!("channel = \"{chosen}\""), format!("templates-{chosen}"));
-        let Some((dir, settings)) = with_templates_by("", &below, &name, "") else { return };
+        let with = with_templates_by("", &below, &vmm_debug::console_on(), &name, "");
+        let Some((dir, settings)) = with else { return };
         assert_eq!(template(&["make", "--limit", "300"]).1, 0);
         let from = log().len();
         let pod = pod(&name);
@@ -354,6 +348,7 @@ fn a_copy_on_its_templates_port_and_one_whose_vsock_is_plugged_in_go_on_after_ki
             c.logged("stdout").len() >= numbers.len()
         });
         assert!(c.logged("stdout") == numbers.as_bytes(), "bytes differ");
+        vmm_debug::works(&pod);
         c.stop(0).unwrap();
         assert_eq!(c.wait(), 137);
         pod.remove().unwrap();

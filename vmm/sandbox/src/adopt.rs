@@ -18,9 +18,6 @@ use crate::sandboxer::{PodState, VmmSandboxer};
 use crate::share::ShareTree;
 use crate::vmm::{Feature, Range, VmSpec, VmState, Vmm};
 
-/// How long a VMM that is well takes to answer, at most.
-const ANSWER: Duration = Duration::from_secs(2);
-
 /// What of a machine's size has to be changed for a pod; `None` is left as it is.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Change {
@@ -125,10 +122,15 @@ impl VmmSandboxer {
         cgroup: &Cgroup,
     ) -> Result<Running> {
         let vm = &pooled.vm;
-        // One that stands still would hold the pod up at each of the steps below.
-        match tokio::time::timeout(ANSWER, vm.ping()).await {
+        // One that stands still would hold the pod up at each of the steps below. One that is late is well:
+        // on a busy host all are, and to end it and make another is more work for that host.
+        let limit = config.template.ready;
+        match tokio::time::timeout(limit, vm.ping()).await {
             Ok(answer) => answer.map_err(machine)?,
-            Err(_) => return Err(Error::DeadlineExceeded("its VMM does not answer".into())),
+            Err(_) => {
+                let text = format!("its VMM does not answer within {limit:?}");
+                return Err(Error::DeadlineExceeded(text));
+            }
         }
         // The pod's from here on: first in its record, then not the pool's any more.
         state.machine_dir = Some(pooled.dir.clone());
@@ -163,8 +165,7 @@ impl VmmSandboxer {
             }
             Ok(())
         };
-        let greet =
-            async { welcome(idle, &ctx.spec.id, config.template.ready).await.map_err(Error::from) };
+        let greet = async { welcome(idle, &ctx.spec.id, limit).await.map_err(Error::from) };
         let ((), token) = tokio::select! {
             biased;
             _ = vm.wait() => return Err(Error::FailedPrecondition("it has ended".into())),
