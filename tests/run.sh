@@ -12,8 +12,8 @@ LOG=${TESTS_LOG:-$TOP/target/test.log}
 mkdir -p "$TOP/target"
 : > "$LOG"
 PART=$LOG.part
-# A second bed: a copy of the first, with programs of its own, which are links to the same files. By their
-# programs each bed tells its own processes from the other's.
+# A second bed: a copy of the first, with copies of the programs. By them each bed tells its own processes from
+# the other's. They are no links: a test waits until nobody executes the file.
 SECOND=$TOP/target/second
 : > "$LOG.unsteady"
 failed=0
@@ -85,7 +85,7 @@ second_bed() {
   find "$B" -mindepth 1 -maxdepth 1 ! -name run ! -name var ! -name debs ! -name apt ! -name 'node*' \
     -exec cp -a -t "$SECOND/bed" {} +
   BED=$SECOND/bed "$TOP/tests/bed/setup.sh"
-  find "$TOP/target/release" -mindepth 1 -maxdepth 1 ! -type d -executable -exec cp -al -t "$SECOND/release" {} +
+  find "$TOP/target/release" -mindepth 1 -maxdepth 1 ! -type d -executable -exec cp -a -t "$SECOND/release" {} +
   # Where the daemon looks for it in a checkout.
   ln -s ../guest "$SECOND/guest"
 }
