@@ -216,8 +216,8 @@ fn lost_dirs(dir: &Path, known: &[String]) -> Vec<PathBuf> {
 }
 
 /// Kills the processes of a lost pod's containers, and removes their cgroups and mounts, and the
-/// pod's own cgroup; `held` are cgroups of others. Answers whether there was anything. What is done is noted by the names
-/// of the containers' records.
+/// pod's own cgroup; `held` are cgroups of others. Answers whether there was anything. What is done
+/// is noted by the names of the containers' records.
 fn clear_lost_dir(layout: &Layout, dir: &Path, held: &[String]) -> Result<bool> {
     let paths: Vec<String> =
         container_cgroups(dir).into_iter().filter(|path| !held.contains(path)).collect();

@@ -335,14 +335,17 @@ mod tests {
         made
     }
 
-    fn ip(netns: &OwnedFd, words: &str) -> bool {
-        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+    /// `ip` with these words, in a namespace.
+    fn ip_says(netns: &OwnedFd, words: &str) -> std::process::Output {
         kuasar_host::namespace::enter_on_thread(netns.as_fd(), CloneFlags::CLONE_NEWNET, || {
-            let out = std::process::Command::new("ip").args(&words).output().unwrap();
-            assert!(out.status.success(), "ip {words:?}: {}", String::from_utf8_lossy(&out.stderr));
-            Ok(true)
+            Ok(std::process::Command::new("ip").args(words.split(' ')).output().unwrap())
         })
         .unwrap()
+    }
+
+    fn ip(netns: &OwnedFd, words: &str) {
+        let out = ip_says(netns, words);
+        assert!(out.status.success(), "ip {words}: {}", String::from_utf8_lossy(&out.stderr));
     }
 
     /// A pod's namespace as the bridge plugin makes it, with `peer` in place of the bridge.
@@ -399,16 +402,20 @@ mod tests {
         frame
     }
 
-    /// Reads frames until one carries `mark`.
-    fn expect(from: &mut std::fs::File, mark: u8, skip: usize) {
+    /// Reads frames, behind `skip` bytes each, until one is the one that is meant.
+    fn until(from: &mut std::fs::File, skip: usize, is: impl Fn(&[u8]) -> bool) {
         let mut buffer = [0; 4096];
         loop {
             let n = from.read(&mut buffer).expect("no frame came");
-            let frame = &buffer[skip.min(n)..n];
-            if frame.get(12..14) == Some(&[0x88, 0xb5]) && frame[14] == mark {
+            if is(&buffer[skip.min(n)..n]) {
                 return;
             }
         }
+    }
+
+    /// Reads frames until one carries `mark`.
+    fn expect(from: &mut std::fs::File, mark: u8, skip: usize) {
+        until(from, skip, |frame| frame.get(12..14) == Some(&[0x88, 0xb5]) && frame[14] == mark);
     }
 
     #[test]
@@ -449,13 +456,7 @@ mod tests {
 
     /// Makes an interface `net1` of this kind on `peer`; none, and a note, where the kernel cannot.
     fn on_peer(netns: &OwnedFd, kind: &str) -> bool {
-        let words = format!("link add link peer name net1 type {kind}");
-        let made = kuasar_host::namespace::enter_on_thread(
-            netns.as_fd(),
-            CloneFlags::CLONE_NEWNET,
-            || Ok(std::process::Command::new("ip").args(words.split(' ')).output().unwrap()),
-        );
-        let made = made.unwrap();
+        let made = ip_says(netns, &format!("link add link peer name net1 type {kind}"));
         if !made.status.success() {
             println!("skipped: no {kind} in this kernel: it is tried in tests/interfaces.sh");
         }
@@ -484,17 +485,6 @@ mod tests {
         [&to[..], &from, &[8, 0], &header, &[mark; 20]].concat()
     }
 
-    /// Reads frames until this one comes, behind `skip` bytes.
-    fn expect_whole(from: &mut std::fs::File, frame: &[u8], skip: usize) {
-        let mut buffer = [0; 4096];
-        loop {
-            let n = from.read(&mut buffer).expect("the frame did not come");
-            if buffer[..n].get(skip..) == Some(frame) {
-                return;
-            }
-        }
-    }
-
     #[test]
     fn packets_reach_the_guest_and_leave_it_through_interfaces_of_every_kind() {
         const OURS: [u8; 4] = [10, 9, 0, 9];
@@ -520,14 +510,14 @@ mod tests {
             println!("{kind}: from the network to the guest");
             let comes = packet(net1.mac, outer, [THEIRS, OURS], 1);
             outside.write_all(&comes).unwrap();
-            expect_whole(&mut tap, &comes, 10);
+            until(&mut tap, 10, |frame| frame == comes);
             println!("{kind}: a broadcast");
             outside.write_all(&frame(2)).unwrap();
             expect(&mut tap, 2, 10);
             println!("{kind}: from the guest to the network");
             let goes = packet(outer, net1.mac, [OURS, THEIRS], 3);
             tap.write_all(&[&[0; 10], goes.as_slice()].concat()).unwrap();
-            expect_whole(&mut outside, &goes, 0);
+            until(&mut outside, 0, |frame| frame == goes);
             let netlink = Netlink::open_in(netns.as_fd()).unwrap();
             let stats = netlink.link("net1").unwrap().stats;
             assert!(stats.rx_packets >= 1 && stats.tx_packets >= 1, "{kind}: {stats:?}");
